@@ -1,0 +1,1 @@
+"""What the four training scripts share: nothing here imports a framework."""

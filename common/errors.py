@@ -1,0 +1,36 @@
+"""One clear line instead of a traceback for what a user, not a programmer, can mend."""
+
+import contextlib
+import difflib
+import sys
+
+
+class UserError(Exception):
+    """A mistake in the flags or the data, or a limit of the machine: what happened, what was expected, what to do."""
+
+
+@contextlib.contextmanager
+def framework(name, hint):
+    """Import a framework inside this block; one that is not installed ends the script with one line."""
+    try:
+        yield
+    except ImportError as error:
+        sys.exit(f"error: this script needs {name}, which cannot be imported here ({error}). {hint}")
+
+
+def check_choice(flag, value, choices):
+    """Raise UserError where `value` is not one of `choices`, naming the nearest ones."""
+    if value not in choices:
+        nearest = ", ".join(difflib.get_close_matches(value, choices, n=3, cutoff=0.0))
+        raise UserError(f"{flag} {value} is unknown: expected one of {len(choices)} names, the nearest are {nearest}")
+
+
+def run(main, args):
+    """Call `main(args)`; report a `UserError` or `OSError` as one line on standard error, exit code 1."""
+    try:
+        main(args)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("Interrupted: run the same command to resume from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,220 @@
+"""The flags of the training scripts: one spelling, one default and one help text each.
+
+Defaults come from the environment that SageMaker sets up where there is one
+(https://github.com/aws/sagemaker-training-toolkit/blob/master/ENVIRONMENT_VARIABLES.md).
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def image_flags(framework):
+    """Return the parser of an image script; `framework` names its folder below `output/`."""
+    parser = _Parser(description=f"Train an image classifier with {framework}; run it again to resume.")
+    _job_flags(parser, framework, "--epochs", default_epochs=5, help="epochs to train in total, over all restarts")
+    add = parser.add_argument
+    add("--model", default="cnn", help="cnn (a small network) or a name from the framework's own model zoo, untrained")
+    add("--image-size", type=_integer(1), help="resize all images to this height and width, in pixels")
+    add("--augment", action=_Switch, default=False, help="random crops and horizontal flips of the training images")
+    add("--batch-size", type=_integer(1), default=64, help="samples per training step")
+    add("--learning-rate", type=_real(0), default=0.01, help="step size of SGD")
+    add("--momentum", type=_real(0, 1), default=0.9, help="momentum of SGD")
+    add("--weight-decay", type=_real(0), default=5e-4, help="weight decay of SGD")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="learning rate over all the epochs")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="arithmetic of the network; weights stay fp32",
+    )
+    add(
+        "--workers",
+        type=_integer(0),
+        default=2,
+        help="threads that read images and prepare batches; 0: the main thread",
+    )
+    return parser
+
+
+def xgboost_flags():
+    """Return the parser of the XGBoost script; learning flags carry XGBoost's own names and defaults."""
+    parser = _Parser(description="Train boosted trees with XGBoost; run it again to resume.")
+    _job_flags(
+        parser,
+        "xgboost",
+        "--num-round",
+        "--epochs",
+        default_epochs=50,
+        help="boosting rounds to train in total, over all restarts; an epoch is one round",
+    )
+    add = parser.add_argument
+    add("--objective", help="learning objective; default: chosen from the labels")
+    add("--num-class", type=_integer(1), help="number of classes; default: counted in the labels")
+    add("--eval-metric", help="metrics to report, separated by commas; default: chosen from the objective")
+    add("--booster", choices=("gbtree", "dart"), default="gbtree", help="kind of booster")
+    add(
+        "--tree-method", choices=("auto", "exact", "approx", "hist"), default="hist", help="tree construction algorithm"
+    )
+    add("--eta", "--learning-rate", type=_real(0, 1), default=0.3, help="shrinkage of each round's contribution")
+    add("--gamma", type=_real(0), default=0.0, help="minimum loss reduction for a split")
+    add("--max-depth", type=_integer(0), default=6, help="maximum depth of a tree; 0: no limit")
+    add("--max-leaves", type=_integer(0), default=0, help="maximum number of leaves of a tree; 0: no limit")
+    add("--max-bin", type=_integer(2), default=256, help="maximum number of bins of a feature")
+    add("--grow-policy", choices=("depthwise", "lossguide"), default="depthwise", help="which node is split next")
+    add("--min-child-weight", type=_real(0), default=1.0, help="minimum sum of instance weights in a child")
+    add("--max-delta-step", type=_real(0), default=0.0, help="maximum step of a leaf's output; 0: no limit")
+    add("--subsample", type=_share, default=1.0, help="share of the rows drawn for each tree")
+    add("--colsample-bytree", type=_share, default=1.0, help="share of the columns drawn for each tree")
+    add("--colsample-bylevel", type=_share, default=1.0, help="share of the columns drawn for each level")
+    add("--colsample-bynode", type=_share, default=1.0, help="share of the columns drawn for each split")
+    add("--lambda", type=_real(0), default=1.0, help="L2 regularization of the weights")
+    add("--alpha", type=_real(0), default=0.0, help="L1 regularization of the weights")
+    add("--scale-pos-weight", type=_real(0), default=1.0, help="weight of the positive class")
+    add("--rate-drop", type=_real(0, 1), default=0.0, help="share of the earlier trees dropped in a round (dart)")
+    add("--skip-drop", type=_real(0, 1), default=0.0, help="probability of dropping no tree in a round (dart)")
+    add("--nthread", type=_integer(0), default=0, help="CPU threads; 0: all")
+    return parser
+
+
+def _job_flags(parser, framework, *epochs_flag, default_epochs, help):
+    """Add the flags that all four scripts have."""
+    env, add = os.environ.get, parser.add_argument
+    output = Path("output", framework)
+    in_sagemaker = "SM_MODEL_DIR" in os.environ
+    checkpoints = Path(env("SAGEMAKER_BASE_DIR", "/opt/ml"), "checkpoints") if in_sagemaker else output / "checkpoints"
+
+    add(*epochs_flag, dest="epochs", type=_integer(1), default=default_epochs, help=help)
+    add("--seed", type=_integer(0), default=42, help="seed of everything random")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute; auto: a GPU when there is one",
+    )
+    add("--num-gpus", type=_integer(0), default=env("SM_NUM_GPUS") or None, help="GPUs to use at most; default: all")
+    add(
+        "--train",
+        type=Path,
+        default=env("SM_CHANNEL_TRAIN") or env("SM_CHANNEL_TRAINING"),
+        help="folder with the training data; default: scikit-learn's handwritten digits",
+    )
+    add(
+        "--validation",
+        type=Path,
+        default=env("SM_CHANNEL_VALIDATION") or env("SM_CHANNEL_TEST"),
+        help="folder with the validation data; default: a tenth of the training data, held out",
+    )
+    add("--checkpoint-path", type=_local_path, default=checkpoints, help="folder of the checkpoints")
+    add("--keep-checkpoints", type=_integer(0), default=0, help="newest checkpoints to keep; 0: all")
+    add("--model-dir", default=env("SM_MODEL_DIR", output / "model"), help="folder of the trained model")
+    add(
+        "--output-data-dir",
+        type=_local_path,
+        default=env("SM_OUTPUT_DATA_DIR", output / "data"),
+        help="folder of metrics.json and history.csv",
+    )
+    add("--hosts", type=json.loads, default=env("SM_HOSTS", '["localhost"]'), help="names of all hosts, as a JSON list")
+    add("--current-host", default=env("SM_CURRENT_HOST", "localhost"), help="name of this host")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that takes `--batch_size` for `--batch-size` and names the nearest flag to a misspelt one."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+
+    def parse_args(self, argv=None):
+        """Return the flags' values; a mistake exits with code 2 and one line."""
+        argv = [_hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(self._explain(unknown[0]))
+        if len(args.hosts) > 1:
+            self.error(f"--hosts names {len(args.hosts)} hosts, but this script trains on one: set instance_count=1")
+        if str(args.model_dir).startswith("s3://"):
+            # SageMaker's TensorFlow estimator adds this hyperparameter by itself.
+            local = self.get_default("model_dir")
+            print(f"Not used: --model-dir {args.model_dir}; the model is written to {local}", flush=True)
+            args.model_dir = local
+        args.model_dir = Path(args.model_dir)
+        return args
+
+    def error(self, message):
+        """Exit with code 2 and one line."""
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+    def _explain(self, word):
+        if not word.startswith("--"):
+            return f"unexpected argument {word!r}: expected --flag value"
+        name = word.split("=")[0]
+        nearest = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.0)
+        return f"unknown flag {name}: did you mean {nearest[0]}?"
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to each help text."""
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, argparse.SUPPRESS) and not isinstance(action, _Switch)
+        return action.help + (" (default: %(default)s)" if shown else "")
+
+
+class _Switch(argparse.Action):
+    """`--flag` and `--no-flag`, each also with True or False behind it, as SageMaker passes hyperparameters."""
+
+    def __init__(self, option_strings, dest, **options):
+        negative = [name.replace("--", "--no-", 1) for name in option_strings]
+        super().__init__([*option_strings, *negative], dest, nargs="?", **options)
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        words = {None: True, "true": True, "false": False}
+        word = value if value is None else value.lower()
+        if word not in words:
+            parser.error(f"argument {option_string}: expected True or False, got {value!r}")
+        setattr(namespace, self.dest, words[word] != option_string.startswith("--no-"))
+
+
+def _hyphenated(word):
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _integer(minimum):
+    return _number(int, "a whole number", minimum, float("inf"))
+
+
+def _real(minimum, maximum=float("inf")):
+    return _number(float, "a number", minimum, maximum)
+
+
+def _share(text):
+    """Parse a number above 0 and up to 1."""
+    value = _real(0, 1)(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _number(kind, what, minimum, maximum):
+    expected = f"{what} of at least {minimum}" if maximum == float("inf") else f"{what} from {minimum} to {maximum}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not minimum <= value <= maximum or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _local_path(text):
+    if str(text).startswith("s3://"):
+        raise argparse.ArgumentTypeError(f"expected a local folder, got {text!r}; SageMaker copies it to S3 by itself")
+    return Path(text)

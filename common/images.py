@@ -1,0 +1,248 @@
+"""Reading image data: class folders, `.npz` files, pairs of `.npy` files, or the digits that come with scikit-learn."""
+
+import contextlib
+import tempfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.errors import UserError
+from common.report import log
+
+EXTENSIONS = (".jpg", ".jpeg", ".png")
+EXPECTED = "expected one folder per class with .jpg or .png files, one .npz file, or {0}_data.npy and {0}_labels.npy"
+
+
+class Rows:
+    """Some rows of an array, picked by their indices without copying the array."""
+
+    def __init__(self, array, indices):
+        self.array, self.indices, self.dtype = array, indices, array.dtype
+        self.shape = (len(indices), *array.shape[1:])
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, key):
+        return self.array[self.indices[key]]
+
+
+class Dataset(NamedTuple):
+    """Images as uint8 or float32 arrays (n, height, width, channels), labels as int64 arrays (n,) of class indices."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    validation_images: np.ndarray
+    validation_labels: np.ndarray
+    class_names: list
+
+    @property
+    def image_shape(self):
+        """(height, width, channels)."""
+        return tuple(self.train_images.shape[1:])
+
+    def channel_statistics(self):
+        """Return mean and standard deviation of each channel over the training images, as two float32 arrays."""
+        count, total, squares = 0, 0.0, 0.0
+        for start in range(0, len(self.train_images), 1000):  # parts: no float copy of all the images
+            part = self.train_images[start : start + 1000].astype(np.float64)
+            count += part[..., 0].size
+            total, squares = total + part.sum((0, 1, 2)), squares + (part**2).sum((0, 1, 2))
+        mean = total / count
+        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        return mean.astype(np.float32), np.where(deviation > 0, deviation, 1).astype(np.float32)
+
+    def describe_job(self, args):
+        """Return what a checkpoint must have in common with the run that resumes from it."""
+        return {
+            "--model": args.model,
+            "number of classes": len(self.class_names),
+            "class names": self.class_names,
+            "image shape": list(self.image_shape),
+        }
+
+
+def load_images(args):
+    """Read the training and validation images that the flags name, all at once, as a Dataset.
+
+    Without `--validation` a tenth of the training images, drawn with the seed, is held out.
+    Raises UserError where the folders do not hold what is expected.
+    """
+    if args.train is None:
+        images, labels, class_names = _digits(args)
+    else:
+        images, labels, class_names = _read_folder(args, args.train, "--train", "train")
+    if len(class_names) < 2:
+        raise UserError(
+            f"--train {args.train} has one class only ({class_names[0]}): expected two or more to tell apart"
+        )
+    if args.validation is None:
+        order = np.random.default_rng((args.seed, 0)).permutation(len(labels))
+        held_out, kept = np.split(order, [max(1, len(order) // 10)])
+        data = Dataset(Rows(images, kept), labels[kept], Rows(images, held_out), labels[held_out], class_names)
+    else:
+        data = Dataset(images, labels, *_read_validation(args, images.shape, class_names), class_names)
+    num_images = len(data.train_labels) + len(data.validation_labels)
+    megabytes = num_images * images[0].nbytes / 1e6
+    log(
+        f"Data: {len(data.train_labels)} training and {len(data.validation_labels)} validation images of shape "
+        f"{data.image_shape}, {len(class_names)} classes, {megabytes:.1f} MB of {images.dtype} "
+        f"{'on disk' if isinstance(images, np.memmap) else 'in memory'}"
+    )
+    return data
+
+
+def _digits(args):
+    from sklearn.datasets import load_digits
+
+    log("No --train folder: using the handwritten digits that come with scikit-learn")
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)[..., np.newaxis]
+    return _resize(images, args.image_size), digits.target.astype(np.int64), [str(name) for name in digits.target_names]
+
+
+def _read_validation(args, train_shape, class_names):
+    images, labels, found = _read_folder(args, args.validation, "--validation", "eval")
+    if strange := sorted(set(found) - set(class_names)):
+        raise UserError(f"--validation {args.validation} has classes that --train lacks: {', '.join(strange)}")
+    if images.shape[1:] != train_shape[1:]:
+        raise UserError(
+            f"--validation {args.validation} has images of shape {images.shape[1:]}, but those of --train have "
+            f"{train_shape[1:]}: pass --image-size to resize both"
+        )
+    return images, np.array([class_names.index(name) for name in found], dtype=np.int64)[labels]
+
+
+def _read_folder(args, folder, flag, stem):
+    """Return images, labels and class names of one channel folder."""
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder} is not a folder: {EXPECTED.format(stem)}")
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    archives = [path for path in entries if path.suffix == ".npz"]
+    pair = folder / f"{stem}_data.npy", folder / f"{stem}_labels.npy"
+    if len(archives) == 1:
+        with _readable(archives[0]), np.load(archives[0], allow_pickle=False) as archive:
+            if not {"x", "y"} <= set(archive.files):
+                raise UserError(f"{archives[0]} holds {', '.join(archive.files)}: expected arrays named x and y")
+            return _check_arrays(args, archives[0], archive["x"], archive["y"])
+    if all(path.is_file() for path in pair):
+        with _readable(pair[0]):
+            images, labels = (np.load(path, allow_pickle=False) for path in pair)
+        return _check_arrays(args, pair[0], images, labels)
+    classes = {path.name: _image_files(path) for path in entries if path.is_dir()}
+    classes = {name: files for name, files in classes.items() if files}
+    if not classes:
+        names = ", ".join(path.name for path in entries[:5]) or "nothing"
+        raise UserError(f"{flag} {folder} holds {names}: {EXPECTED.format(stem)}")
+    files = [file for paths in classes.values() for file in paths]
+    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in classes.values()])
+    return _decode(args, flag, files), labels.astype(np.int64), list(classes)
+
+
+def _check_arrays(args, path, images, labels):
+    """Return arrays from a file in the form of a Dataset's, or say what is wrong with them."""
+    if images.ndim == 3:
+        images = images[..., np.newaxis]
+    if images.ndim != 4 or images.dtype.kind not in "uif":
+        raise UserError(
+            f"{path} holds images as {images.dtype} of shape {images.shape}: "
+            "expected numbers of shape (n, height, width) or (n, height, width, channels)"
+        )
+    if images.shape[3] > 4 and images.shape[1] in (1, 3):
+        raise UserError(f"{path} holds images of shape {images.shape}: expected the channels last, not first")
+    if len(images) != len(labels) or labels.size != len(labels):
+        raise UserError(
+            f"{path} holds {len(images)} images, but the labels have shape {labels.shape}: expected as many"
+        )
+    if len(images) == 0:
+        raise UserError(f"{path} holds no images: expected some")
+    labels = labels.ravel()
+    if labels.dtype.kind not in "uif" or not np.array_equal(labels, np.floor(labels)):
+        raise UserError(f"{path} has labels that are not integers ({labels.dtype}, such as {labels[0]!r})")
+    names, indices = np.unique(labels.astype(np.int64), return_inverse=True)
+    if images.dtype != np.uint8:
+        images = images.astype(np.float32, copy=False)
+    return _resize(images, args.image_size), indices.astype(np.int64), [str(name) for name in names]
+
+
+def _image_files(folder):
+    """Return the image files anywhere below `folder`, sorted, hidden ones left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _decode(args, flag, files):
+    """Return image files as one uint8 array (n, height, width, 3), read by `--workers` threads."""
+    size = (args.image_size, args.image_size) if args.image_size else _open(files[0]).size
+    images = _allocate((len(files), size[1], size[0], 3), np.uint8)
+
+    def read(index):
+        image = _open(files[index])
+        if image.size != size and not args.image_size:
+            raise UserError(
+                f"{flag} has images of different sizes: {files[0]} is {size[0]}x{size[1]} and {files[index]} is "
+                f"{image.width}x{image.height}: pass --image-size to resize them all"
+            )
+        images[index] = image.resize(size) if image.size != size else image
+
+    log(f"Reading {len(files)} images from {flag} {files[0].parents[1]}")
+    with ThreadPoolExecutor(max(1, args.workers)) as pool:
+        for _ in pool.map(read, range(len(files)), chunksize=100):
+            pass
+    return images
+
+
+def _open(path):
+    """Return the image at `path` in colour."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {error}. Replace or delete it") from error
+
+
+def _resize(images, size):
+    """Return (n, height, width, channels) images resized to (n, size, size, channels); no size: as they are."""
+    if not size or images.shape[1:3] == (size, size):
+        return images
+    from PIL import Image
+
+    resized = _allocate((len(images), size, size, images.shape[3]), images.dtype)
+    for image, target in zip(images, resized):
+        for channel in range(images.shape[3]):
+            target[..., channel] = Image.fromarray(image[..., channel]).resize((size, size), Image.BILINEAR)
+    return resized
+
+
+def _allocate(shape, dtype):
+    """Return an empty array, in memory where it fits and in a temporary file where it does not."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if num_bytes < _available_memory() / 2:
+        return np.empty(shape, dtype)
+    return np.memmap(tempfile.TemporaryFile(), dtype, shape=shape)
+
+
+def _available_memory():
+    """Return the free memory in bytes; without Linux's own figure, no limit."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return float("inf")
+
+
+@contextlib.contextmanager
+def _readable(path):
+    try:
+        yield
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,214 @@
+"""Train an image classifier with PyTorch, save a checkpoint after every epoch, and go on from the newest one.
+
+Train:      python pytorch/train.py
+Resume:     python pytorch/train.py                (the same command: the newest checkpoint is found)
+SageMaker:  PyTorch(entry_point="train.py", source_dir="pytorch", checkpoint_s3_uri="s3://...", ...)
+
+Reads class folders of images or arrays (--train, --validation); writes checkpoints (--checkpoint-path), the trained
+model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flags.
+"""
+
+import time
+
+from common import checkpoints, errors, flags, images, report, steps
+
+CHECKPOINT = "checkpoint-{}.pt"  # the number of finished epochs
+
+
+def parse_args(argv=None):
+    """Return the flags of this script."""
+    return flags.image_flags("pytorch").parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
+
+with errors.framework("PyTorch and torchvision", "Install them with: pip install torch torchvision"):
+    import torch
+    import torchvision
+    from torch import nn
+
+
+def choose_device(args):
+    """Return where to compute; it changes the speed, never which data or how many epochs."""
+    available = torch.cuda.is_available() and args.num_gpus != 0
+    if args.device == "cuda" and not available:
+        raise errors.UserError("--device cuda: PyTorch finds no GPU here; use --device auto or cpu")
+    device = torch.device("cuda" if available and args.device != "cpu" else "cpu")
+    report.log(f"Device: {device} ({args.precision})")
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and model: replace the bodies of these two functions with your own. Nothing else knows what is trained.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_data(args):
+    """Return an `images.Dataset`: uint8 or float32 images (n, height, width, channels) and int64 labels (n,)."""
+    return images.load_images(args)
+
+
+def build_model(args, data):
+    """Return the network: raw pixels (n, channels, height, width) in, one logit per class (n, classes) out."""
+    height, width, channels = data.image_shape
+    num_classes = len(data.class_names)
+    if args.model == "cnn":
+        layers = [Normalize(data)]
+        for inputs, filters in ((channels, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(inputs, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.25), nn.Linear(128, num_classes)]
+        model = nn.Sequential(*layers)
+    else:
+        names = torchvision.models.list_models(module=torchvision.models)
+        errors.check_choice("--model", args.model, ["cnn", *names])
+        options = {"aux_logits": False} if args.model in ("googlenet", "inception_v3") else {}
+        network = torchvision.models.get_model(args.model, weights=None, num_classes=num_classes, **options)
+        model = nn.Sequential(Normalize(data, num_channels=3), network)
+    try:
+        model.eval()(torch.zeros(1, channels, height, width))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise errors.UserError(
+            f"--model {args.model} cannot take images of {height}x{width} ({error}): pass --image-size, such as 224"
+        ) from error
+    return model
+
+
+class Normalize(nn.Module):
+    """Raw pixels to zero mean and unit variance; part of the model, so that it is served as it was trained."""
+
+    def __init__(self, data, num_channels=None):
+        super().__init__()
+        mean, deviation = data.channel_statistics()
+        self.num_channels = num_channels or len(mean)  # the zoo's networks want three: grey is repeated
+        self.register_buffer("mean", torch.from_numpy(mean).view(1, -1, 1, 1))
+        self.register_buffer("deviation", torch.from_numpy(deviation).view(1, -1, 1, 1))
+
+    def forward(self, pixels):
+        return ((pixels.float() - self.mean) / self.deviation).expand(-1, self.num_channels, -1, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: one file holds the whole training state. Order of samples, augmentation, dropout and learning rate are
+# functions of (seed, epoch, step) and need no place in it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(args, data, model, optimizer, scaler, history):
+    """Write the training state after the last epoch of `history`."""
+    epoch = len(history)
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "epoch": epoch,
+        "history": history,
+        "job": data.describe_job(args),
+        "flags": {flag: str(value) for flag, value in vars(args).items()},
+    }
+    with checkpoints.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
+        torch.save(checkpoint, file)
+    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, args.keep_checkpoints)
+
+
+def load_checkpoint(args, data, model, optimizer, scaler):
+    """Restore the newest checkpoint; return the number of finished epochs and their history: 0 and [] without one."""
+    found = checkpoints.read_newest_checkpoint(
+        args.checkpoint_path, CHECKPOINT, lambda path: torch.load(path, map_location="cpu", weights_only=True)
+    )
+    if found is None:
+        return 0, []
+    epoch, path, checkpoint = found
+    checkpoints.check_same_job(path, checkpoint["job"], data.describe_job(args))
+    model.load_state_dict(checkpoint["model"])
+    settings = optimizer.state_dict()["param_groups"]  # from the flags of this run
+    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": settings})
+    scaler.load_state_dict(checkpoint["scaler"])
+    report.log(f"Resuming training from {path.name}")
+    return epoch, checkpoint["history"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(args, data, model, device):
+    """Train up to `--epochs` in total; return the number of epochs finished before, and the history of all."""
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    initial_epoch, history = load_checkpoint(args, data, model, optimizer, scaler)
+    report.log_start(initial_epoch, args.epochs)
+    num_samples = len(data.train_labels)
+    steps_per_epoch = steps.steps_per_epoch(num_samples, args.batch_size)
+
+    for epoch in range(initial_epoch + 1, args.epochs + 1):
+        started = time.perf_counter()
+        loss_sum = correct = 0
+        batches = steps.training_batches(data.train_images, data.train_labels, args, epoch)
+        bar = report.progress_bar(epoch, steps_per_epoch, batches)
+        model.train()
+        for step, (pixels, labels) in enumerate(bar, start=(epoch - 1) * steps_per_epoch):
+            torch.manual_seed(steps.step_seed(args.seed, step))
+            for group in optimizer.param_groups:
+                group["lr"] = steps.learning_rate(args, step, args.epochs * steps_per_epoch)
+            optimizer.zero_grad()
+            loss, hits = forward(args, model, device, pixels, labels)
+            scaler.scale(loss / len(labels)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            loss_sum, correct = loss_sum + loss.detach(), correct + hits
+        metrics = {"loss": float(loss_sum) / num_samples, "accuracy": float(correct) / num_samples}
+        seconds = time.perf_counter() - started
+        history.append(report.log_epoch(epoch, metrics, evaluate(args, data, model, device), seconds, num_samples))
+        save_checkpoint(args, data, model, optimizer, scaler, history)
+    return initial_epoch, history
+
+
+def evaluate(args, data, model, device):
+    """Return loss and accuracy over all validation samples, each counted once."""
+    loss_sum = correct = 0
+    model.eval()
+    with torch.no_grad():
+        for pixels, labels in steps.validation_batches(data.validation_images, data.validation_labels, args):
+            loss, hits = forward(args, model, device, pixels, labels)
+            loss_sum, correct = loss_sum + loss, correct + hits
+    num_samples = len(data.validation_labels)
+    return {"loss": float(loss_sum) / num_samples, "accuracy": float(correct) / num_samples}
+
+
+def forward(args, model, device, pixels, labels):
+    """Return the summed loss of a batch and its number of correct predictions, as tensors on the device."""
+    pixels = torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(labels).to(device, non_blocking=True)
+    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    with torch.autocast(device.type, dtype, enabled=args.precision != "fp32"):
+        logits = model(pixels)
+    loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return loss, (logits.argmax(1) == labels).sum()
+
+
+def export_model(args, data, model):
+    """Write `model.pth`, the state_dict of the network, for SageMaker's PyTorch serving container."""
+    with checkpoints.atomic_write(args.model_dir / "model.pth") as file:
+        torch.save(model.state_dict(), file)
+    report.log(f"Model: {args.model_dir / 'model.pth'}")
+
+
+def main(args):
+    """Train and write the model and its metrics."""
+    checkpoints.prepare_folders(args, CHECKPOINT)
+    torch.manual_seed(args.seed)
+    device = choose_device(args)
+    data = load_data(args)
+    model = build_model(args, data).to(device)
+    initial_epoch, history = train(args, data, model, device)
+    export_model(args, data, model)
+    report.write_results(args, history, initial_epoch, class_names=data.class_names)
+
+
+if __name__ == "__main__":
+    errors.run(main, args)

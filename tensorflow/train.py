@@ -1,0 +1,246 @@
+"""Train an image classifier with TensorFlow, save a checkpoint after every epoch, and go on from the newest one.
+
+Train:      python tensorflow/train.py
+Resume:     python tensorflow/train.py             (the same command: the newest checkpoint is found)
+SageMaker:  TensorFlow(entry_point="train.py", source_dir="tensorflow", checkpoint_s3_uri="s3://...", ...)
+
+Reads class folders of images or arrays (--train, --validation); writes checkpoints (--checkpoint-path), the trained
+model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flags.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from common import checkpoints, errors, flags, images, report, steps
+
+CHECKPOINT = "checkpoint-{}.keras"  # the number of finished epochs
+
+
+def parse_args(argv=None):
+    """Return the flags of this script."""
+    return flags.image_flags("tensorflow").parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
+
+with errors.framework("TensorFlow", "Install it with: pip install tensorflow"):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else every start tells of missing GPUs
+    import keras
+    import tensorflow as tf
+    from keras import layers
+
+
+def choose_device(args):
+    """Return the strategy that says where to compute; it changes the speed, never which data or how many epochs."""
+    gpus = tf.config.list_physical_devices("GPU")[: args.num_gpus]
+    if args.device == "cuda" and not gpus:
+        raise errors.UserError("--device cuda: TensorFlow finds no GPU here; use --device auto or cpu")
+    if args.device == "cpu":
+        gpus = []
+    tf.config.set_visible_devices(gpus, "GPU")
+    report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision})")
+    policies = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
+    keras.mixed_precision.set_dtype_policy(policies[args.precision])
+    return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and model: replace the bodies of these two functions with your own. Nothing else knows what is trained.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_data(args):
+    """Return an `images.Dataset`: uint8 or float32 images (n, height, width, channels) and int64 labels (n,)."""
+    return images.load_images(args)
+
+
+def build_model(args, data):
+    """Return the network: raw pixels (n, height, width, channels) in, one logit per class (n, classes) out."""
+    height, width, channels = data.image_shape
+    num_classes = len(data.class_names)
+    pixels = keras.Input(data.image_shape, dtype=str(data.train_images.dtype))
+    mean, deviation = data.channel_statistics()
+    outputs = layers.Normalization(mean=mean, variance=deviation**2, dtype="float32")(pixels)
+    try:
+        if args.model == "cnn":
+            for filters in (32, 64, 128):
+                outputs = layers.Conv2D(filters, 3, padding="same", use_bias=False)(outputs)
+                outputs = layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(outputs)
+                outputs = layers.MaxPooling2D(2)(layers.ReLU()(outputs))
+            outputs = layers.Dropout(0.25)(layers.GlobalAveragePooling2D()(outputs))
+            outputs = layers.Dense(num_classes, dtype="float32")(outputs)
+        else:
+            names = [name for name in dir(keras.applications) if name[0].isupper()]
+            errors.check_choice("--model", args.model, ["cnn", *names])
+            if channels == 1:  # the zoo's networks want three: grey is repeated
+                outputs = layers.Concatenate()([outputs] * 3)
+            network = getattr(keras.applications, args.model)(
+                weights=None, input_shape=(height, width, 3), classes=num_classes, classifier_activation=None
+            )
+            outputs = layers.Activation("linear", dtype="float32")(network(outputs))
+    except ValueError as error:
+        raise errors.UserError(
+            f"--model {args.model} cannot take images of {height}x{width} ({error}): pass --image-size, such as 224"
+        ) from error
+    return keras.Model(pixels, outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: one file holds the whole training state. Order of samples, augmentation, dropout and learning rate are
+# functions of (seed, epoch, step) and need no place in it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(args, data, model, history):
+    """Write the training state after the last epoch of `history`."""
+    epoch = len(history)
+    checkpoint = {
+        # The rest of the .keras archive: the model, the optimizer and its loss scaler.
+        "epoch": epoch,
+        "history": history,
+        "job": data.describe_job(args),
+        "flags": {flag: str(value) for flag, value in vars(args).items()},
+    }
+    path = args.checkpoint_path / CHECKPOINT.format(epoch)
+    with checkpoints.atomic_write(path) as file, tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder, "model.keras")  # Keras takes no other ending
+        model.save(archive)
+        with zipfile.ZipFile(archive, "a") as members:
+            members.writestr("checkpoint.json", json.dumps(checkpoint))
+        with open(archive, "rb") as saved:
+            shutil.copyfileobj(saved, file)
+    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, args.keep_checkpoints)
+
+
+def load_checkpoint(args, data, model):
+    """Restore the newest checkpoint; return the number of finished epochs and their history: 0 and [] without one."""
+
+    def read(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError(f"{archive.testzip()} is damaged")
+            return json.loads(archive.read("checkpoint.json"))
+
+    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read)
+    if found is None:
+        return 0, []
+    epoch, path, checkpoint = found
+    checkpoints.check_same_job(path, checkpoint["job"], data.describe_job(args))
+    model.optimizer.build(model.trainable_variables)  # before that there is nothing to load its state into
+    model.load_weights(path)  # the weights and the optimizer's state; nothing in the file is executed
+    report.log(f"Resuming training from {path.name}")
+    return epoch, checkpoint["history"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EpochEnd(keras.callbacks.Callback):
+    """Logs, evaluates and saves a checkpoint after each epoch; makes each step a function of (seed, step)."""
+
+    def __init__(self, args, data, history, steps_per_epoch):
+        super().__init__()
+        self.args, self.data, self.history, self.steps_per_epoch = args, data, history, steps_per_epoch
+
+    def on_train_begin(self, logs=None):
+        self.seed_states = [variable for variable in self.model.variables if "seed_generator_state" in variable.path]
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.started, self.first_step = time.perf_counter(), epoch * self.steps_per_epoch
+        self.bar = report.progress_bar(epoch + 1, self.steps_per_epoch)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        step = self.first_step + batch
+        for state in self.seed_states:
+            state.assign([state[0], steps.step_seed(self.args.seed, step)])
+        total_steps = self.args.epochs * self.steps_per_epoch
+        self.model.optimizer.learning_rate = steps.learning_rate(self.args, step, total_steps)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bar.update()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.bar.close()
+        seconds = time.perf_counter() - self.started
+        metrics = {"loss": logs["loss"], "accuracy": logs["accuracy"]}
+        validation = evaluate(self.args, self.data, self.model)
+        num_samples = len(self.data.train_labels)
+        self.history.append(report.log_epoch(epoch + 1, metrics, validation, seconds, num_samples))
+        save_checkpoint(self.args, self.data, self.model, self.history)
+
+
+def train(args, data, model):
+    """Train up to `--epochs` in total; return the number of epochs finished before, and the history of all."""
+    initial_epoch, history = load_checkpoint(args, data, model)
+    report.log_start(initial_epoch, args.epochs)
+    steps_per_epoch = steps.steps_per_epoch(len(data.train_labels), args.batch_size)
+
+    def batches():
+        for epoch in itertools.count(initial_epoch + 1):  # Keras looks one batch ahead
+            yield from steps.training_batches(data.train_images, data.train_labels, args, epoch)
+
+    if initial_epoch < args.epochs:
+        model.fit(
+            make_dataset(data, batches),
+            epochs=args.epochs,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            callbacks=[EpochEnd(args, data, history, steps_per_epoch)],
+            shuffle=False,
+            verbose=0,
+        )
+    return initial_epoch, history
+
+
+def evaluate(args, data, model):
+    """Return loss and accuracy over all validation samples, each counted once."""
+    batches = make_dataset(data, lambda: steps.validation_batches(data.validation_images, data.validation_labels, args))
+    num_steps = steps.steps_per_epoch(len(data.validation_labels), args.batch_size)
+    metrics = model.evaluate(batches, steps=num_steps, verbose=0, return_dict=True)
+    return {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}
+
+
+def make_dataset(data, batches):
+    """Return the batches that the function `batches` yields as a `tf.data.Dataset`."""
+    image_spec = tf.TensorSpec([None, *data.image_shape], data.train_images.dtype)
+    label_spec = tf.TensorSpec([None], tf.int64)
+    return tf.data.Dataset.from_generator(batches, output_signature=(image_spec, label_spec)).prefetch(2)
+
+
+def export_model(args, data, model):
+    """Write `1/`, a SavedModel, for SageMaker's TensorFlow serving container."""
+    model.export(args.model_dir / "1", verbose=False)
+    report.log(f"Model: {args.model_dir / '1'}")
+
+
+def main(args):
+    """Train and write the model and its metrics."""
+    checkpoints.prepare_folders(args, CHECKPOINT)
+    keras.utils.set_random_seed(args.seed)
+    strategy = choose_device(args)
+    data = load_data(args)
+    with strategy.scope():
+        model = build_model(args, data)
+        model.compile(
+            optimizer=keras.optimizers.SGD(
+                args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay or None
+            ),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+    initial_epoch, history = train(args, data, model)
+    export_model(args, data, model)
+    report.write_results(args, history, initial_epoch, class_names=data.class_names)
+
+
+if __name__ == "__main__":
+    errors.run(main, args)

@@ -1,0 +1,144 @@
+"""The folder of checkpoints: which file is the newest, and that no write ever harms one."""
+
+import errno
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from common import checkpoints
+from common.errors import UserError
+
+PATTERN = "checkpoint-{}.pt"
+FOREIGN = st.one_of(
+    st.sampled_from(
+        [
+            "checkpoint-7.pt.sagemaker-uploading",
+            "checkpoint-7.pt.sagemaker-uploaded",
+            "checkpoint-8.pt.sagemaker-ignore",
+            "checkpoint-9.pth",
+            "checkpoint-010.pt",
+            "checkpoint-+11.pt",
+            "checkpoint-12-3.pt",
+            "checkpoint-.pt",
+            "checkpoint-1٣.pt",  # an Arabic digit, which \d and int() take
+            "xcheckpoint-13.pt",
+            "checkpoint-14xpt",
+            "Checkpoint-15.pt",
+            "checkpoint-16.pt\n",
+            "model.pth",
+        ]
+    ),
+    st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=20).filter(
+        lambda name: name not in (".", "..") and not re.fullmatch("checkpoint-(0|[1-9][0-9]*)[.]pt", name)
+    ),
+)
+
+
+def write(folder, *names, content=b"x"):
+    for name in names:
+        Path(folder, name).write_bytes(content)
+
+
+@given(st.sets(st.integers(0, 10**12), max_size=8), st.sets(FOREIGN, max_size=8))
+@example({9, 10, 100}, {"checkpoint-11.pt.sagemaker-ignore"})
+def test_checkpoints_are_found_by_number_whatever_else_lies_there(numbers, foreign):
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, *(PATTERN.format(number) for number in numbers), *foreign)
+        found = checkpoints.find_checkpoints(folder, PATTERN)
+    assert found == [(number, Path(folder, f"checkpoint-{number}.pt")) for number in sorted(numbers, reverse=True)]
+
+
+def test_a_folder_with_the_name_of_a_checkpoint_is_none(tmp_path):
+    (tmp_path / "checkpoint-5.pt").mkdir()
+    assert checkpoints.find_checkpoints(tmp_path, PATTERN) == []
+
+
+def test_the_xgboost_container_names_are_found_from_zero(tmp_path):
+    write(tmp_path, "xgboost-checkpoint.0", "xgboost-checkpoint.10", "xgboost-checkpoint.9", "xgboost-checkpointx11")
+    assert [number for number, _ in checkpoints.find_checkpoints(tmp_path, "xgboost-checkpoint.{}")] == [10, 9, 0]
+
+
+@given(st.dictionaries(st.integers(0, 99), st.booleans(), max_size=8))
+def test_the_newest_readable_checkpoint_is_used(readable):
+    def read(path):
+        if path.read_bytes() != b"good":
+            raise RuntimeError("damaged")
+        return path.name
+
+    with tempfile.TemporaryDirectory() as folder:
+        for number, good in readable.items():
+            write(folder, PATTERN.format(number), content=b"good" if good else b"bad")
+        if not readable:
+            assert checkpoints.read_newest_checkpoint(folder, PATTERN, read) is None
+        elif not any(readable.values()):
+            with pytest.raises(UserError, match=r"none of the checkpoints .* can be read") as caught:
+                checkpoints.read_newest_checkpoint(folder, PATTERN, read)
+            assert all(PATTERN.format(number) in str(caught.value) for number in readable)
+        else:
+            newest = max(number for number, good in readable.items() if good)
+            path = Path(folder, PATTERN.format(newest))
+            assert checkpoints.read_newest_checkpoint(folder, PATTERN, read) == (newest, path, path.name)
+        assert len(os.listdir(folder)) == len(readable)  # the damaged ones are left for inspection
+
+
+def test_an_empty_checkpoint_is_named_and_not_read(tmp_path, capsys):
+    write(tmp_path, "checkpoint-1.pt")
+    write(tmp_path, "checkpoint-2.pt", content=b"")
+    assert checkpoints.read_newest_checkpoint(tmp_path, PATTERN, Path.read_bytes)[0] == 1
+    assert (
+        "Cannot read checkpoint-2.pt, trying the one before: ValueError: the file is empty" in capsys.readouterr().out
+    )
+
+
+def test_atomic_write_shows_the_name_only_with_the_whole_content(tmp_path):
+    path = tmp_path / "checkpoint-1.pt"
+    with checkpoints.atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1.pt.sagemaker-ignore"]
+        file.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
+def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "checkpoint-1.pt"
+    write(tmp_path, path.name, content=b"earlier")
+
+    def fail():
+        with checkpoints.atomic_write(path) as file:
+            file.write(b"half")
+            raise error
+
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as caught:
+        fail()
+    if expected is UserError:
+        assert f"cannot write {path}: No space left on device" in str(caught.value)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"earlier"
+
+
+def test_old_checkpoints_are_removed_except_those_being_uploaded(tmp_path):
+    write(tmp_path, *(PATTERN.format(number) for number in range(1, 13)), "checkpoint-x.pt")
+    write(tmp_path, "checkpoint-2.pt.sagemaker-uploading")
+    write(tmp_path, "checkpoint-3.pt.sagemaker-uploading", "checkpoint-3.pt.sagemaker-uploaded")
+    checkpoints.remove_old_checkpoints(tmp_path, PATTERN, 0)
+    assert len(checkpoints.find_checkpoints(tmp_path, PATTERN)) == 12
+    checkpoints.remove_old_checkpoints(tmp_path, PATTERN, 3)
+    assert [number for number, _ in checkpoints.find_checkpoints(tmp_path, PATTERN)] == [12, 11, 10, 2]
+    assert (tmp_path / "checkpoint-x.pt").exists()
+
+
+def test_another_job_is_named_with_the_old_and_the_new_value():
+    saved = {"--model": "cnn", "number of classes": 10}
+    checkpoints.check_same_job("checkpoint-5.pt", saved, dict(saved))
+    with pytest.raises(UserError) as caught:
+        checkpoints.check_same_job("checkpoint-5.pt", saved, {"--model": "resnet18", "number of classes": 3})
+    assert "--model was cnn and is now resnet18; number of classes was 10 and is now 3" in str(caught.value)

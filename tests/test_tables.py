@@ -1,0 +1,129 @@
+"""Reading CSV, LIBSVM and Parquet files, and one clear line for each mistake in them."""
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+from scipy import sparse
+from sklearn.datasets import dump_svmlight_file, load_digits
+
+from common import flags, tables
+from common.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The digits with the label first, as SageMaker's algorithms want it: (1797, 65)."""
+    bunch = load_digits()
+    return np.column_stack([bunch.target, bunch.data]).astype(np.float32)
+
+
+def load(**changes):
+    args = flags.xgboost_flags().parse_args([])
+    vars(args).update({"train": None, "validation": None, **changes})
+    return tables.load_tables(args)
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savetxt(path, rows, fmt="%g", delimiter=",")
+
+
+def write_libsvm(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dump_svmlight_file(rows[:, 1:], rows[:, 0], str(path), zero_based=True)
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({f"column-{index}": column for index, column in enumerate(rows.T)}), path)
+
+
+def dense(table):
+    features = table.features.toarray() if sparse.issparse(table.features) else table.features
+    return np.column_stack([table.labels, features])
+
+
+WRITERS = {"csv": write_csv, "libsvm": write_libsvm, "txt": write_libsvm, "parquet": write_parquet}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_many_files_in_nested_folders_are_one_table(tmp_path, rows, suffix):
+    for index, part in enumerate(np.array_split(rows, 5)):
+        WRITERS[suffix](tmp_path / "train" / f"day={index}" / f"part.{suffix}", part)
+    WRITERS[suffix](tmp_path / "validation" / f"all.{suffix}", rows[:100])
+    (tmp_path / "train/_SUCCESS").touch()
+    (tmp_path / "train/notes.md").touch()
+    data = load(train=tmp_path / "train", validation=tmp_path / "validation")
+    np.testing.assert_array_equal(dense(data.train), rows)
+    np.testing.assert_array_equal(dense(data.validation), rows[:100])
+    assert data.train.labels.dtype == data.train.features.dtype == np.float32
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_tenth_is_held_out(tmp_path, rows, suffix):
+    WRITERS[suffix](tmp_path / f"all.{suffix}", rows)
+    data = load(train=tmp_path)
+    assert (len(data.train.labels), len(data.validation.labels)) == (1618, 179)
+    together = np.concatenate([dense(data.train), dense(data.validation)])
+    np.testing.assert_array_equal(together[np.lexsort(together.T)], rows[np.lexsort(rows.T)])
+    np.testing.assert_array_equal(dense(load().validation), dense(data.validation))  # the built-in digits are the same
+
+
+def test_an_empty_field_is_a_missing_value(tmp_path):
+    (tmp_path / "data.csv").write_text("0,1.5,\n1,,2.5\n0,3,4\n1,5,6\n")
+    data = load(train=tmp_path, validation=tmp_path)
+    np.testing.assert_array_equal(dense(data.train), [[0, 1.5, np.nan], [1, np.nan, 2.5], [0, 3, 4], [1, 5, 6]])
+
+
+def test_libsvm_files_of_different_widths_fit_together(tmp_path):
+    for name, text in (("train", "1 0:1 3:2\n0 1:5\n"), ("validation", "1 7:1\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.libsvm").write_text(text)
+    data = load(train=tmp_path / "train", validation=tmp_path / "validation")
+    assert data.train.features.shape == (2, 8)
+    assert data.validation.features.shape == (1, 8)
+    np.testing.assert_array_equal(data.train.features.toarray()[0], [1, 0, 0, 2, 0, 0, 0, 0])
+
+
+MISTAKES = {
+    "empty folder": ({}, ["--train", "holds nothing", ".csv", ".libsvm", ".parquet"]),
+    "other files": ({"a.json": "{}"}, ["holds a.json", ".csv"]),
+    "short row": ({"a.csv": "0,1,2\n1,2\n0,1,2\n"}, ["a.csv", "#2", "Expected 3 columns, got 2"]),
+    "long row": ({"a.csv": "0,1,2\n1,2,3\n0,1,2,4\n"}, ["a.csv", "#3", "Expected 3 columns, got 4"]),
+    "header": ({"a.csv": "label,x\n1,2\n"}, ["a.csv", "'label'", "no header"]),
+    "text": ({"a.csv": "1,2\n1,red\n"}, ["a.csv", "'red'"]),
+    "no rows": ({"a.csv": ""}, ["a.csv", "Empty CSV file"]),
+    "no label": ({"a.csv": "1,2\n,3\n"}, ["without a label"]),
+    "other width": ({"a.csv": "1,2\n", "b.csv": "1,2,3\n"}, ["a.csv has 2 columns", "b.csv has 3 columns"]),
+    "mixed kinds": ({"a.csv": "1,2\n", "b.libsvm": "1 1:2\n"}, ["mix CSV and LIBSVM files"]),
+    "no libsvm": ({"a.libsvm": "1 1:2\n1 two:2\n"}, ["a.libsvm", "label index:value"]),
+    "no parquet": ({"a.parquet": "nothing"}, ["a.parquet", "cannot read"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_the_data_is_told_with_its_place(tmp_path, name):
+    files, parts = MISTAKES[name]
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(train=tmp_path)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_the_line_is_named_in_a_large_file_too(tmp_path, rows):
+    write_csv(tmp_path / "a.csv", np.tile(rows, (20, 1)))
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write("1,2,3\n")
+    with pytest.raises(UserError, match=f"#{20 * len(rows) + 1}: Expected 65 columns, got 3"):
+        load(train=tmp_path)
+
+
+def test_validation_must_be_as_wide_as_the_training_data(tmp_path, rows):
+    write_csv(tmp_path / "train/a.csv", rows)
+    write_csv(tmp_path / "validation/a.csv", rows[:, :-1])
+    with pytest.raises(UserError, match="--train has 64 columns, but --validation has 63"):
+        load(train=tmp_path / "train", validation=tmp_path / "validation")

@@ -1,0 +1,211 @@
+"""Train boosted trees with XGBoost, save a checkpoint after every epoch, and go on from the newest one.
+
+Train:      python xgboost/train.py
+Resume:     python xgboost/train.py                (the same command: the newest checkpoint is found)
+SageMaker:  XGBoost(entry_point="train.py", source_dir="xgboost", checkpoint_s3_uri="s3://...", ...)
+
+An epoch is one boosting round. Reads CSV, LIBSVM or Parquet files (--train, --validation); writes checkpoints
+(--checkpoint-path), the trained model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flags.
+"""
+
+import json
+import time
+
+from common import checkpoints, errors, flags, report, tables
+
+CHECKPOINT = "xgboost-checkpoint.{}"  # the last boosting round, counted from 0, as in SageMaker's own XGBoost container
+
+
+def parse_args(argv=None):
+    """Return the flags of this script."""
+    return flags.xgboost_flags().parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
+
+with errors.framework("XGBoost", "Install it with: pip install xgboost"):
+    import numpy as np
+    import xgboost as xgb
+
+
+def choose_device(args):
+    """Return where to compute; it changes the speed, never which data or how many epochs."""
+    device = "cpu"
+    if args.device != "cpu" and args.num_gpus != 0:
+        with xgb.config_context(verbosity=0):  # XGBoost falls back to the CPU where it finds no GPU
+            probe = xgb.train({"device": "cuda"}, xgb.DMatrix(np.zeros((2, 1)), np.arange(2)), 1)
+        device = json.loads(probe.save_config())["learner"]["generic_param"]["device"].split(":")[0]
+    if args.device == "cuda" and device != "cuda":
+        raise errors.UserError("--device cuda: XGBoost finds no GPU here; use --device auto or cpu")
+    report.log(f"Device: {device}")
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and model: replace the bodies of these two functions with your own. Nothing else knows what is trained.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_data(args):
+    """Return a `tables.Dataset`: float32 or sparse features (n, columns) and float32 labels (n,)."""
+    return tables.load_tables(args)
+
+
+def build_model(args, data):
+    """Return XGBoost's parameters; objective, number of classes and metrics follow from the labels where not given."""
+    names = "booster tree_method eta gamma max_depth max_leaves max_bin grow_policy min_child_weight max_delta_step"
+    names += " subsample colsample_bytree colsample_bylevel colsample_bynode lambda alpha nthread seed"
+    names += " rate_drop skip_drop" if args.booster == "dart" else ""
+    model = {name: getattr(args, name) for name in names.split()}
+    model["seed_per_iteration"] = True  # row and column samples are a function of (seed, round)
+
+    classes = np.unique(data.train.labels)
+    if len(classes) < 2:
+        raise errors.UserError(f"--train {args.train} has one label only ({classes[0]:g}): expected two or more")
+    is_classification = len(classes) <= 100 and np.array_equal(classes, np.arange(len(classes)))
+    chosen = "reg:squarederror"
+    if is_classification:
+        chosen = "binary:logistic" if len(classes) == 2 else "multi:softprob"
+    model["objective"] = args.objective or chosen
+    if model["objective"].startswith("multi:"):
+        model["num_class"] = args.num_class or int(classes[-1]) + 1
+    if model["objective"].startswith("binary:"):
+        model["scale_pos_weight"] = args.scale_pos_weight
+    metrics = {"multi": "mlogloss,merror", "binary": "logloss,error", "reg": "rmse"}
+    wanted = args.eval_metric or metrics.get(model["objective"].split(":")[0], "")
+    model["eval_metric"] = [metric for metric in wanted.split(",") if metric]
+    described = " ".join(f"{key}={model[key]}" for key in ("objective", "num_class", "eval_metric") if key in model)
+    report.log(f"Labels: {len(classes)} values from {classes[0]:g} to {classes[-1]:g}; {described}")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: one file holds the whole training state, the trees. Row and column samples are functions of
+# (seed, round) and need no place in it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(args, booster, history):
+    """Write the training state after the last boosting round."""
+    epoch = booster.num_boosted_rounds()
+    checkpoint = {
+        # The rest of the file: the trees, the objective and its parameters.
+        "epoch": epoch,
+        "history": history,
+        "flags": {flag: str(value) for flag, value in vars(args).items()},
+    }
+    booster.set_attr(checkpoint=json.dumps(checkpoint))
+    with checkpoints.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch - 1)) as file:
+        file.write(booster.save_raw("ubj"))
+    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, args.keep_checkpoints)
+
+
+def load_checkpoint(args, data, model):
+    """Return the number of finished epochs, their history and the booster of the newest checkpoint: 0, [] and None."""
+
+    def read(path):
+        booster = xgb.Booster(model_file=bytearray(path.read_bytes()))
+        if CHECKPOINT.format(booster.num_boosted_rounds() - 1) != path.name:
+            raise ValueError(f"it holds {booster.num_boosted_rounds()} rounds, which its name denies")
+        return booster
+
+    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read)
+    if found is None:
+        return 0, [], None
+    last_round, path, booster = found
+    learner = json.loads(booster.save_config())["learner"]
+    saved = {
+        "--objective": learner["objective"]["name"],
+        "number of classes": int(learner["learner_model_param"]["num_class"]),
+        "number of columns": booster.num_features(),
+    }
+    current = (model["objective"], model.get("num_class", 0), data.train.features.shape[1])
+    checkpoints.check_same_job(path, saved, dict(zip(saved, current)))
+    report.log(f"Resuming training from {path.name}")
+    # A checkpoint of SageMaker's own XGBoost container has no history.
+    return last_round + 1, json.loads(booster.attr("checkpoint") or '{"history": []}')["history"], booster
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EpochEnd(xgb.callback.TrainingCallback):
+    """Logs, evaluates and saves a checkpoint after each boosting round."""
+
+    def __init__(self, args, data, history):
+        super().__init__()
+        self.args, self.data, self.history = args, data, history
+
+    def before_iteration(self, model, epoch, evals_log):
+        self.started = time.perf_counter()
+        return False
+
+    def after_iteration(self, model, epoch, evals_log):
+        seconds = time.perf_counter() - self.started
+        metrics, validation = evaluate(evals_log["train"]), evaluate(evals_log["validation"])
+        num_samples = len(self.data.train.labels)
+        self.history.append(report.log_epoch(model.num_boosted_rounds(), metrics, validation, seconds, num_samples))
+        save_checkpoint(self.args, model, self.history)
+        return False  # True would end the training
+
+
+def train(args, data, model, device):
+    """Train up to `--num-round` in total; return the number of rounds finished before, the history and the booster."""
+    initial_epoch, history, booster = load_checkpoint(args, data, model)
+    report.log_start(initial_epoch, args.epochs)
+    if initial_epoch >= args.epochs:
+        return initial_epoch, history, booster
+    try:
+        if args.tree_method in ("auto", "hist"):
+            training = xgb.QuantileDMatrix(*data.train, max_bin=args.max_bin)
+            validation = xgb.QuantileDMatrix(*data.validation, max_bin=args.max_bin, ref=training)
+        else:
+            training, validation = xgb.DMatrix(*data.train), xgb.DMatrix(*data.validation)
+        booster = xgb.train(
+            {**model, "device": device},
+            training,
+            num_boost_round=args.epochs - initial_epoch,
+            evals=[(training, "train"), (validation, "validation")],
+            xgb_model=booster,
+            callbacks=[EpochEnd(args, data, history)],
+            verbose_eval=False,
+        )
+    except xgb.core.XGBoostError as error:
+        reason = str(error).splitlines()[0]
+        raise errors.UserError(f"XGBoost cannot train with these flags and data: {reason}") from error
+    return initial_epoch, history, booster
+
+
+def evaluate(metrics):
+    """Return the newest value of each of XGBoost's metrics, under the names that all the scripts use."""
+    newest = {name: values[-1] for name, values in metrics.items()}
+    names = {"logloss": "loss", "mlogloss": "loss", "error": "accuracy", "merror": "accuracy"}
+    return {
+        names.get(name, name): 1 - value if names.get(name) == "accuracy" else value for name, value in newest.items()
+    }
+
+
+def export_model(args, booster):
+    """Write `xgboost-model`, for SageMaker's XGBoost serving container."""
+    booster.set_attr(checkpoint=None)  # times are not part of the model
+    with checkpoints.atomic_write(args.model_dir / "xgboost-model") as file:
+        file.write(booster.save_raw("ubj"))
+    report.log(f"Model: {args.model_dir / 'xgboost-model'}")
+
+
+def main(args):
+    """Train and write the model and its metrics."""
+    checkpoints.prepare_folders(args, CHECKPOINT)
+    device = choose_device(args)
+    data = load_data(args)
+    model = build_model(args, data)
+    initial_epoch, history, booster = train(args, data, model, device)
+    export_model(args, booster)
+    report.write_results(args, history, initial_epoch)
+
+
+if __name__ == "__main__":
+    errors.run(main, args)
