@@ -27,9 +27,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
-with errors.framework(
-    "MXNet", "MXNet 1.9.1 exists for Linux on x86-64 and Python up to 3.12: pip install mxnet==1.9.1"
-):
+with errors.framework("MXNet", "It exists for Linux on x86-64 and Python up to 3.12: pip install mxnet==1.9.1"):
     np.bool = bool  # MXNet uses this name, which NumPy dropped in 1.24
     import mxnet as mx
     from mxnet import autograd, gluon
@@ -84,9 +82,7 @@ def build_model(args, data):
             model.add(Normalize(data, num_channels=3), network)
     model.initialize(mx.init.Xavier())
     try:
-        model(
-            mx.nd.zeros((1, channels, height, width))
-        ).wait_to_read()  # the shapes of the weights follow from the input
+        model(mx.nd.zeros((1, channels, height, width))).wait_to_read()  # also finds the shapes of the weights
     except (mx.base.MXNetError, ValueError) as error:
         raise errors.UserError(
             f"--model {args.model} cannot take images of {height}x{width} ({str(error).splitlines()[-1]}): "
@@ -101,9 +97,8 @@ class Normalize(gluon.HybridBlock):
     def __init__(self, data, num_channels=None):
         super().__init__()
         mean, deviation = data.channel_statistics()
-        self.repeats = (
-            num_channels // len(mean) if num_channels else 1
-        )  # the zoo's networks want three: grey is repeated
+        # The zoo's networks want three channels: grey is repeated.
+        self.repeats = num_channels // len(mean) if num_channels else 1
         self.mean = self.params.get_constant("mean", mean.reshape(1, -1, 1, 1))
         self.deviation = self.params.get_constant("deviation", deviation.reshape(1, -1, 1, 1))
 
@@ -128,14 +123,12 @@ def save_checkpoint(args, data, model, optimizer, history):
         "job": data.describe_job(args),
         "flags": {flag: str(value) for flag, value in vars(args).items()},
     }
-    arrays = {
-        f"model/{name}": parameter.data(parameter.list_ctx()[0]) for name, parameter in model.collect_params().items()
-    }
+    mx.nd.waitall()  # with static memory the statistics of batch normalisation would be those of an earlier step
+    arrays = {f"model/{name}": parameter._reduce() for name, parameter in model.collect_params().items()}
     # Not the optimizer's own save_states(): that is a pickle, and loading a pickle can execute anything.
     states = optimizer._updaters[0].states
     arrays.update({f"optimizer/{index}": state for index, state in states.items() if state is not None})
     arrays["checkpoint.json"] = mx.nd.array(np.frombuffer(json.dumps(checkpoint).encode(), np.uint8), dtype=np.uint8)
-    mx.nd.waitall()  # with static memory the statistics of batch normalisation would be those of an earlier step
     with checkpoints.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
         try:
             mx.nd.save(file.name, arrays)
@@ -256,7 +249,8 @@ def main(args):
     data = load_data(args)
     model = build_model(args, data)
     model.collect_params().reset_ctx(devices)
-    model.hybridize(static_alloc=True, static_shape=True)
+    static = len(devices) == 1  # with several, batch normalisation would validate with stale statistics
+    model.hybridize(static_alloc=static, static_shape=static)
     initial_epoch, history = train(args, data, model, devices)
     export_model(args, data, model)
     report.write_results(args, history, initial_epoch, class_names=data.class_names)

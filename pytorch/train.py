@@ -8,6 +8,7 @@ Reads class folders of images or arrays (--train, --validation); writes checkpoi
 model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flags.
 """
 
+import io
 import time
 
 from common import checkpoints, errors, flags, images, report, steps
@@ -107,8 +108,10 @@ def save_checkpoint(args, data, model, optimizer, scaler, history):
         "job": data.describe_job(args),
         "flags": {flag: str(value) for flag, value in vars(args).items()},
     }
+    content = io.BytesIO()  # PyTorch does not say that a disk is full; Python does
+    torch.save(checkpoint, content)
     with checkpoints.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
-        torch.save(checkpoint, file)
+        file.write(content.getbuffer())
     checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, args.keep_checkpoints)
 
 

@@ -152,7 +152,7 @@ class EpochEnd(keras.callbacks.Callback):
         self.args, self.data, self.history, self.steps_per_epoch = args, data, history, steps_per_epoch
 
     def on_train_begin(self, logs=None):
-        self.seed_states = [variable for variable in self.model.variables if "seed_generator_state" in variable.path]
+        self.seed_states = seed_states(self.model)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.started, self.first_step = time.perf_counter(), epoch * self.steps_per_epoch
@@ -178,8 +178,17 @@ class EpochEnd(keras.callbacks.Callback):
         save_checkpoint(self.args, self.data, self.model, self.history)
 
 
-def train(args, data, model):
+def train(args, data, model, strategy):
     """Train up to `--epochs` in total; return the number of epochs finished before, and the history of all."""
+    with strategy.scope():
+        weight_decay = args.weight_decay or None
+        optimizer = keras.optimizers.SGD(args.learning_rate, momentum=args.momentum, weight_decay=weight_decay)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer, loss, metrics=["accuracy"])
+        if strategy.num_replicas_in_sync > 1:
+            # Left to itself, Keras 3.15 fails where the first batch cannot be split evenly over the GPUs.
+            model._symbolic_build(data_batch=(data.train_images[:1], data.train_labels[:1]))
+            model._maybe_symbolic_build = lambda **_: None
     initial_epoch, history = load_checkpoint(args, data, model)
     report.log_start(initial_epoch, args.epochs)
     steps_per_epoch = steps.steps_per_epoch(len(data.train_labels), args.batch_size)
@@ -209,6 +218,11 @@ def evaluate(args, data, model):
     return {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}
 
 
+def seed_states(model):
+    """Return the variables that dropout draws from: two numbers each, the seed and a counter."""
+    return [variable for variable in model.variables if "seed_generator_state" in variable.path]
+
+
 def make_dataset(data, batches):
     """Return the batches that the function `batches` yields as a `tf.data.Dataset`."""
     image_spec = tf.TensorSpec([None, *data.image_shape], data.train_images.dtype)
@@ -218,6 +232,8 @@ def make_dataset(data, batches):
 
 def export_model(args, data, model):
     """Write `1/`, a SavedModel, for SageMaker's TensorFlow serving container."""
+    for state in seed_states(model):
+        state.assign([state[0], 0])  # what the last step left there is not part of the model
     model.export(args.model_dir / "1", verbose=False)
     report.log(f"Model: {args.model_dir / '1'}")
 
@@ -230,14 +246,7 @@ def main(args):
     data = load_data(args)
     with strategy.scope():
         model = build_model(args, data)
-        model.compile(
-            optimizer=keras.optimizers.SGD(
-                args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay or None
-            ),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-        )
-    initial_epoch, history = train(args, data, model)
+    initial_epoch, history = train(args, data, model, strategy)
     export_model(args, data, model)
     report.write_results(args, history, initial_epoch, class_names=data.class_names)
 

@@ -90,9 +90,8 @@ def test_an_empty_checkpoint_is_named_and_not_read(tmp_path, capsys):
     write(tmp_path, "checkpoint-1.pt")
     write(tmp_path, "checkpoint-2.pt", content=b"")
     assert checkpoints.read_newest_checkpoint(tmp_path, PATTERN, Path.read_bytes)[0] == 1
-    assert (
-        "Cannot read checkpoint-2.pt, trying the one before: ValueError: the file is empty" in capsys.readouterr().out
-    )
+    logged = capsys.readouterr().out
+    assert "Cannot read checkpoint-2.pt, trying the one before: ValueError: the file is empty" in logged
 
 
 def test_atomic_write_shows_the_name_only_with_the_whole_content(tmp_path):

@@ -1,0 +1,107 @@
+"""The README tells the truth: its commands run and its table of flags is that of the scripts."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import flags
+from conftest import ROOT, environment
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def flags_table():
+    """Return the README's table of flags, made from the flags themselves."""
+    image, trees = (
+        {action.dest: action for action in p._actions} for p in (flags.image_flags("F"), flags.xgboost_flags())
+    )
+    rows = ["| Flag | Default | Scripts | Meaning |", "|---|---|---|---|"]
+    for name, action in {**image, **{key: trees[key] for key in trees if key not in image}}.items():
+        if name == "help":
+            continue
+        scripts = "all" if name in image and name in trees else "images" if name in image else "XGBoost"
+        defaults = [parser[name].default for parser in (image, trees) if name in parser]
+        default = str(defaults[0]) + (f" (XGBoost: {defaults[1]})" if name == "epochs" else "")
+        default = "" if defaults[0] is None else f"`{default}`".replace("output/F/", "output/<framework>/")
+        default = default.replace("False", "off").replace("['", '["').replace("']", '"]')
+        options = ", ".join(f"`{option}`" for option in action.option_strings)
+        if name == "epochs":
+            options += ", `--num-round` (XGBoost)"
+        choices = f" ({', '.join(action.choices)})" if action.choices else ""
+        rows.append(f"| {options} | {default} | {scripts} | {action.help}{choices} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_flags_is_that_of_the_scripts(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SM_", "SAGEMAKER_")):
+            monkeypatch.delenv(name)
+    assert flags_table() in README, f"The README's table of flags should be:\n\n{flags_table()}"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """Return a copy of the repository whose `.venv` is the environment of this test, with some photos in it."""
+    folder = tmp_path_factory.mktemp("clone") / "repository"
+    ignored = shutil.ignore_patterns(".git", ".venv", "output", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
+    (folder / ".venv").mkdir()
+    for path in Path(sys.prefix).iterdir():
+        (folder / ".venv" / path.name).symlink_to(path)
+    (folder / ".venv/installed").touch()
+    generator = np.random.default_rng(0)
+    for channel, count in (("train", 40), ("validation", 10)):
+        for name, colour in (("cats", 60), ("dogs", 180)):
+            (folder / "photos" / channel / name).mkdir(parents=True)
+            for index in range(count):
+                size = tuple(generator.integers(60, 120, 2))
+                pixels = (generator.normal(colour, 30, (*size, 3)).clip(0, 255)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / "photos" / channel / name / f"{index}.jpg")
+    return folder
+
+
+def test_the_commands_of_the_readme_run_as_they_stand(clone):
+    commands = [block for block in blocks("bash") if block != "make test\n"]  # that one runs this test
+    assert len(commands) == len(blocks("bash")) - 1 >= 4
+    script = "set -e\n" + "".join(commands)
+    finished = subprocess.run(
+        ["bash", "-c", script], cwd=clone, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("Starting training from epoch: 1\n") == 6
+    assert "Resuming training from checkpoint-5.pt\nStarting training from epoch: 6\n" in finished.stdout
+    for framework in ("pytorch", "tensorflow", "mxnet", "xgboost"):
+        assert (clone / "output" / framework / "data/metrics.json").is_file()
+    assert not any(path.is_symlink() for path in (clone / "my-job").rglob("*"))
+    assert (clone / "my-job/checkpoints/checkpoint-1.pt").is_file()
+
+
+def test_make_train_twice_leaves_nothing_to_train(clone):
+    for framework in ("pytorch", "xgboost"):
+        subprocess.run(["make", "train", f"FRAMEWORK={framework}"], cwd=clone, env=environment(), check=True)
+        again = subprocess.check_output(
+            ["make", "train", f"FRAMEWORK={framework}"], cwd=clone, env=environment(), text=True
+        )
+        assert "Nothing left to train" in again
+
+
+def test_the_python_of_the_readme_is_python():
+    assert len(blocks("python")) == 2
+    for block in blocks("python"):
+        compile(block, "README.md", "exec")
+
+
+def test_the_files_that_the_readme_names_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,552 @@
+"""Each script as its users run it: train, stop, run again, and find everything where it belongs."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT, checkpoint_name, environment, run, start
+
+MODEL_FILES = {
+    "pytorch": "model.pth",
+    "tensorflow": "1/variables/variables.data-00000-of-00001",
+    "mxnet": "model-0000.params",
+    "xgboost": "xgboost-model",
+}
+NUM_EPOCHS = 12
+
+
+def files(folder, framework):
+    return sorted(os.listdir(folder / "output" / framework / "checkpoints"))
+
+
+def names(framework, *epochs):
+    return sorted(checkpoint_name(framework, epoch) for epoch in epochs)
+
+
+def model_bytes(folder, framework):
+    """Return the bits of the exported model."""
+    path = folder / "output" / framework / "model" / MODEL_FILES[framework]
+    if framework != "tensorflow":
+        return path.read_bytes()
+    # Keras writes the variables a second time as `_all_variables`, in another order each time.
+    code = """
+import sys
+import tensorflow as tf
+reader = tf.train.load_checkpoint(sys.argv[1])
+for name in sorted(reader.get_variable_to_shape_map()):
+    if name.startswith("variables/"):
+        print(name, reader.get_tensor(name).tobytes().hex())
+"""
+    command = [sys.executable, "-c", code, str(path.with_name("variables"))]
+    printed = subprocess.check_output(command, stderr=subprocess.DEVNULL)
+    assert printed.count(b"variables/") > 10
+    return printed
+
+
+def history(folder, framework):
+    """Return the rows of history.csv without the columns that hold times."""
+    with open(folder / "output" / framework / "data/history.csv") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: row[key] for key in row if key not in ("seconds", "samples_per_second")} for row in rows]
+
+
+def metrics(folder, framework):
+    return json.loads((folder / "output" / framework / "data/metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """Return the folder of a framework's run of twelve epochs that nothing interrupted; each runs once."""
+    folders = {}
+
+    def folder_of(framework):
+        if framework not in folders:
+            folders[framework] = tmp_path_factory.mktemp(f"uninterrupted-{framework}")
+            result = run(framework, "--epochs", NUM_EPOCHS, cwd=folders[framework])
+            assert "Starting training from epoch: 1\n" in result.output
+            assert result.epochs == list(range(1, NUM_EPOCHS + 1))
+        return folders[framework]
+
+    return folder_of
+
+
+# Training and resuming ------------------------------------------------------------------------------------------------
+
+
+def test_the_default_flags_reach_the_promised_accuracy_and_then_nothing_is_left(framework, tmp_path):
+    first = run(framework, cwd=tmp_path)
+    num_epochs = 50 if framework == "xgboost" else 5
+    assert first.epochs == list(range(1, num_epochs + 1))
+    assert first.metric("validation_accuracy") >= (0.95 if framework == "xgboost" else 0.97)
+    assert files(tmp_path, framework) == names(framework, *range(1, num_epochs + 1))
+    assert not re.search("warn", first.errors, re.IGNORECASE) or framework == "tensorflow", first.errors
+    model, rows = model_bytes(tmp_path, framework), history(tmp_path, framework)
+
+    second = run(framework, cwd=tmp_path)
+    assert f"Resuming training from {checkpoint_name(framework, num_epochs)}\n" in second.output
+    assert f"Nothing left to train: {num_epochs} epochs are finished" in second.output
+    assert second.epochs == []
+    assert model_bytes(tmp_path, framework) == model
+    assert history(tmp_path, framework) == rows
+    assert metrics(tmp_path, framework)["initial_epoch"] == num_epochs
+
+
+def test_five_epochs_and_later_ten_leave_ten_files(framework, tmp_path, uninterrupted):
+    run(framework, "--epochs", 5, cwd=tmp_path)
+    assert files(tmp_path, framework) == names(framework, 1, 2, 3, 4, 5)
+    result = run(framework, "--epochs", 10, cwd=tmp_path)
+    assert f"Resuming training from {checkpoint_name(framework, 5)}\nStarting training from epoch: 6\n" in result.output
+    assert result.epochs == [6, 7, 8, 9, 10]
+    assert files(tmp_path, framework) == names(framework, *range(1, 11))
+    assert history(tmp_path, framework) == history(uninterrupted(framework), framework)[:10]
+    facts = metrics(tmp_path, framework)
+    assert (facts["epochs"], facts["initial_epoch"]) == (10, 5)
+    assert facts["validation_accuracy"] == pytest.approx(result.metric("validation_accuracy"), abs=1e-4)
+    assert facts["wall_seconds"] > facts["seconds"] > 0
+
+
+def test_twelve_starts_of_one_epoch_are_one_run_of_twelve(framework, tmp_path, uninterrupted):
+    checkpoints = tmp_path / "output" / framework / "checkpoints"
+    for epoch in range(1, NUM_EPOCHS + 1):
+        result = run(framework, "--epochs", epoch, cwd=tmp_path)
+        assert result.epochs == [epoch]
+        assert f"Starting training from epoch: {epoch}\n" in result.output
+        # What SageMaker, an editor or a crash may leave there must not confuse the next start.
+        (checkpoints / (checkpoint_name(framework, epoch) + ".sagemaker-uploaded")).touch()
+        (checkpoints / (checkpoint_name(framework, epoch + 1) + ".sagemaker-uploading")).touch()
+        (checkpoints / (checkpoint_name(framework, epoch + 2) + ".sagemaker-ignore")).write_bytes(b"half a file")
+        (checkpoints / f"{checkpoint_name(framework, 70)}.bak").write_bytes(b"foreign")
+        (checkpoints / f"my-{checkpoint_name(framework, 80)}").write_bytes(b"foreign")
+        (checkpoints / checkpoint_name(framework, 90)).mkdir(exist_ok=True)
+        assert not (checkpoints / (checkpoint_name(framework, epoch + 1) + ".sagemaker-ignore")).exists()
+    there = set(files(tmp_path, framework))
+    assert set(names(framework, *range(1, NUM_EPOCHS + 1))) <= there
+    assert checkpoint_name(framework, NUM_EPOCHS + 1) not in there
+    assert history(tmp_path, framework) == history(uninterrupted(framework), framework)
+    assert model_bytes(tmp_path, framework) == model_bytes(uninterrupted(framework), framework)
+
+
+def test_a_killed_run_goes_on_where_it_was(framework, tmp_path, uninterrupted):
+    with start(framework, "--epochs", NUM_EPOCHS, cwd=tmp_path) as process:
+        for line in process.stdout:
+            if line.startswith("epoch=3 "):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    result = run(framework, "--epochs", NUM_EPOCHS, cwd=tmp_path)
+    assert 3 <= result.epochs[0] < NUM_EPOCHS
+    assert result.epochs == list(range(result.epochs[0], NUM_EPOCHS + 1))
+    assert files(tmp_path, framework) == names(framework, *range(1, NUM_EPOCHS + 1))
+    assert history(tmp_path, framework) == history(uninterrupted(framework), framework)
+    assert model_bytes(tmp_path, framework) == model_bytes(uninterrupted(framework), framework)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(framework, tmp_path):
+    run(framework, "--epochs", 3, cwd=tmp_path)
+    checkpoints = tmp_path / "output" / framework / "checkpoints"
+    newest = checkpoints / checkpoint_name(framework, 3)
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    (checkpoints / checkpoint_name(framework, 9)).touch()
+    result = run(framework, "--epochs", 3, cwd=tmp_path)
+    assert f"Cannot read {checkpoint_name(framework, 9)}, trying the one before" in result.output
+    assert f"Cannot read {checkpoint_name(framework, 3)}, trying the one before" in result.output
+    assert f"Resuming training from {checkpoint_name(framework, 2)}\n" in result.output
+    assert result.epochs == [3]
+
+    for path in checkpoints.iterdir():
+        path.write_bytes(b"damaged")
+    line = run(framework, "--epochs", 4, cwd=tmp_path, code=1).error_line
+    assert "none of the checkpoints in" in line
+    assert "--checkpoint-path" in line
+    assert all(path.read_bytes() == b"damaged" for path in checkpoints.iterdir())
+
+
+def test_only_the_newest_checkpoints_are_kept_where_that_is_asked(framework, tmp_path):
+    run(framework, "--epochs", 4, "--keep-checkpoints", 2, cwd=tmp_path)
+    assert files(tmp_path, framework) == names(framework, 3, 4)
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_line_has_the_same_keys_in_all_scripts(framework, uninterrupted):
+    rows = history(uninterrupted(framework), framework)
+    assert list(rows[0]) == ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
+    assert [int(row["epoch"]) for row in rows] == list(range(1, NUM_EPOCHS + 1))
+    result = run(framework, "--epochs", 1, cwd=uninterrupted(framework), env=environment(PYTHONUNBUFFERED=""))
+    assert result.epochs == []  # nothing left: the files above stay as they are
+
+
+PREDICT = {
+    "pytorch": """
+import torch
+import train
+args = train.parse_args([])
+model = train.build_model(args, data)
+model.load_state_dict(torch.load(folder / "model.pth", weights_only=True))
+logits = model.eval()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).detach().numpy()
+""",
+    "tensorflow": """
+import tensorflow as tf
+logits = tf.saved_model.load(str(folder / "1")).signatures["serving_default"](tf.constant(pixels))
+logits = list(logits.values())[0].numpy()
+""",
+    "mxnet": """
+import json
+import numpy as np
+np.bool = bool
+import mxnet as mx
+shapes = json.loads((folder / "model-shapes.json").read_text())
+assert shapes == [{"name": "data", "shape": [1, 1, 8, 8]}]
+model = mx.gluon.SymbolBlock.imports(str(folder / "model-symbol.json"), ["data"], str(folder / "model-0000.params"))
+logits = model(mx.nd.array(pixels.transpose(0, 3, 1, 2))).asnumpy()
+""",
+    "xgboost": """
+import xgboost
+model = xgboost.Booster(model_file=folder / "xgboost-model")
+logits = model.predict(xgboost.DMatrix(data.validation.features))
+labels = data.validation.labels
+""",
+}
+
+
+def test_the_exported_model_has_the_logged_accuracy_in_a_fresh_process(framework, uninterrupted):
+    folder = uninterrupted(framework) / "output" / framework
+    load = "from common import flags, images; data = images.load_images(flags.image_flags('pytorch').parse_args([]))"
+    load += "\npixels, labels = data.validation_images[:], data.validation_labels"
+    if framework == "xgboost":
+        load = "from common import flags, tables; data = tables.load_tables(flags.xgboost_flags().parse_args([]))"
+    code = f"from pathlib import Path\nfolder = Path({str(folder / 'model')!r})\n{load}\n{PREDICT[framework]}\n"
+    code += "print((logits.argmax(1) == labels).mean())"
+    output = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=ROOT / framework, env=environment(), text=True, stderr=subprocess.DEVNULL
+    )
+    logged = metrics(uninterrupted(framework), framework)["validation_accuracy"]
+    assert float(output.splitlines()[-1]) == pytest.approx(logged, abs=1e-6)
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def save_images(folder, pixels, labels):
+    """Write one folder per class with PNG and JPEG files of 16 x 16 pixels."""
+    for index, (image, label) in enumerate(zip(pixels, labels)):
+        path = folder / f"digit-{label}" / f"{index}.{'png' if index % 2 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((16, 16)).save(path)
+
+
+def save_npz(folder, pixels, labels):
+    folder.mkdir()
+    np.savez(folder / "digits.npz", x=pixels / 255, y=labels)
+
+
+def save_npy(folder, pixels, labels):
+    folder.mkdir()
+    stem = "eval" if folder.name == "validation" else "train"
+    np.save(folder / f"{stem}_data.npy", pixels[..., np.newaxis].repeat(3, axis=3))
+    np.save(folder / f"{stem}_labels.npy", labels)
+
+
+@pytest.mark.parametrize("save", [save_images, save_npz, save_npy])
+def test_images_in_every_form(image_framework, tmp_path, digits, save):
+    pixels, labels = digits
+    save(tmp_path / "train", pixels[:200], labels[:200])
+    save(tmp_path / "validation", pixels[200:], labels[200:])
+    flags = ["--train", "train", "--validation", "validation", "--batch-size", 16, "--epochs", 6]
+    result = run(image_framework, *flags, cwd=tmp_path)
+    assert "200 training and 100 validation images" in result.output
+    assert result.metric("validation_accuracy") > 0.7
+
+
+@pytest.mark.parametrize("suffix", ["csv", "libsvm", "parquet"])
+def test_tables_in_every_form(tmp_path, suffix):
+    from test_tables import WRITERS
+
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(1000, 5))
+    rows = np.column_stack([(features[:, 0] * features[:, 1] > 0), features]).astype(np.float32)
+    for index, part in enumerate(np.array_split(rows, 4)):
+        WRITERS[suffix](tmp_path / ("validation" if index == 3 else "train") / f"part-{index}.{suffix}", part)
+    result = run("xgboost", "--train", "train", "--validation", "validation", cwd=tmp_path)
+    assert "objective=binary:logistic eval_metric=['logloss', 'error']" in result.output
+    assert result.metric("validation_accuracy") > 0.85
+
+
+def test_labels_that_are_not_classes_make_a_regression(tmp_path):
+    from test_tables import write_csv
+
+    features = np.random.default_rng(0).normal(size=(500, 3))
+    write_csv(tmp_path / "train/data.csv", np.column_stack([features.sum(1), features]))
+    result = run("xgboost", "--train", "train", "--num-round", 20, cwd=tmp_path)
+    assert "objective=reg:squarederror eval_metric=['rmse']" in result.output
+    assert list(history(tmp_path, "xgboost")[0]) == ["epoch", "train_rmse", "validation_rmse"]
+    assert result.metric("validation_rmse") < 0.6
+
+
+SAMPLING = ["--subsample", 0.7, "--colsample-bytree", 0.5, "--colsample-bynode", 0.7, "--nthread", 2]
+
+
+@pytest.mark.parametrize("flags", [SAMPLING, ["--booster", "dart", "--rate-drop", 0.3], ["--tree-method", "approx"]])
+def test_xgboost_resumes_exactly_also_with_sampling_and_dart(tmp_path, flags):
+    import xgboost
+
+    if tuple(map(int, xgboost.__version__.split(".")[:2])) < (3, 4) and flags[0] != "--tree-method":
+        pytest.skip("before XGBoost 3.4 row and column samples do not depend on the round alone")
+    for name, epochs in (("whole", [10]), ("parts", [3, 7, 10])):
+        (tmp_path / name).mkdir()
+        for number in epochs:
+            run("xgboost", "--num-round", number, *flags, cwd=tmp_path / name)
+    assert model_bytes(tmp_path / "whole", "xgboost") == model_bytes(tmp_path / "parts", "xgboost")
+    assert history(tmp_path / "whole", "xgboost") == history(tmp_path / "parts", "xgboost")
+
+
+def test_xgboost_goes_on_from_a_checkpoint_of_the_sagemaker_container(tmp_path):
+    """The container saves plain boosters, without our history in them."""
+    code = """
+import sys
+sys.path.insert(0, ".")
+import xgboost
+import train
+args = train.parse_args([])
+data = train.load_data(args)
+rows = xgboost.DMatrix(*data.train)
+booster = xgboost.train({"objective": "multi:softprob", "num_class": 10}, rows, 3)
+booster.save_model(sys.argv[1])
+"""
+    folder = tmp_path / "output/xgboost/checkpoints"
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-c", code, str(folder / "xgboost-checkpoint.2")]
+    subprocess.run(command, cwd=ROOT / "xgboost", check=True, capture_output=True)
+    result = run("xgboost", "--num-round", 5, cwd=tmp_path)
+    assert "Resuming training from xgboost-checkpoint.2\nStarting training from epoch: 4\n" in result.output
+    assert result.epochs == [4, 5]
+    assert [row["epoch"] for row in history(tmp_path, "xgboost")] == ["4", "5"]
+
+
+# Models and precision -------------------------------------------------------------------------------------------------
+
+ZOO = {"pytorch": "resnet18", "tensorflow": "MobileNetV2", "mxnet": "resnet18_v1"}
+
+
+def test_a_model_of_the_zoo_trains_and_resumes(image_framework, tmp_path, digits):
+    np.savez(tmp_path / "digits.npz", x=digits[0][:65], y=digits[1][:65])
+    flags = ["--train", ".", "--model", ZOO[image_framework], "--image-size", 32, "--batch-size", 32]
+    run(image_framework, *flags, "--epochs", 1, cwd=tmp_path)
+    assert run(image_framework, *flags, "--epochs", 2, cwd=tmp_path).epochs == [2]
+
+
+def test_bf16_trains_and_resumes_exactly(image_framework, tmp_path):
+    # Some virtual machines announce AMX, which oneDNN then uses for bf16, but stop a process that does.
+    env = environment(ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+    for name, epochs in (("whole", [2]), ("parts", [1, 2])):
+        (tmp_path / name).mkdir()
+        for number in epochs:
+            flags = ["--precision", "bf16", "--augment", "--epochs", number]
+            result = run(image_framework, *flags, cwd=tmp_path / name, env=env)
+    assert result.metric("validation_accuracy") > 0.6
+    assert model_bytes(tmp_path / "whole", image_framework) == model_bytes(tmp_path / "parts", image_framework)
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+
+def one_class(folder, digits):
+    save_images(folder, digits[0][:5], [0] * 5)
+
+
+def broken_image(folder, digits):
+    save_images(folder, *digits)
+    (folder / "digit-3/broken.jpg").write_bytes(b"not a photo")
+
+
+def wrong_lengths(folder, digits):
+    np.savez(folder / "digits.npz", x=digits[0], y=digits[1][:-1])
+
+
+def float_labels(folder, digits):
+    np.savez(folder / "digits.npz", x=digits[0], y=digits[1] + 0.5)
+
+
+def empty_folder(folder, digits):
+    pass
+
+
+def no_class_folders(folder, digits):
+    (folder / "photo.jpg").write_bytes(b"")
+
+
+IMAGE_MISTAKES = {
+    one_class: "one class only (digit-0)",
+    broken_image: "digit-3/broken.jpg",
+    wrong_lengths: "holds 300 images, but the labels have shape (299,)",
+    float_labels: "labels that are not integers",
+    empty_folder: "holds nothing: expected one folder per class",
+    no_class_folders: "holds photo.jpg: expected one folder per class",
+}
+
+
+@pytest.mark.parametrize("make", IMAGE_MISTAKES)
+def test_mistakes_in_the_images(image_framework, tmp_path, digits, make):
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data", digits)
+    line = run(image_framework, "--train", "data", cwd=tmp_path, code=1).error_line
+    assert "data" in line
+    assert IMAGE_MISTAKES[make] in line
+    assert files(tmp_path, image_framework) == []
+
+
+TABLE_MISTAKES = {
+    "0,1,2\n1,2,3\n0,1\n": "a.csv: CSV parse error: Row #3: Expected 3 columns, got 2",
+    "1,2\n1,3\n1,4\n": "one label only (1)",
+    "label,x\n1,2\n": "a.csv",
+}
+
+
+@pytest.mark.parametrize("text", TABLE_MISTAKES)
+def test_mistakes_in_the_tables(tmp_path, text):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.csv").write_text(text)
+    assert TABLE_MISTAKES[text] in run("xgboost", "--train", "data", cwd=tmp_path, code=1).error_line
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--train", "nowhere"], "--train nowhere is not a folder"),
+        (["--device", "cuda"], "--device cuda: "),
+        (["--checkpoint-path", "file/checkpoints"], "--checkpoint-path file/checkpoints cannot be written"),
+        (["--model-dir", "file/model"], "--model-dir file/model cannot be written"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(framework, tmp_path, flags, part):
+    (tmp_path / "file").touch()
+    result = run(framework, *flags, cwd=tmp_path, code=1, env=environment(CUDA_VISIBLE_DEVICES=""))
+    assert part in result.error_line
+    assert result.epochs == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"), [(["--epochs", 0], "--epochs"), (["--epohcs", 5], "did you mean --epochs?"), (["x"], "'x'")]
+)
+def test_usage_errors_exit_with_2(framework, tmp_path, flags, part):
+    assert part in run(framework, *flags, cwd=tmp_path, code=2).error_line
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unknown_model_is_told_with_the_nearest_names(image_framework, tmp_path):
+    line = run(image_framework, "--model", ZOO[image_framework] + "x", cwd=tmp_path, code=1).error_line
+    assert f"--model {ZOO[image_framework]}x is unknown" in line
+    assert ZOO[image_framework] in line.split("nearest are")[1]
+
+
+def test_images_too_small_for_the_model(image_framework, tmp_path):
+    model = {"pytorch": "vgg11", "tensorflow": "VGG16", "mxnet": "vgg11"}[image_framework]
+    line = run(image_framework, "--model", model, "--image-size", 4, cwd=tmp_path, code=1).error_line
+    assert f"--model {model} cannot take images of 4x4" in line
+    assert "--image-size" in line
+
+
+def test_a_checkpoint_of_another_model_or_other_classes_is_refused(image_framework, tmp_path, digits):
+    np.savez(tmp_path / "digits.npz", x=digits[0], y=digits[1])
+    run(image_framework, "--train", ".", "--epochs", 1, cwd=tmp_path)
+    line = run(
+        image_framework,
+        "--train",
+        ".",
+        "--model",
+        ZOO[image_framework],
+        "--image-size",
+        32,
+        "--epochs",
+        2,
+        cwd=tmp_path,
+        code=1,
+    ).error_line
+    assert f"--model was cnn and is now {ZOO[image_framework]}" in line
+    np.savez(tmp_path / "digits.npz", x=digits[0], y=digits[1] % 3)
+    line = run(image_framework, "--train", ".", "--epochs", 2, cwd=tmp_path, code=1).error_line
+    assert "number of classes was 10 and is now 3" in line
+    assert files(tmp_path, image_framework) == names(image_framework, 1)
+
+
+def test_a_checkpoint_of_other_classes_is_refused_by_xgboost(tmp_path):
+    for name, modulus in (("ten", 10), ("three", 3)):
+        (tmp_path / name).mkdir()
+        rows = "\n".join(f"{index % modulus},{index}" for index in range(100))
+        (tmp_path / name / "data.csv").write_text(rows)
+    run("xgboost", "--train", "ten", "--epochs", 1, cwd=tmp_path)
+    line = run("xgboost", "--train", "three", "--epochs", 2, cwd=tmp_path, code=1).error_line
+    assert "number of classes was 10 and is now 3" in line
+
+
+LIMIT_FILE_SIZE = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+limit = int(sys.argv.pop(0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 0.9999])
+def test_a_full_disk_harms_no_earlier_checkpoint_and_leaves_no_half_one(framework, tmp_path, share):
+    """A limit of the file size stands for the full disk: the write fails halfway in just the same way."""
+    run(framework, "--epochs", 1, cwd=tmp_path)
+    earlier = tmp_path / "output" / framework / "checkpoints" / checkpoint_name(framework, 1)
+    content = earlier.read_bytes()
+    limit = int(len(content) * share)
+    command = [sys.executable, "-c", LIMIT_FILE_SIZE, str(limit), str(ROOT / framework / "train.py"), "--epochs", "3"]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, finished.stderr
+    assert f"cannot write output/{framework}/checkpoints/{checkpoint_name(framework, 2)}" in lines[0]
+    assert "Traceback" not in finished.stderr
+    assert files(tmp_path, framework) == names(framework, 1)
+    assert earlier.read_bytes() == content
+    assert run(framework, "--epochs", 2, cwd=tmp_path).epochs == [2]
+
+
+def test_a_missing_framework_is_one_line(framework, tmp_path):
+    module = {"pytorch": "torch", "tensorflow": "keras"}.get(framework, framework)
+    code = f"import sys, runpy; sys.modules[{module!r}] = None; path = sys.argv.pop(1); sys.path.insert(0, path)\n"
+    code += "runpy.run_path(path + '/train.py', run_name='__main__')"
+    command = [sys.executable, "-c", code, str(ROOT / framework)]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert finished.returncode == 1
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "this script needs" in lines[0]
+    assert "pip install" in lines[0]
+    assert "Traceback" not in finished.stderr
+
+
+# SageMaker ------------------------------------------------------------------------------------------------------------
+
+
+def test_in_a_container_everything_is_where_sagemaker_wants_it(framework, tmp_path):
+    base = tmp_path / "opt/ml"
+    env = environment(
+        SAGEMAKER_BASE_DIR=str(base),
+        SM_MODEL_DIR=str(base / "model"),
+        SM_OUTPUT_DATA_DIR=str(base / "output/data"),
+        SM_HOSTS='["algo-1"]',
+        SM_CURRENT_HOST="algo-1",
+        SM_NUM_GPUS="0",
+    )
+    result = run(framework, "--epochs", "2", "--model_dir", "s3://bucket/job/model", cwd=tmp_path, env=env)
+    assert "Not used: --model-dir s3://bucket/job/model" in result.output
+    assert sorted(os.listdir(base / "checkpoints")) == names(framework, 1, 2)
+    assert (base / "model" / MODEL_FILES[framework]).is_file()
+    assert sorted(os.listdir(base / "output/data")) == ["history.csv", "metrics.json"]
+    assert sorted(os.listdir(tmp_path)) == ["opt"]
