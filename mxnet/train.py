@@ -115,7 +115,7 @@ class Normalize(gluon.HybridBlock):
 
 def save_checkpoint(args, data, model, optimizer, history):
     """Write the training state after the last epoch of `history`."""
-    epoch = len(history)
+    epoch = history[-1]["epoch"]
     checkpoint = {
         "scaler": vars(optimizer._amp_loss_scaler) if args.precision == "fp16" else {},
         "epoch": epoch,

@@ -98,7 +98,7 @@ class Normalize(nn.Module):
 
 def save_checkpoint(args, data, model, optimizer, scaler, history):
     """Write the training state after the last epoch of `history`."""
-    epoch = len(history)
+    epoch = history[-1]["epoch"]
     checkpoint = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -108,11 +108,16 @@ def save_checkpoint(args, data, model, optimizer, scaler, history):
         "job": data.describe_job(args),
         "flags": {flag: str(value) for flag, value in vars(args).items()},
     }
-    content = io.BytesIO()  # PyTorch does not say that a disk is full; Python does
-    torch.save(checkpoint, content)
     with checkpoints.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
-        file.write(content.getbuffer())
+        file.write(to_bytes(checkpoint))
     checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, args.keep_checkpoints)
+
+
+def to_bytes(state):
+    """Return what `torch.save` writes; a full disk is noticed where Python writes it, not always by PyTorch."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getbuffer()
 
 
 def load_checkpoint(args, data, model, optimizer, scaler):
@@ -197,7 +202,7 @@ def forward(args, model, device, pixels, labels):
 def export_model(args, data, model):
     """Write `model.pth`, the state_dict of the network, for SageMaker's PyTorch serving container."""
     with checkpoints.atomic_write(args.model_dir / "model.pth") as file:
-        torch.save(model.state_dict(), file)
+        file.write(to_bytes(model.state_dict()))
     report.log(f"Model: {args.model_dir / 'model.pth'}")
 
 

@@ -44,6 +44,8 @@ def choose_device(args):
         raise errors.UserError("--device cuda: TensorFlow finds no GPU here; use --device auto or cpu")
     if args.device == "cpu":
         gpus = []
+    if args.precision == "fp16" and not gpus:
+        raise errors.UserError("--precision fp16: TensorFlow has it on GPUs only; use --precision bf16 or fp32")
     tf.config.set_visible_devices(gpus, "GPU")
     report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision})")
     policies = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
@@ -100,7 +102,7 @@ def build_model(args, data):
 
 def save_checkpoint(args, data, model, history):
     """Write the training state after the last epoch of `history`."""
-    epoch = len(history)
+    epoch = history[-1]["epoch"]
     checkpoint = {
         # The rest of the .keras archive: the model, the optimizer and its loss scaler.
         "epoch": epoch,

@@ -1,12 +1,16 @@
 """Each script as its users run it: train, stop, run again, and find everything where it belongs."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 
 import numpy as np
 import pytest
@@ -183,6 +187,23 @@ def test_the_log_line_has_the_same_keys_in_all_scripts(framework, uninterrupted)
     assert [int(row["epoch"]) for row in rows] == list(range(1, NUM_EPOCHS + 1))
     result = run(framework, "--epochs", 1, cwd=uninterrupted(framework), env=environment(PYTHONUNBUFFERED=""))
     assert result.epochs == []  # nothing left: the files above stay as they are
+
+
+def test_a_progress_bar_shows_on_a_terminal_only(image_framework, tmp_path):
+    def read(descriptor):
+        with contextlib.suppress(OSError):  # a terminal whose program has ended
+            while data := os.read(descriptor, 4096):
+                yield data
+
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, str(ROOT / image_framework / "train.py"), "--epochs", "1", "--batch-size", "8"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        shown = b"".join(read(ours)).decode()
+    assert re.search(r"epoch 1: +\d+%.*/203 ", shown)
+    result = run(image_framework, "--epochs", "2", "--batch-size", "8", cwd=tmp_path)
+    assert "epoch 2:" not in result.output + result.errors
 
 
 PREDICT = {
@@ -432,6 +453,13 @@ def test_what_cannot_work_is_said_before_training(framework, tmp_path, flags, pa
     result = run(framework, *flags, cwd=tmp_path, code=1, env=environment(CUDA_VISIBLE_DEVICES=""))
     assert part in result.error_line
     assert result.epochs == []
+
+
+@pytest.mark.parametrize("framework", ["tensorflow", "mxnet"])
+def test_fp16_needs_a_gpu_where_the_framework_cannot_compute_it_elsewhere(framework, tmp_path):
+    line = run(framework, "--precision", "fp16", "--device", "cpu", cwd=tmp_path, code=1).error_line
+    assert "--precision fp16" in line
+    assert "bf16 or fp32" in line
 
 
 @pytest.mark.parametrize(
