@@ -9,6 +9,7 @@ model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flag
 """
 
 import io
+import os
 import time
 
 from common import checkpoints, errors, flags, images, report, steps
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
 with errors.framework("PyTorch and torchvision", "Install them with: pip install torch torchvision"):
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to the others
     import torch
     import torchvision
     from torch import nn

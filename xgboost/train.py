@@ -9,6 +9,7 @@ An epoch is one boosting round. Reads CSV, LIBSVM or Parquet files (--train, --v
 """
 
 import json
+import os
 import time
 
 from common import checkpoints, errors, flags, report, tables
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
 with errors.framework("XGBoost", "Install it with: pip install xgboost"):
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to the others
     import numpy as np
     import xgboost as xgb
 
