@@ -1,18 +1,33 @@
-"""Checkpoint files: finding the newest, and writing them so that nobody ever sees half of one.
+"""The folder of checkpoints: finding the newest, checking that it fits, and removing old ones.
 
 A script names its checkpoints by a pattern with one `{}`, such as `checkpoint-{}.pt`; the number that stands there
-orders them. Files whose names end in `.sagemaker-ignore` are not copied to S3 by SageMaker.
+orders them.
 """
 
 import contextlib
-import os
 import re
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import TEMPORARY
 from common.report import log
 
-TEMPORARY = ".sagemaker-ignore"
+# Flags that do not change what is learned.
+HARMLESS = {
+    "--epochs",
+    "--device",
+    "--num-gpus",
+    "--train",
+    "--validation",
+    "--checkpoint-path",
+    "--keep-checkpoints",
+    "--resume-anyway",
+    "--model-dir",
+    "--output-data-dir",
+    "--hosts",
+    "--current-host",
+    "--workers",
+}
 
 
 def find_checkpoints(folder, pattern):
@@ -27,11 +42,14 @@ def read_newest_checkpoint(folder, pattern, read):
 
     Raises UserError when there are checkpoints but not one can be read: starting over in silence would lose them.
     """
-    checkpoints = find_checkpoints(folder, pattern)
+    checkpoints = []
+    for number, path in find_checkpoints(folder, pattern):
+        if path.stat().st_size == 0:  # nothing to lose
+            log(f"Skipping {path.name}: the file is empty")
+        else:
+            checkpoints.append((number, path))
     for number, path in checkpoints:
         try:
-            if path.stat().st_size == 0:
-                raise ValueError("the file is empty")
             return number, path, read(path)
         except Exception as error:  # each framework has its own errors for a damaged file
             reason = " ".join(str(error).split())[:200]
@@ -45,75 +63,55 @@ def read_newest_checkpoint(folder, pattern, read):
     return None
 
 
-def check_same_job(path, saved, current):
-    """Raise UserError where the checkpoint at `path` belongs to another model or other data than this run.
+def check_same_job(args, path, checkpoint, job):
+    """Raise UserError where the checkpoint at `path` belongs to another job than this run; log flags that have changed.
 
-    `saved` and `current` are dictionaries that describe the job, such as {"--model": "cnn", "number of classes": 10}.
+    `job` and `checkpoint["job"]` are dictionaries of what makes a job, such as {"--model": "cnn"}, and
+    `checkpoint["flags"]` holds the flags of the earlier run as strings. With `--resume-anyway` nothing is refused.
     """
-    changes = [f"{key} was {saved.get(key)} and is now {now}" for key, now in current.items() if saved.get(key) != now]
-    if changes:
+    saved = checkpoint["job"]
+    changes = [f"{key} was {saved.get(key)} and is now {now}" for key, now in job.items() if saved.get(key) != now]
+    if changes and not args.resume_anyway:
         raise UserError(
-            f"{path} belongs to another job: {'; '.join(changes)}. "
-            "Use the same model and data again, or pass another --checkpoint-path"
+            f"{path} belongs to another job: {'; '.join(changes)}. Use the same flags and data again, "
+            "or pass another --checkpoint-path, or --resume-anyway where that makes sense"
         )
-
-
-def remove_old_checkpoints(folder, pattern, keep):
-    """Delete all but the `keep` newest checkpoints (0: none is deleted), but no file that SageMaker is uploading."""
-    for _, path in find_checkpoints(folder, pattern)[keep:] if keep else ():
-        uploading, uploaded = (path.with_name(path.name + f".sagemaker-{word}") for word in ("uploading", "uploaded"))
-        if uploaded.exists() or not uploading.exists():
-            path.unlink()
+    flags = {
+        f"--{name.replace('_', '-')}": (checkpoint["flags"].get(name), value) for name, value in vars(args).items()
+    }
+    for flag, (old, value) in flags.items():
+        if old not in (None, str(value)) and flag not in HARMLESS and flag not in job:
+            changes.append(f"{flag} was {old} and is now {value}")
+    if changes:
+        log(f"Changed since {path.name}: {'; '.join(changes)}")
 
 
 @contextlib.contextmanager
-def atomic_write(path):
-    """Yield a binary file that becomes `path` when the block ends, and leaves nothing behind when it fails.
-
-    The content reaches the disk before the name does: whoever sees the name sees the whole file, also after a crash.
-    Raises UserError when the disk is full or cannot be written.
-    """
-    temporary = path.with_name(path.name + TEMPORARY)
+def restoring(path):
+    """Load the checkpoint at `path` into the model inside this block; UserError where it does not fit."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except OSError as error:
+        yield
+    except Exception as error:  # each framework has its own errors for weights of another shape
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"cannot write {path}: {error.strerror}. Earlier checkpoints are whole: "
-            "make room or pass another folder, then run the same command to resume"
+            f"{path} does not fit the model that build_model returns: {reason}. "
+            "Build the same model again, or pass another --checkpoint-path"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
-def prepare_folders(args, pattern):
-    """Create the folders that training writes to and try to write there, before hours of training; tidy up.
+def remove_leftovers(folder, pattern):
+    """Delete what saves that were killed halfway have left."""
+    for _, path in find_checkpoints(folder, pattern + TEMPORARY):
+        path.unlink()
 
-    Raises UserError where a folder cannot be written.
+
+def remove_old_checkpoints(folder, pattern, newest, keep):
+    """Delete the checkpoints up to the number `newest`, just written, except the last `keep` of them (0: delete none).
+
+    Higher numbers are left alone: they are what this run could not read. So is a file that SageMaker is uploading.
     """
-    for flag in ("--checkpoint-path", "--model-dir", "--output-data-dir"):
-        folder = vars(args)[flag[2:].replace("-", "_")]
-        probe = folder / f"write-test{TEMPORARY}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(
-                f"{flag} {folder} cannot be written ({error.strerror}): pass a folder you can write to"
-            ) from error
-    for _, leftover in find_checkpoints(args.checkpoint_path, pattern + TEMPORARY):
-        leftover.unlink()  # a save that was killed halfway
-
-
-def _flush_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    written = [path for number, path in find_checkpoints(folder, pattern) if number <= newest]
+    for path in written[keep:] if keep else ():
+        uploading, uploaded = (path.with_name(path.name + f".sagemaker-{word}") for word in ("uploading", "uploaded"))
+        if uploaded.exists() or not uploading.exists():
+            path.unlink()

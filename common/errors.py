@@ -31,6 +31,8 @@ def run(main, args):
         main(args)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except ImportError as error:
+        sys.exit(f"error: {error}. Install what is missing with: pip install {error.name}")
     except KeyboardInterrupt:
         print("Interrupted: run the same command to resume from the newest checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -29,7 +29,7 @@ def image_flags(framework):
         "--precision",
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
-        help="arithmetic of the network; weights stay fp32",
+        help="arithmetic of the network; weights stay fp32; TensorFlow and MXNet have fp16 on GPUs only",
     )
     add(
         "--workers",
@@ -88,28 +88,34 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, help):
     checkpoints = Path(env("SAGEMAKER_BASE_DIR", "/opt/ml"), "checkpoints") if in_sagemaker else output / "checkpoints"
 
     add(*epochs_flag, dest="epochs", type=_integer(1), default=default_epochs, help=help)
-    add("--seed", type=_integer(0), default=42, help="seed of everything random")
+    add("--seed", type=_integer(0, 2**32 - 1), default=42, help="seed of everything random")
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="where to compute; auto: a GPU when there is one",
     )
-    add("--num-gpus", type=_integer(0), default=env("SM_NUM_GPUS") or None, help="GPUs to use at most; default: all")
+    add(
+        "--num-gpus",
+        type=_integer(0),
+        default=env("SM_NUM_GPUS") or None,
+        help="GPUs to use at most; default: all (PyTorch and XGBoost use one)",
+    )
     add(
         "--train",
-        type=Path,
+        type=_channel,
         default=env("SM_CHANNEL_TRAIN") or env("SM_CHANNEL_TRAINING"),
         help="folder with the training data; default: scikit-learn's handwritten digits",
     )
     add(
         "--validation",
-        type=Path,
+        type=_channel,
         default=env("SM_CHANNEL_VALIDATION") or env("SM_CHANNEL_TEST"),
         help="folder with the validation data; default: a tenth of the training data, held out",
     )
     add("--checkpoint-path", type=_local_path, default=checkpoints, help="folder of the checkpoints")
     add("--keep-checkpoints", type=_integer(0), default=0, help="newest checkpoints to keep; 0: all")
+    add("--resume-anyway", action=_Switch, default=False, help="resume even where the flags or the data have changed")
     add("--model-dir", default=env("SM_MODEL_DIR", output / "model"), help="folder of the trained model")
     add(
         "--output-data-dir",
@@ -117,7 +123,7 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, help):
         default=env("SM_OUTPUT_DATA_DIR", output / "data"),
         help="folder of metrics.json and history.csv",
     )
-    add("--hosts", type=json.loads, default=env("SM_HOSTS", '["localhost"]'), help="names of all hosts, as a JSON list")
+    add("--hosts", type=_hosts, default=env("SM_HOSTS", '["localhost"]'), help="names of all hosts, as a JSON list")
     add("--current-host", default=env("SM_CURRENT_HOST", "localhost"), help="name of this host")
 
 
@@ -183,8 +189,22 @@ def _hyphenated(word):
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def _integer(minimum):
-    return _number(int, "a whole number", minimum, float("inf"))
+def _hosts(text):
+    try:
+        hosts = json.loads(text)
+    except ValueError:
+        hosts = None
+    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+        raise argparse.ArgumentTypeError(f"expected a JSON list of names such as '[\"algo-1\"]', got {text!r}")
+    return hosts
+
+
+def _channel(text):
+    return Path(text) if text else None  # SageMaker passes an empty word for a hyperparameter that is null
+
+
+def _integer(minimum, maximum=float("inf")):
+    return _number(int, "a whole number", minimum, maximum)
 
 
 def _real(minimum, maximum=float("inf")):

@@ -1,6 +1,7 @@
 """Reading image data: class folders, `.npz` files, pairs of `.npy` files, or the digits that come with scikit-learn."""
 
 import contextlib
+import os
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,9 @@ class Dataset(NamedTuple):
         """Return what a checkpoint must have in common with the run that resumes from it."""
         return {
             "--model": args.model,
+            "--batch-size": args.batch_size,
+            "--seed": args.seed,
+            "number of training images": len(self.train_labels),
             "number of classes": len(self.class_names),
             "class names": self.class_names,
             "image shape": list(self.image_shape),
@@ -130,9 +134,13 @@ def _read_folder(args, folder, flag, stem):
             return _check_arrays(args, archives[0], archive["x"], archive["y"])
     if all(path.is_file() for path in pair):
         with _readable(pair[0]):
-            images, labels = (np.load(path, allow_pickle=False) for path in pair)
+            fits = pair[0].stat().st_size < _available_memory() / 2
+            images = np.load(pair[0], mmap_mode=None if fits else "r", allow_pickle=False)
+            labels = np.load(pair[1], allow_pickle=False)
         return _check_arrays(args, pair[0], images, labels)
     classes = {path.name: _image_files(path) for path in entries if path.is_dir()}
+    if empty := [name for name, files in classes.items() if not files]:
+        log(f"Skipping the folders without {', '.join(EXTENSIONS)} files in {flag} {folder}: {', '.join(empty)}")
     classes = {name: files for name, files in classes.items() if files}
     if not classes:
         names = ", ".join(path.name for path in entries[:5]) or "nothing"
@@ -146,25 +154,29 @@ def _check_arrays(args, path, images, labels):
     """Return arrays from a file in the form of a Dataset's, or say what is wrong with them."""
     if images.ndim == 3:
         images = images[..., np.newaxis]
-    if images.ndim != 4 or images.dtype.kind not in "uif":
+    if images.ndim != 4 or images.dtype.kind not in "uif" or 0 in images.shape[1:]:
         raise UserError(
             f"{path} holds images as {images.dtype} of shape {images.shape}: "
             "expected numbers of shape (n, height, width) or (n, height, width, channels)"
         )
     if images.shape[3] > 4 and images.shape[1] in (1, 3):
         raise UserError(f"{path} holds images of shape {images.shape}: expected the channels last, not first")
+    labels = np.atleast_1d(labels)
     if len(images) != len(labels) or labels.size != len(labels):
         raise UserError(
-            f"{path} holds {len(images)} images, but the labels have shape {labels.shape}: expected as many"
+            f"{path} holds {len(images)} images, but the labels have shape {labels.shape}: "
+            "expected one integer per image"
         )
     if len(images) == 0:
         raise UserError(f"{path} holds no images: expected some")
     labels = labels.ravel()
-    if labels.dtype.kind not in "uif" or not np.array_equal(labels, np.floor(labels)):
+    if labels.dtype.kind not in "uif" or not np.isfinite(labels).all() or (labels != np.floor(labels)).any():
         raise UserError(f"{path} has labels that are not integers ({labels.dtype}, such as {labels[0]!r})")
     names, indices = np.unique(labels.astype(np.int64), return_inverse=True)
     if images.dtype != np.uint8:
         images = images.astype(np.float32, copy=False)
+        if not np.isfinite(images).all():
+            raise UserError(f"{path} holds images with values that are infinite or not a number: expected finite ones")
     return _resize(images, args.image_size), indices.astype(np.int64), [str(name) for name in names]
 
 
@@ -205,6 +217,8 @@ def _open(path):
 
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("it has 16 or 32 bits per pixel, expected 8")
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: {error}. Replace or delete it") from error
@@ -228,7 +242,9 @@ def _allocate(shape, dtype):
     num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if num_bytes < _available_memory() / 2:
         return np.empty(shape, dtype)
-    return np.memmap(tempfile.TemporaryFile(), dtype, shape=shape)
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the array
+    os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error now, not a crash later
+    return np.memmap(file, dtype, shape=shape)
 
 
 def _available_memory():

@@ -1,8 +1,13 @@
 """What a training script tells: log lines, a progress bar, and the files `metrics.json` and `history.csv`."""
 
 import csv
+import io
 import json
+import math
+import sys
 import time
+
+from common.files import atomic_write
 
 _STARTED = time.time()
 
@@ -38,11 +43,29 @@ def log_epoch(epoch, train, validation, seconds, num_samples):
     return row
 
 
-def progress_bar(epoch, total, batches=None):
-    """Return a tqdm bar over the `total` batches of an epoch, which shows on a terminal only."""
+class _NoBar:
+    """What `progress_bar` returns where there is nobody to look at it."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def update(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def progress_bar(epoch, total, batches=()):
+    """Return a bar over the `total` batches of an epoch: tqdm's on a terminal, otherwise one that shows nothing."""
+    if not sys.stderr.isatty():
+        return _NoBar(batches)
     from tqdm import tqdm
 
-    return tqdm(batches, total=total, desc=f"epoch {epoch}", unit="step", leave=False, disable=None)
+    return tqdm(batches, total=total, desc=f"epoch {epoch}", unit="step", leave=False)
 
 
 def write_results(args, history, initial_epoch, **facts):
@@ -50,12 +73,21 @@ def write_results(args, history, initial_epoch, **facts):
 
     `history` is a list of one dictionary per epoch; `initial_epoch` counts the epochs finished before this run.
     """
-    folder = args.output_data_dir
     metrics = {**(history[-1] if history else {}), "initial_epoch": initial_epoch, **facts}
     metrics["epochs"] = metrics.pop("epoch", initial_epoch)
     metrics["wall_seconds"] = time.time() - _STARTED
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    with open(folder / "history.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0] if history else ["epoch"])
-        writer.writeheader()
-        writer.writerows(history)
+    # JSON has no word for a loss that is not a number.
+    finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
+    _write(args.output_data_dir / "metrics.json", json.dumps(finite, indent=2) + "\n")
+
+    table = io.StringIO(newline="")
+    columns = dict.fromkeys(key for row in history for key in row)  # in order; the metrics may change with a restart
+    writer = csv.DictWriter(table, columns or ["epoch"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    _write(args.output_data_dir / "history.csv", table.getvalue())
+
+
+def _write(path, text):
+    with atomic_write(path) as file:
+        file.write(text.encode())

@@ -26,9 +26,9 @@ def training_batches(images, labels, args, epoch):
 
     def load(step, indices):
         batch = images[indices]
-        return random_crop_flip(batch, _generator(args.seed, epoch, step + 1)) if args.augment else batch, labels[
-            indices
-        ]
+        if args.augment:
+            batch = random_crop_flip(batch, _generator(args.seed, epoch, step + 1))
+        return batch, labels[indices]
 
     order = _generator(args.seed, epoch, 0).permutation(len(labels))
     return _prefetch(load, _split(order, args.batch_size), args.workers)
@@ -37,9 +37,11 @@ def training_batches(images, labels, args, epoch):
 def validation_batches(images, labels, args):
     """Yield all samples once, in order and unchanged, as batches like those of `training_batches`."""
     order = np.arange(len(labels))
-    return _prefetch(
-        lambda step, indices: (images[indices], labels[indices]), _split(order, args.batch_size), args.workers
-    )
+
+    def load(step, indices):
+        return images[indices], labels[indices]
+
+    return _prefetch(load, _split(order, args.batch_size), args.workers)
 
 
 def random_crop_flip(images, generator):
@@ -77,7 +79,7 @@ def _generator(seed, epoch, stream):
 
 
 def _split(order, batch_size):
-    # Even parts rather than a small rest: batch normalisation cannot learn from a batch of one.
+    # Even parts rather than a small rest: batch normalisation learns badly from a few samples, and nothing from one.
     return np.array_split(order, steps_per_epoch(len(order), batch_size))
 
 

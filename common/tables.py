@@ -1,5 +1,6 @@
 """Reading tables for XGBoost: CSV, LIBSVM and Parquet files, or the digits that come with scikit-learn."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -58,19 +59,16 @@ def _digits():
 def _read_channels(channels):
     """Return one table per channel folder, all with the same columns."""
     files = {flag: _table_files(flag, folder) for flag, folder in channels.items()}
-    kinds = {_kind(path) for paths in files.values() for path in paths}
-    if len(kinds) > 1:
-        raise UserError(f"{' and '.join(map(str, channels.values()))} mix {' and '.join(sorted(kinds))} files: use one")
-    if kinds == {"LIBSVM"}:
-        tables = _read_libsvm(files)
-    else:
-        tables = [_stack([_read_dense(path) for path in paths], paths) for paths in files.values()]
-    widths = [table.features.shape[1] for table in tables]
-    if len(set(widths)) > 1:
-        raise UserError(f"--train has {widths[0]} columns, but --validation has {widths[1]}: expected as many")
-    for table, folder in zip(tables, channels.values()):
+    paths = [path for channel in files.values() for path in channel]
+    for path in paths:
+        if _kind(path) != _kind(paths[0]):
+            raise UserError(f"{paths[0]} is {_kind(paths[0])} and {path} is {_kind(path)}: expected files of one kind")
+    tables = _read_libsvm(files) if _kind(paths[0]) == "LIBSVM" else _read_dense(files)
+    for table, (flag, folder) in zip(tables, channels.items()):
+        if len(table.labels) == 0:
+            raise UserError(f"{flag} {folder} has files without rows: expected some")
         if not np.isfinite(table.labels).all():
-            raise UserError(f"{folder} has rows without a label: expected a number in the first column of each row")
+            raise UserError(f"{flag} {folder} has rows without a label: expected a number first in each row")
     return tables
 
 
@@ -89,34 +87,54 @@ def _kind(path):
     return kinds.get(path.suffix) if path.is_file() else None
 
 
-def _read_dense(path):
-    """Return a CSV or Parquet file as a float32 array (rows, 1 + columns), the label first."""
+def _read_dense(files):
+    """Return one table per channel folder from CSV or Parquet files."""
+    loaded = {path: _load_dense(path) for paths in files.values() for path in paths}
+    (first, (names, _)), *others = loaded.items()
+    for path, (other_names, _) in others:
+        if other_names != names:
+            raise UserError(
+                f"{first} has {len(names)} columns ({_shortened(names)}) and {path} has {len(other_names)} "
+                f"({_shortened(other_names)}): expected the same in every file"
+            )
+    stacked = [np.concatenate([loaded[path][1] for path in paths]) for paths in files.values()]
+    return [Table(rows[:, 1:], rows[:, 0]) for rows in stacked]
+
+
+def _shortened(names):
+    return ", ".join(names if len(names) <= 5 else [*names[:4], "..."])
+
+
+def _load_dense(path):
+    """Return the names of a CSV or Parquet file's columns, and its rows as a float32 array, the label first."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        table = _read_csv(path) if _kind(path) == "CSV" else parquet.read_table(path)
+        table = _load_csv(path) if _kind(path) == "CSV" else parquet.read_table(path)
         columns = [column.cast(pyarrow.float64()).to_numpy() for column in table.columns]
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
         raise UserError(f"cannot read {path}: {error}. Expected numbers, the label first, no header") from error
-    return np.stack(columns, axis=1).astype(np.float32)
+    if len(columns) < 2:
+        raise UserError(f"{path} has {len(columns)} columns: expected the label and at least one more")
+    return table.column_names, np.stack(columns, axis=1).astype(np.float32)
 
 
-def _read_csv(path):
+def _load_csv(path):
+    import pyarrow
     from pyarrow import csv
 
-    # One thread: only then do the errors name the line.
-    reading = csv.ReadOptions(autogenerate_column_names=True, use_threads=False)
-    return csv.read_csv(path, read_options=reading)
-
-
-def _stack(parts, paths):
-    widths = {part.shape[1]: path for part, path in zip(parts, paths)}
-    if len(widths) > 1:
-        found = " and ".join(f"{path} has {width} columns" for width, path in sorted(widths.items()))
-        raise UserError(f"{found}: expected as many in every file")
-    rows = np.concatenate(parts)
-    return Table(rows[:, 1:], rows[:, 0])
+    # With one thread the errors name the row; a block must hold the longest row.
+    reading = csv.ReadOptions(autogenerate_column_names=True, use_threads=False, block_size=1 << 26)
+    try:
+        return csv.read_csv(path, read_options=reading)
+    except pyarrow.ArrowInvalid as error:
+        row = re.search(r"Row #(\d+): (.*)", str(error))
+        if row is None:
+            raise
+        with open(path, "rb") as file:  # the row that PyArrow names does not count blank lines
+            lines = [number for number, line in enumerate(file, start=1) if line.strip()]
+        raise UserError(f"{path}, line {lines[int(row[1]) - 1]}: {row[2][:200]}") from error
 
 
 def _read_libsvm(files):

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from common import checkpoints, errors, flags, images, report, steps
+from common import checkpoints, errors, files, flags, images, report, steps
 
 CHECKPOINT = "checkpoint-{}.params"  # the number of finished epochs
 
@@ -87,7 +87,7 @@ def build_model(args, data):
         model(mx.nd.zeros((1, channels, height, width))).wait_to_read()  # also finds the shapes of the weights
     except (mx.base.MXNetError, ValueError) as error:
         raise errors.UserError(
-            f"--model {args.model} cannot take images of {height}x{width} ({str(error).splitlines()[-1]}): "
+            f"--model {args.model} cannot take images of {height}x{width}x{channels} ({str(error).splitlines()[-1]}): "
             "pass --image-size, such as 224"
         ) from error
     return model
@@ -131,13 +131,13 @@ def save_checkpoint(args, data, model, optimizer, history):
     states = optimizer._updaters[0].states
     arrays.update({f"optimizer/{index}": state for index, state in states.items() if state is not None})
     arrays["checkpoint.json"] = mx.nd.array(np.frombuffer(json.dumps(checkpoint).encode(), np.uint8), dtype=np.uint8)
-    with checkpoints.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
+    with files.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
         try:
             mx.nd.save(file.name, arrays)
             mx.nd.load(file.name)  # MXNet does not notice when the last bytes find no room
         except mx.base.MXNetError as error:
             raise OSError(errno.EIO, "MXNet could not write all of it") from error
-    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, args.keep_checkpoints)
+    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, epoch, args.keep_checkpoints)
 
 
 def load_checkpoint(args, data, model, optimizer):
@@ -151,16 +151,17 @@ def load_checkpoint(args, data, model, optimizer):
     if found is None:
         return 0, []
     epoch, path, (arrays, checkpoint) = found
-    checkpoints.check_same_job(path, checkpoint["job"], data.describe_job(args))
-    for name, parameter in model.collect_params().items():
-        parameter.set_data(arrays[f"model/{name}"])
+    checkpoints.check_same_job(args, path, checkpoint, data.describe_job(args))
+    with checkpoints.restoring(path):
+        for name, parameter in model.collect_params().items():
+            parameter.set_data(arrays[f"model/{name}"])
     optimizer._init_kvstore()
     for updater, device in zip(optimizer._updaters, optimizer._contexts):
         for name, state in arrays.items():
             if name.startswith("optimizer/"):
                 index = int(name.split("/")[1])
                 updater.states[index], updater.states_synced[index] = state.as_in_context(device), True
-    if args.precision == "fp16":
+    if args.precision == "fp16" and checkpoint["scaler"]:
         vars(optimizer._amp_loss_scaler).update(checkpoint["scaler"])
     report.log(f"Resuming training from {path.name}")
     return epoch, checkpoint["history"]
@@ -219,6 +220,7 @@ def evaluate(args, data, model, devices):
 
 def forward(model, devices, pixels, labels):
     """Return, for each device, the losses of its samples and which of them are predicted correctly."""
+    devices = devices[: len(labels)]  # a small batch does not reach all of them
     pixels = mx.nd.array(pixels.transpose(0, 3, 1, 2), dtype=pixels.dtype)
     pixels = gluon.utils.split_and_load(pixels, devices, even_split=False)
     labels = gluon.utils.split_and_load(mx.nd.array(labels), devices, even_split=False)
@@ -237,15 +239,22 @@ def export_model(args, data, model):
     """Write `model-symbol.json`, `model-0000.params` and `model-shapes.json`, for SageMaker's MXNet container."""
     height, width, channels = data.image_shape
     model(mx.nd.zeros((1, channels, height, width), ctx=model.collect_params().list_ctx()[0]))  # traces the network
-    model.export(str(args.model_dir / "model"), epoch=0)
     shapes = [{"name": "data", "shape": [1, channels, height, width]}]
-    (args.model_dir / "model-shapes.json").write_text(json.dumps(shapes))
+    try:
+        with files.atomic_export(args.model_dir) as folder:
+            model.export(str(folder / "model"), epoch=0)
+            mx.nd.load(str(folder / "model-0000.params"))  # MXNet does not notice when the last bytes find no room
+            (folder / "model-shapes.json").write_text(json.dumps(shapes))
+    except mx.base.MXNetError as error:
+        reason = str(error).splitlines()[-1]
+        raise errors.UserError(f"cannot write the model to --model-dir {args.model_dir}: {reason}") from error
     report.log(f"Model: {args.model_dir / 'model-symbol.json'} and model-0000.params")
 
 
 def main(args):
     """Train and write the model and its metrics."""
-    checkpoints.prepare_folders(args, CHECKPOINT)
+    files.prepare_folders(args)
+    checkpoints.remove_leftovers(args.checkpoint_path, CHECKPOINT)
     mx.random.seed(args.seed)
     devices = choose_device(args)
     data = load_data(args)

@@ -12,7 +12,7 @@ import io
 import os
 import time
 
-from common import checkpoints, errors, flags, images, report, steps
+from common import checkpoints, errors, files, flags, images, report, steps
 
 CHECKPOINT = "checkpoint-{}.pt"  # the number of finished epochs
 
@@ -73,7 +73,8 @@ def build_model(args, data):
         model.eval()(torch.zeros(1, channels, height, width))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise errors.UserError(
-            f"--model {args.model} cannot take images of {height}x{width} ({error}): pass --image-size, such as 224"
+            f"--model {args.model} cannot take images of {height}x{width}x{channels} ({error}): "
+            "pass --image-size, such as 224"
         ) from error
     return model
 
@@ -110,9 +111,9 @@ def save_checkpoint(args, data, model, optimizer, scaler, history):
         "job": data.describe_job(args),
         "flags": {flag: str(value) for flag, value in vars(args).items()},
     }
-    with checkpoints.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
+    with files.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
         file.write(to_bytes(checkpoint))
-    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, args.keep_checkpoints)
+    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, epoch, args.keep_checkpoints)
 
 
 def to_bytes(state):
@@ -124,17 +125,24 @@ def to_bytes(state):
 
 def load_checkpoint(args, data, model, optimizer, scaler):
     """Restore the newest checkpoint; return the number of finished epochs and their history: 0 and [] without one."""
-    found = checkpoints.read_newest_checkpoint(
-        args.checkpoint_path, CHECKPOINT, lambda path: torch.load(path, map_location="cpu", weights_only=True)
-    )
+
+    def read(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or "job" not in checkpoint:
+            raise ValueError("it is not a checkpoint of this script")
+        return checkpoint
+
+    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read)
     if found is None:
         return 0, []
     epoch, path, checkpoint = found
-    checkpoints.check_same_job(path, checkpoint["job"], data.describe_job(args))
-    model.load_state_dict(checkpoint["model"])
-    settings = optimizer.state_dict()["param_groups"]  # from the flags of this run
-    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": settings})
-    scaler.load_state_dict(checkpoint["scaler"])
+    checkpoints.check_same_job(args, path, checkpoint, data.describe_job(args))
+    with checkpoints.restoring(path):
+        model.load_state_dict(checkpoint["model"])
+        settings = optimizer.state_dict()["param_groups"]  # from the flags of this run
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": settings})
+        if scaler.is_enabled() and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
     report.log(f"Resuming training from {path.name}")
     return epoch, checkpoint["history"]
 
@@ -203,14 +211,15 @@ def forward(args, model, device, pixels, labels):
 
 def export_model(args, data, model):
     """Write `model.pth`, the state_dict of the network, for SageMaker's PyTorch serving container."""
-    with checkpoints.atomic_write(args.model_dir / "model.pth") as file:
+    with files.atomic_write(args.model_dir / "model.pth") as file:
         file.write(to_bytes(model.state_dict()))
     report.log(f"Model: {args.model_dir / 'model.pth'}")
 
 
 def main(args):
     """Train and write the model and its metrics."""
-    checkpoints.prepare_folders(args, CHECKPOINT)
+    files.prepare_folders(args)
+    checkpoints.remove_leftovers(args.checkpoint_path, CHECKPOINT)
     torch.manual_seed(args.seed)
     device = choose_device(args)
     data = load_data(args)

@@ -8,16 +8,16 @@ Reads class folders of images or arrays (--train, --validation); writes checkpoi
 model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flags.
 """
 
+import inspect
 import itertools
 import json
 import os
-import shutil
 import tempfile
 import time
 import zipfile
 from pathlib import Path
 
-from common import checkpoints, errors, flags, images, report, steps
+from common import checkpoints, errors, files, flags, images, report, steps
 
 CHECKPOINT = "checkpoint-{}.keras"  # the number of finished epochs
 
@@ -83,13 +83,18 @@ def build_model(args, data):
             errors.check_choice("--model", args.model, ["cnn", *names])
             if channels == 1:  # the zoo's networks want three: grey is repeated
                 outputs = layers.Concatenate()([outputs] * 3)
-            network = getattr(keras.applications, args.model)(
-                weights=None, input_shape=(height, width, 3), classes=num_classes, classifier_activation=None
-            )
+            build = getattr(keras.applications, args.model)
+            options = {"weights": None, "input_shape": (height, width, 3), "classes": num_classes}
+            if "include_preprocessing" in inspect.signature(build).parameters:
+                options["include_preprocessing"] = False
+            elif args.model.startswith("EfficientNet"):
+                outputs = layers.Rescaling(255.0)(outputs)  # the network itself divides by it
+            network = build(**options, classifier_activation=None)
             outputs = layers.Activation("linear", dtype="float32")(network(outputs))
     except ValueError as error:
         raise errors.UserError(
-            f"--model {args.model} cannot take images of {height}x{width} ({error}): pass --image-size, such as 224"
+            f"--model {args.model} cannot take images of {height}x{width}x{channels} ({error}): "
+            "pass --image-size, such as 224"
         ) from error
     return keras.Model(pixels, outputs)
 
@@ -111,14 +116,13 @@ def save_checkpoint(args, data, model, history):
         "flags": {flag: str(value) for flag, value in vars(args).items()},
     }
     path = args.checkpoint_path / CHECKPOINT.format(epoch)
-    with checkpoints.atomic_write(path) as file, tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder, "model.keras")  # Keras takes no other ending
+    with files.atomic_write(path) as file, tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder, "model.keras")
+        archive.symlink_to(Path(file.name).resolve())  # Keras takes no name with another ending
         model.save(archive)
         with zipfile.ZipFile(archive, "a") as members:
             members.writestr("checkpoint.json", json.dumps(checkpoint))
-        with open(archive, "rb") as saved:
-            shutil.copyfileobj(saved, file)
-    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, args.keep_checkpoints)
+    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, epoch, args.keep_checkpoints)
 
 
 def load_checkpoint(args, data, model):
@@ -134,9 +138,10 @@ def load_checkpoint(args, data, model):
     if found is None:
         return 0, []
     epoch, path, checkpoint = found
-    checkpoints.check_same_job(path, checkpoint["job"], data.describe_job(args))
-    model.optimizer.build(model.trainable_variables)  # before that there is nothing to load its state into
-    model.load_weights(path)  # the weights and the optimizer's state; nothing in the file is executed
+    checkpoints.check_same_job(args, path, checkpoint, data.describe_job(args))
+    with checkpoints.restoring(path):
+        model.optimizer.build(model.trainable_variables)  # before that there is nothing to load its state into
+        model.load_weights(path)  # the weights and the optimizer's state; nothing in the file is executed
     report.log(f"Resuming training from {path.name}")
     return epoch, checkpoint["history"]
 
@@ -236,13 +241,18 @@ def export_model(args, data, model):
     """Write `1/`, a SavedModel, for SageMaker's TensorFlow serving container."""
     for state in seed_states(model):
         state.assign([state[0], 0])  # what the last step left there is not part of the model
-    model.export(args.model_dir / "1", verbose=False)
+    try:
+        with files.atomic_export(args.model_dir) as folder:
+            model.export(folder / "1", verbose=False)
+    except tf.errors.OpError as error:
+        raise errors.UserError(f"cannot write the model to --model-dir {args.model_dir}: {error.message}") from error
     report.log(f"Model: {args.model_dir / '1'}")
 
 
 def main(args):
     """Train and write the model and its metrics."""
-    checkpoints.prepare_folders(args, CHECKPOINT)
+    files.prepare_folders(args)
+    checkpoints.remove_leftovers(args.checkpoint_path, CHECKPOINT)
     keras.utils.set_random_seed(args.seed)
     strategy = choose_device(args)
     data = load_data(args)

@@ -4,13 +4,14 @@ import errno
 import os
 import re
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common import checkpoints
+from common import checkpoints, files
 from common.errors import UserError
 
 PATTERN = "checkpoint-{}.pt"
@@ -86,17 +87,17 @@ def test_the_newest_readable_checkpoint_is_used(readable):
         assert len(os.listdir(folder)) == len(readable)  # the damaged ones are left for inspection
 
 
-def test_an_empty_checkpoint_is_named_and_not_read(tmp_path, capsys):
-    write(tmp_path, "checkpoint-1.pt")
+def test_an_empty_checkpoint_is_named_and_counts_as_none(tmp_path, capsys):
     write(tmp_path, "checkpoint-2.pt", content=b"")
+    assert checkpoints.read_newest_checkpoint(tmp_path, PATTERN, Path.read_bytes) is None
+    write(tmp_path, "checkpoint-1.pt")
     assert checkpoints.read_newest_checkpoint(tmp_path, PATTERN, Path.read_bytes)[0] == 1
-    logged = capsys.readouterr().out
-    assert "Cannot read checkpoint-2.pt, trying the one before: ValueError: the file is empty" in logged
+    assert "Skipping checkpoint-2.pt: the file is empty\n" in capsys.readouterr().out
 
 
 def test_atomic_write_shows_the_name_only_with_the_whole_content(tmp_path):
     path = tmp_path / "checkpoint-1.pt"
-    with checkpoints.atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         file.write(b"half")
         file.flush()
         assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1.pt.sagemaker-ignore"]
@@ -111,7 +112,7 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path, error
     write(tmp_path, path.name, content=b"earlier")
 
     def fail():
-        with checkpoints.atomic_write(path) as file:
+        with files.atomic_write(path) as file:
             file.write(b"half")
             raise error
 
@@ -124,20 +125,78 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path, error
     assert path.read_bytes() == b"earlier"
 
 
+def test_an_export_replaces_what_was_there_when_all_of_it_is_written(tmp_path):
+    (tmp_path / "1").mkdir()
+    write(tmp_path, "1/old", "shapes.json", "other", content=b"old")
+
+    def export(fail):
+        with files.atomic_export(tmp_path) as folder:
+            (folder / "1").mkdir()
+            write(folder, "1/new", "shapes.json", content=b"new")
+            if fail:
+                raise RuntimeError
+
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RuntimeError):
+        export(fail=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    export(fail=False)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "1",
+        "1/new",
+        "other",
+        "shapes.json",
+    ]
+    assert (tmp_path / "shapes.json").read_bytes() == b"new"
+
+
+def numbers(folder):
+    return [number for number, _ in checkpoints.find_checkpoints(folder, PATTERN)]
+
+
 def test_old_checkpoints_are_removed_except_those_being_uploaded(tmp_path):
     write(tmp_path, *(PATTERN.format(number) for number in range(1, 13)), "checkpoint-x.pt")
     write(tmp_path, "checkpoint-2.pt.sagemaker-uploading")
     write(tmp_path, "checkpoint-3.pt.sagemaker-uploading", "checkpoint-3.pt.sagemaker-uploaded")
-    checkpoints.remove_old_checkpoints(tmp_path, PATTERN, 0)
-    assert len(checkpoints.find_checkpoints(tmp_path, PATTERN)) == 12
-    checkpoints.remove_old_checkpoints(tmp_path, PATTERN, 3)
-    assert [number for number, _ in checkpoints.find_checkpoints(tmp_path, PATTERN)] == [12, 11, 10, 2]
+    checkpoints.remove_old_checkpoints(tmp_path, PATTERN, newest=12, keep=0)
+    assert len(numbers(tmp_path)) == 12
+    checkpoints.remove_old_checkpoints(tmp_path, PATTERN, newest=12, keep=3)
+    assert numbers(tmp_path) == [12, 11, 10, 2]
     assert (tmp_path / "checkpoint-x.pt").exists()
 
 
-def test_another_job_is_named_with_the_old_and_the_new_value():
-    saved = {"--model": "cnn", "number of classes": 10}
-    checkpoints.check_same_job("checkpoint-5.pt", saved, dict(saved))
-    with pytest.raises(UserError) as caught:
-        checkpoints.check_same_job("checkpoint-5.pt", saved, {"--model": "resnet18", "number of classes": 3})
-    assert "--model was cnn and is now resnet18; number of classes was 10 and is now 3" in str(caught.value)
+@given(st.sets(st.integers(0, 30), min_size=1), st.integers(1, 5), st.data())
+def test_the_checkpoint_just_written_is_never_removed(there, keep, data):
+    """Higher numbers are damaged or foreign, or they would have been resumed from."""
+    newest = data.draw(st.sampled_from(sorted(there)))
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, *map(PATTERN.format, there))
+        checkpoints.remove_old_checkpoints(folder, PATTERN, newest, keep)
+        kept = sorted(number for number in there if number <= newest)[-keep:]
+        assert sorted(numbers(folder)) == kept + sorted(number for number in there if number > newest)
+
+
+def test_leftovers_of_killed_saves_are_removed_and_nothing_else(tmp_path):
+    write(tmp_path, "checkpoint-3.pt.sagemaker-ignore", "checkpoint-3.pt", "notes.sagemaker-ignore")
+    checkpoints.remove_leftovers(tmp_path, PATTERN)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3.pt", "notes.sagemaker-ignore"]
+
+
+def test_another_job_is_refused_and_changed_flags_are_logged(capsys):
+    path = Path("checkpoint-5.pt")
+    checkpoint = {"job": {"--model": "cnn", "number of classes": 10}, "flags": {"learning_rate": "0.1", "epochs": "5"}}
+    args = Namespace(resume_anyway=False, learning_rate=0.1, epochs=5, new_flag=1)
+    checkpoints.check_same_job(args, path, checkpoint, dict(checkpoint["job"]))
+    assert capsys.readouterr().out == ""
+
+    args.epochs, args.learning_rate = 10, 0.2
+    checkpoints.check_same_job(args, path, checkpoint, dict(checkpoint["job"]))
+    assert capsys.readouterr().out == "Changed since checkpoint-5.pt: --learning-rate was 0.1 and is now 0.2\n"
+
+    other = {"--model": "resnet18", "number of classes": 3}
+    changes = "--model was cnn and is now resnet18; number of classes was 10 and is now 3"
+    with pytest.raises(UserError, match=changes):
+        checkpoints.check_same_job(args, path, checkpoint, other)
+    args.resume_anyway = True
+    checkpoints.check_same_job(args, path, checkpoint, other)
+    assert changes in capsys.readouterr().out

@@ -72,7 +72,13 @@ def test_every_flag_with_a_hyphen_is_taken_with_underscores_and_values_keep_thei
         for action in parser._actions:
             for option in action.option_strings:
                 if "-" in option[2:] and not option.startswith("--no-"):
-                    values = {"grow_policy": "lossguide", "tree_method": "hist", "max_bin": "2", "hosts": '["a_b"]'}
+                    values = {
+                        "grow_policy": "lossguide",
+                        "tree_method": "hist",
+                        "max_bin": "2",
+                        "resume_anyway": "True",
+                        "hosts": '["a_b"]',
+                    }
                     parser.parse_args(["--" + option[2:].replace("-", "_"), values.get(action.dest, "1")])
     assert str(parse("--train", "my_data").train) == "my_data"
 
@@ -93,6 +99,10 @@ def test_every_flag_with_a_hyphen_is_taken_with_underscores_and_values_keep_thei
 )
 def test_switches_are_taken_as_people_and_as_sagemaker_write_them(argv, expected):
     assert parse(*argv).augment is expected
+
+
+def test_an_empty_word_for_a_channel_is_no_channel():
+    assert parse("--train", "").train is None
 
 
 def test_epochs_is_another_name_of_num_round():
@@ -126,6 +136,9 @@ def test_an_s3_address_as_model_dir_is_logged_and_not_used(monkeypatch, capsys):
         (["--augment", "maybe"], ["--augment", "True or False", "'maybe'"]),
         (["--checkpoint-path", "s3://bucket/job"], ["--checkpoint-path", "a local folder", "s3://bucket/job"]),
         (["--hosts", '["algo-1", "algo-2"]'], ["--hosts", "2 hosts", "instance_count=1"]),
+        (["--hosts", "algo-1"], ["--hosts", "a JSON list", "'algo-1'"]),
+        (["--hosts", "5"], ["--hosts", "a JSON list", "'5'"]),
+        (["--seed", "4294967296"], ["--seed", "from 0 to 4294967295", "'4294967296'"]),
     ],
 )
 def test_a_mistake_is_one_line_with_the_flag_and_the_value(capsys, argv, parts):

@@ -163,7 +163,17 @@ def not_an_archive(folder, digits):
     (folder / "data.npz").write_bytes(b"PK nothing")
 
 
+def sixteen_bits(folder, digits):
+    save_images(folder, *digits)
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(folder / "class-1/deep.png")
+
+
 MISTAKES = {
+    "16 bits": (sixteen_bits, ["class-1/deep.png", "16 or 32 bits per pixel, expected 8"]),
+    "NaN images": (arrays(x=lambda digits: digits[0] * np.nan), ["not a number", "data.npz"]),
+    "infinite labels": (arrays(y=lambda digits: digits[1] + np.inf), ["labels that are not integers"]),
+    "one label": (arrays(y=lambda digits: np.array(1)), ["(1,)", "one integer per image"]),
+    "no pixels": (arrays(x=lambda digits: digits[0][:, :0]), ["(300, 0, 8, 1)"]),
     "empty": (lambda folder, digits: None, ["--train", "holds nothing", "one folder per class"]),
     "no class folders": (lambda folder, digits: (folder / "a.jpg").touch(), ["holds a.jpg", "one folder per class"]),
     "empty class folder": (lambda folder, digits: (folder / "cat").mkdir(), ["holds cat", "one folder per class"]),
@@ -199,6 +209,14 @@ def test_wrong_names_in_an_archive(tmp_path, digits):
     np.savez(tmp_path / "data.npz", images=digits[0], labels=digits[1])
     with pytest.raises(UserError, match="holds images, labels: expected arrays named x and y"):
         load(train=tmp_path)
+
+
+def test_folders_without_images_are_named_and_skipped(tmp_path, digits, capsys):
+    save_images(tmp_path, *digits)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/image.webp").touch()
+    assert "notes" not in load(train=tmp_path).class_names
+    assert "Skipping the folders without .jpg, .jpeg, .png files" in capsys.readouterr().out
 
 
 def test_a_folder_that_does_not_exist(tmp_path):

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -160,7 +161,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(framewo
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     (checkpoints / checkpoint_name(framework, 9)).touch()
     result = run(framework, "--epochs", 3, cwd=tmp_path)
-    assert f"Cannot read {checkpoint_name(framework, 9)}, trying the one before" in result.output
+    assert f"Skipping {checkpoint_name(framework, 9)}: the file is empty" in result.output
     assert f"Cannot read {checkpoint_name(framework, 3)}, trying the one before" in result.output
     assert f"Resuming training from {checkpoint_name(framework, 2)}\n" in result.output
     assert result.epochs == [3]
@@ -426,7 +427,7 @@ def test_mistakes_in_the_images(image_framework, tmp_path, digits, make):
 
 
 TABLE_MISTAKES = {
-    "0,1,2\n1,2,3\n0,1\n": "a.csv: CSV parse error: Row #3: Expected 3 columns, got 2",
+    "0,1,2\n1,2,3\n0,1\n": "a.csv, line 3: Expected 3 columns, got 2",
     "1,2\n1,3\n1,4\n": "one label only (1)",
     "label,x\n1,2\n": "a.csv",
 }
@@ -479,7 +480,7 @@ def test_an_unknown_model_is_told_with_the_nearest_names(image_framework, tmp_pa
 def test_images_too_small_for_the_model(image_framework, tmp_path):
     model = {"pytorch": "vgg11", "tensorflow": "VGG16", "mxnet": "vgg11"}[image_framework]
     line = run(image_framework, "--model", model, "--image-size", 4, cwd=tmp_path, code=1).error_line
-    assert f"--model {model} cannot take images of 4x4" in line
+    assert f"--model {model} cannot take images of 4x4x1" in line
     assert "--image-size" in line
 
 
@@ -516,6 +517,69 @@ def test_a_checkpoint_of_other_classes_is_refused_by_xgboost(tmp_path):
     assert "number of classes was 10 and is now 3" in line
 
 
+def test_another_seed_is_refused_and_other_changed_flags_are_logged(framework, tmp_path):
+    run(framework, "--epochs", 1, cwd=tmp_path)
+    line = run(framework, "--epochs", 2, "--seed", 7, cwd=tmp_path, code=1).error_line
+    assert "--seed was 42 and is now 7" in line
+    assert "--resume-anyway" in line
+    rate = "eta" if framework == "xgboost" else "learning-rate"
+    result = run(framework, "--epochs", 2, "--seed", 7, "--resume-anyway", f"--{rate}", 0.02, cwd=tmp_path)
+    assert f"Changed since {checkpoint_name(framework, 1)}: --seed was 42 and is now 7; --{rate} was" in result.output
+    assert result.epochs == [2]
+
+
+def test_a_network_of_your_own_that_does_not_fit_the_checkpoint_is_one_line(image_framework, tmp_path):
+    run(image_framework, "--epochs", 1, cwd=tmp_path)
+    folder = tmp_path / "mine"
+    shutil.copytree(ROOT / image_framework, folder)
+    script = (folder / "train.py").read_text()
+    changed = script.replace("(32, 64, 128)", "(32, 64, 96)")  # TensorFlow and MXNet
+    changed = changed.replace("(64, 128))", "(64, 96))").replace("Linear(128", "Linear(96")  # PyTorch
+    assert changed != script
+    (folder / "train.py").write_text(changed)
+    command = [sys.executable, str(folder / "train.py"), "--epochs", "2"]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
+    assert f"{checkpoint_name(image_framework, 1)} does not fit the model that build_model returns" in finished.stderr
+
+
+def test_a_foreign_file_with_the_name_of_a_checkpoint_is_unreadable(tmp_path):
+    import torch
+
+    run("pytorch", "--epochs", 1, cwd=tmp_path)
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "output/pytorch/checkpoints/checkpoint-7.pt")
+    result = run("pytorch", "--epochs", 2, cwd=tmp_path)
+    assert "Cannot read checkpoint-7.pt, trying the one before: ValueError: it is not a checkpoint" in result.output
+    assert result.epochs == [2]
+
+
+XGBOOST_MISTAKES = {
+    ("--objective", "nope"): ["--objective nope", "Unknown objective function"],
+    ("--objective", "binary:logistic"): ["binary:logistic expects the labels 0 to 1", "10 from 0 to 9"],
+    ("--num-class", "5"): ["multi:softprob expects the labels 0 to 4"],
+    ("--objective", "rank:ndcg"): ["--objective rank:ndcg needs query groups"],
+    ("--eval-metric", "nope"): ["--eval-metric nope"],
+}
+
+
+@pytest.mark.parametrize("flags", XGBOOST_MISTAKES, ids="=".join)
+def test_mistakes_in_the_flags_of_xgboost(tmp_path, flags):
+    line = run("xgboost", *flags, cwd=tmp_path, code=1).error_line
+    assert all(part in line for part in XGBOOST_MISTAKES[flags]), line
+    assert "/src/" not in line
+
+
+def test_xgboost_takes_a_number_of_classes_and_another_metric_after_a_restart(tmp_path):
+    result = run("xgboost", "--num-class", 12, "--epochs", 2, cwd=tmp_path)
+    assert "objective=multi:softprob num_class=12" in result.output
+    run("xgboost", "--num-class", 12, "--epochs", 3, "--eval-metric", "mlogloss, auc", cwd=tmp_path)
+    rows = history(tmp_path, "xgboost")
+    assert [bool(row["validation_auc"]) for row in rows] == [False, False, True]
+    line = run("xgboost", "--num-class", 12, "--booster", "dart", "--epochs", 4, cwd=tmp_path, code=1).error_line
+    assert "--booster was gbtree and is now dart" in line
+
+
 LIMIT_FILE_SIZE = """
 import resource, runpy, sys
 sys.argv = sys.argv[1:]
@@ -543,6 +607,19 @@ def test_a_full_disk_harms_no_earlier_checkpoint_and_leaves_no_half_one(framewor
     assert files(tmp_path, framework) == names(framework, 1)
     assert earlier.read_bytes() == content
     assert run(framework, "--epochs", 2, cwd=tmp_path).epochs == [2]
+
+
+def test_a_full_disk_harms_no_earlier_model(framework, tmp_path):
+    run(framework, "--epochs", 1, cwd=tmp_path)
+    folder = tmp_path / "output" / framework / "model"
+    earlier = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    limit = max(map(len, earlier.values())) * 3 // 4
+    command = [sys.executable, "-c", LIMIT_FILE_SIZE, str(limit), str(ROOT / framework / "train.py"), "--epochs", "1"]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    assert "error: cannot write" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == earlier
 
 
 def test_a_missing_framework_is_one_line(framework, tmp_path):

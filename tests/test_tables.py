@@ -89,14 +89,20 @@ def test_libsvm_files_of_different_widths_fit_together(tmp_path):
 MISTAKES = {
     "empty folder": ({}, ["--train", "holds nothing", ".csv", ".libsvm", ".parquet"]),
     "other files": ({"a.json": "{}"}, ["holds a.json", ".csv"]),
-    "short row": ({"a.csv": "0,1,2\n1,2\n0,1,2\n"}, ["a.csv", "#2", "Expected 3 columns, got 2"]),
-    "long row": ({"a.csv": "0,1,2\n1,2,3\n0,1,2,4\n"}, ["a.csv", "#3", "Expected 3 columns, got 4"]),
+    "short row": ({"a.csv": "0,1,2\n1,2\n0,1,2\n"}, ["a.csv, line 2: Expected 3 columns, got 2"]),
+    "long row": ({"a.csv": "0,1,2\n1,2,3\n0,1,2,4\n"}, ["a.csv, line 3: Expected 3 columns, got 4"]),
     "header": ({"a.csv": "label,x\n1,2\n"}, ["a.csv", "'label'", "no header"]),
     "text": ({"a.csv": "1,2\n1,red\n"}, ["a.csv", "'red'"]),
     "no rows": ({"a.csv": ""}, ["a.csv", "Empty CSV file"]),
     "no label": ({"a.csv": "1,2\n,3\n"}, ["without a label"]),
-    "other width": ({"a.csv": "1,2\n", "b.csv": "1,2,3\n"}, ["a.csv has 2 columns", "b.csv has 3 columns"]),
-    "mixed kinds": ({"a.csv": "1,2\n", "b.libsvm": "1 1:2\n"}, ["mix CSV and LIBSVM files"]),
+    "other width": (
+        {"a.csv": "1,2\n", "b.csv": "1,2,3\n"},
+        ["a.csv has 2 columns (f0, f1)", "b.csv has 3 (f0, f1, f2)"],
+    ),
+    "mixed kinds": ({"a.csv": "1,2\n", "b.libsvm": "1 1:2\n"}, ["a.csv is CSV", "b.libsvm is LIBSVM"]),
+    "blank lines": ({"a.csv": "0,1,2\n\n\n1,2\n"}, ["a.csv, line 4: Expected 3 columns, got 2"]),
+    "labels only": ({"a.csv": "0\n1\n"}, ["a.csv has 1 columns", "the label and at least one more"]),
+    "no lines": ({"a.libsvm": ""}, ["without rows"]),
     "no libsvm": ({"a.libsvm": "1 1:2\n1 two:2\n"}, ["a.libsvm", "label index:value"]),
     "no parquet": ({"a.parquet": "nothing"}, ["a.parquet", "cannot read"]),
 }
@@ -114,16 +120,33 @@ def test_a_mistake_in_the_data_is_told_with_its_place(tmp_path, name):
     assert "\n" not in message
 
 
+def test_parquet_columns_must_have_the_same_names_in_the_same_order(tmp_path):
+    for file, names in (("a", ["y", "a", "b"]), ("b", ["y", "b", "a"])):
+        parquet.write_table(pyarrow.table({name: [0.0, 1.0] for name in names}), tmp_path / f"{file}.parquet")
+    with pytest.raises(UserError, match=r"a.parquet has 3 columns \(y, a, b\) and .*b.parquet has 3 \(y, b, a\)"):
+        load(train=tmp_path)
+
+
+def test_parquet_without_rows_or_columns(tmp_path):
+    for columns, message in (({}, "has 0 columns"), ({"y": [], "x": []}, "without rows")):
+        table = pyarrow.table({name: pyarrow.array(values, pyarrow.float64()) for name, values in columns.items()})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=message):
+            load(train=tmp_path)
+
+
 def test_the_line_is_named_in_a_large_file_too(tmp_path, rows):
     write_csv(tmp_path / "a.csv", np.tile(rows, (20, 1)))
     with open(tmp_path / "a.csv", "a") as file:
         file.write("1,2,3\n")
-    with pytest.raises(UserError, match=f"#{20 * len(rows) + 1}: Expected 65 columns, got 3"):
+    with pytest.raises(UserError, match=f"a.csv, line {20 * len(rows) + 1}: Expected 65 columns, got 3"):
         load(train=tmp_path)
 
 
 def test_validation_must_be_as_wide_as_the_training_data(tmp_path, rows):
     write_csv(tmp_path / "train/a.csv", rows)
     write_csv(tmp_path / "validation/a.csv", rows[:, :-1])
-    with pytest.raises(UserError, match="--train has 64 columns, but --validation has 63"):
+    with pytest.raises(
+        UserError, match=r"has 65 columns .* and .*validation/a.csv has 64 .*: expected the same in every file"
+    ):
         load(train=tmp_path / "train", validation=tmp_path / "validation")

@@ -10,9 +10,10 @@ An epoch is one boosting round. Reads CSV, LIBSVM or Parquet files (--train, --v
 
 import json
 import os
+import re
 import time
 
-from common import checkpoints, errors, flags, report, tables
+from common import checkpoints, errors, files, flags, report, tables
 
 CHECKPOINT = "xgboost-checkpoint.{}"  # the last boosting round, counted from 0, as in SageMaker's own XGBoost container
 
@@ -62,21 +63,30 @@ def build_model(args, data):
     model = {name: getattr(args, name) for name in names.split()}
     model["seed_per_iteration"] = True  # row and column samples are a function of (seed, round)
 
-    classes = np.unique(data.train.labels)
+    classes = np.unique(np.concatenate([data.train.labels, data.validation.labels]))
     if len(classes) < 2:
         raise errors.UserError(f"--train {args.train} has one label only ({classes[0]:g}): expected two or more")
     is_classification = len(classes) <= 100 and np.array_equal(classes, np.arange(len(classes)))
     chosen = "reg:squarederror"
-    if is_classification:
-        chosen = "binary:logistic" if len(classes) == 2 else "multi:softprob"
-    model["objective"] = args.objective or chosen
-    if model["objective"].startswith("multi:"):
-        model["num_class"] = args.num_class or int(classes[-1]) + 1
-    if model["objective"].startswith("binary:"):
+    if is_classification or args.num_class:
+        chosen = "binary:logistic" if (args.num_class or len(classes)) == 2 else "multi:softprob"
+    model["objective"] = (args.objective or chosen).replace("reg:linear", "reg:squarederror")  # its earlier name
+    kind = model["objective"].split(":")[0]
+    num_classes = (args.num_class or int(classes[-1]) + 1) if kind == "multi" else 2
+    if kind in ("multi", "binary") and not np.isin(classes, np.arange(num_classes)).all():
+        raise errors.UserError(
+            f"objective {model['objective']} expects the labels 0 to {num_classes - 1}, but there are {len(classes)} "
+            f"from {classes[0]:g} to {classes[-1]:g}: number them from 0, or pass another --objective or --num-class"
+        )
+    if kind == "rank":
+        raise errors.UserError(f"--objective {args.objective} needs query groups, which this script does not read")
+    if kind == "multi":
+        model["num_class"] = num_classes
+    if kind == "binary":
         model["scale_pos_weight"] = args.scale_pos_weight
     metrics = {"multi": "mlogloss,merror", "binary": "logloss,error", "reg": "rmse"}
-    wanted = args.eval_metric or metrics.get(model["objective"].split(":")[0], "")
-    model["eval_metric"] = [metric for metric in wanted.split(",") if metric]
+    wanted = args.eval_metric or metrics.get(kind, "")
+    model["eval_metric"] = [metric.strip() for metric in wanted.split(",") if metric.strip()]
     described = " ".join(f"{key}={model[key]}" for key in ("objective", "num_class", "eval_metric") if key in model)
     report.log(f"Labels: {len(classes)} values from {classes[0]:g} to {classes[-1]:g}; {described}")
     return model
@@ -88,19 +98,32 @@ def build_model(args, data):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args, booster, history):
+def describe_job(args, data, model):
+    """Return what a checkpoint must have in common with the run that resumes from it."""
+    return {
+        "--booster": args.booster,
+        "--objective": model["objective"],
+        "--seed": args.seed,
+        "number of classes": model.get("num_class", 0),
+        "number of columns": data.train.features.shape[1],
+        "number of training rows": data.train.features.shape[0],
+    }
+
+
+def save_checkpoint(args, data, model, booster, history):
     """Write the training state after the last boosting round."""
     epoch = booster.num_boosted_rounds()
     checkpoint = {
         # The rest of the file: the trees, the objective and its parameters.
         "epoch": epoch,
         "history": history,
+        "job": describe_job(args, data, model),
         "flags": {flag: str(value) for flag, value in vars(args).items()},
     }
     booster.set_attr(checkpoint=json.dumps(checkpoint))
-    with checkpoints.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch - 1)) as file:
+    with files.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch - 1)) as file:
         file.write(booster.save_raw("ubj"))
-    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, args.keep_checkpoints)
+    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, epoch - 1, args.keep_checkpoints)
 
 
 def load_checkpoint(args, data, model):
@@ -116,17 +139,21 @@ def load_checkpoint(args, data, model):
     if found is None:
         return 0, [], None
     last_round, path, booster = found
+    # A checkpoint of SageMaker's own XGBoost container has only what XGBoost itself has written.
+    checkpoint = json.loads(booster.attr("checkpoint") or '{"history": [], "job": {}, "flags": {}}')
     learner = json.loads(booster.save_config())["learner"]
-    saved = {
-        "--objective": learner["objective"]["name"],
-        "number of classes": int(learner["learner_model_param"]["num_class"]),
-        "number of columns": booster.num_features(),
-    }
-    current = (model["objective"], model.get("num_class", 0), data.train.features.shape[1])
-    checkpoints.check_same_job(path, saved, dict(zip(saved, current)))
+    checkpoint["job"].update(
+        {
+            "--booster": learner["gradient_booster"]["name"],
+            "--objective": learner["objective"]["name"],
+            "number of classes": int(learner["learner_model_param"]["num_class"]),
+            "number of columns": booster.num_features(),
+        }
+    )
+    job = {key: value for key, value in describe_job(args, data, model).items() if key in checkpoint["job"]}
+    checkpoints.check_same_job(args, path, checkpoint, job)
     report.log(f"Resuming training from {path.name}")
-    # A checkpoint of SageMaker's own XGBoost container has no history.
-    return last_round + 1, json.loads(booster.attr("checkpoint") or '{"history": []}')["history"], booster
+    return last_round + 1, checkpoint["history"], booster
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,9 +164,9 @@ def load_checkpoint(args, data, model):
 class EpochEnd(xgb.callback.TrainingCallback):
     """Logs, evaluates and saves a checkpoint after each boosting round."""
 
-    def __init__(self, args, data, history):
+    def __init__(self, args, data, model, history):
         super().__init__()
-        self.args, self.data, self.history = args, data, history
+        self.args, self.data, self.model, self.history = args, data, model, history
 
     def before_iteration(self, model, epoch, evals_log):
         self.started = time.perf_counter()
@@ -150,7 +177,7 @@ class EpochEnd(xgb.callback.TrainingCallback):
         metrics, validation = evaluate(evals_log["train"]), evaluate(evals_log["validation"])
         num_samples = len(self.data.train.labels)
         self.history.append(report.log_epoch(model.num_boosted_rounds(), metrics, validation, seconds, num_samples))
-        save_checkpoint(self.args, model, self.history)
+        save_checkpoint(self.args, self.data, self.model, model, self.history)
         return False  # True would end the training
 
 
@@ -162,22 +189,24 @@ def train(args, data, model, device):
         return initial_epoch, history, booster
     try:
         if args.tree_method in ("auto", "hist"):
-            training = xgb.QuantileDMatrix(*data.train, max_bin=args.max_bin)
-            validation = xgb.QuantileDMatrix(*data.validation, max_bin=args.max_bin, ref=training)
+            options = {"max_bin": args.max_bin, "nthread": args.nthread or None}
+            training = xgb.QuantileDMatrix(*data.train, **options)
+            validation = xgb.QuantileDMatrix(*data.validation, **options, ref=training)
         else:
-            training, validation = xgb.DMatrix(*data.train), xgb.DMatrix(*data.validation)
+            training, validation = (xgb.DMatrix(*table, nthread=args.nthread or None) for table in data)
         booster = xgb.train(
             {**model, "device": device},
             training,
             num_boost_round=args.epochs - initial_epoch,
             evals=[(training, "train"), (validation, "validation")],
             xgb_model=booster,
-            callbacks=[EpochEnd(args, data, history)],
+            callbacks=[EpochEnd(args, data, model, history)],
             verbose_eval=False,
         )
     except xgb.core.XGBoostError as error:
-        reason = str(error).splitlines()[0]
-        raise errors.UserError(f"XGBoost cannot train with these flags and data: {reason}") from error
+        reason = re.sub(r"^\[.*?\] \S+: ", "", str(error).splitlines()[0])  # without the place in XGBoost's source
+        chosen = f"--objective {model['objective']} --eval-metric {','.join(model['eval_metric'])}"
+        raise errors.UserError(f"XGBoost cannot train with {chosen} and this data: {reason}") from error
     return initial_epoch, history, booster
 
 
@@ -193,14 +222,15 @@ def evaluate(metrics):
 def export_model(args, booster):
     """Write `xgboost-model`, for SageMaker's XGBoost serving container."""
     booster.set_attr(checkpoint=None)  # times are not part of the model
-    with checkpoints.atomic_write(args.model_dir / "xgboost-model") as file:
+    with files.atomic_write(args.model_dir / "xgboost-model") as file:
         file.write(booster.save_raw("ubj"))
     report.log(f"Model: {args.model_dir / 'xgboost-model'}")
 
 
 def main(args):
     """Train and write the model and its metrics."""
-    checkpoints.prepare_folders(args, CHECKPOINT)
+    files.prepare_folders(args)
+    checkpoints.remove_leftovers(args.checkpoint_path, CHECKPOINT)
     device = choose_device(args)
     data = load_data(args)
     model = build_model(args, data)

@@ -1,0 +1,76 @@
+"""Writing files so that nobody ever sees half of one, and nothing is lost when the disk is full."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from common.errors import UserError
+
+TEMPORARY = ".sagemaker-ignore"  # SageMaker does not copy files to S3 whose names end like this
+
+
+def prepare_folders(args):
+    """Create the folders that training writes to and try to write there, before hours of training.
+
+    Raises UserError where a folder cannot be written.
+    """
+    for flag in ("--checkpoint-path", "--model-dir", "--output-data-dir"):
+        folder = vars(args)[flag[2:].replace("-", "_")]
+        probe = folder / f"write-test{TEMPORARY}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{flag} {folder} cannot be written ({error.strerror}): pass a folder you can write to"
+            ) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a binary file that becomes `path` when the block ends, and leaves nothing behind when it fails.
+
+    The content reaches the disk before the name does: whoever sees the name sees the whole file, also after a crash.
+    Raises UserError when the disk is full or cannot be written.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. Earlier checkpoints are whole: "
+            "make room or pass another folder, then run the same command to resume"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def atomic_export(folder):
+    """Yield an empty folder; when the block ends, what was written there replaces what has the same name in `folder`.
+
+    Nothing in `folder` changes when the block fails.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        yield Path(temporary)
+        for path in Path(temporary).iterdir():
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
+
+
+def _flush_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,35 @@
+"""What a run tells: log lines and result files."""
+
+import csv
+import json
+from argparse import Namespace
+
+from common import report
+
+
+def test_an_epoch_is_one_line_of_keys_and_values(capsys):
+    row = report.log_epoch(6, {"loss": 0.10336, "accuracy": 0.9712}, {"loss": 0.0921, "accuracy": 0.9783}, 1.2, 1692)
+    assert capsys.readouterr().out == (
+        "epoch=6 train_loss=0.1034 train_accuracy=0.9712 validation_loss=0.0921 validation_accuracy=0.9783 "
+        "seconds=1.20 samples_per_second=1410\n"
+    )
+    assert row["train_loss"] == 0.10336
+
+
+def test_results_with_metrics_that_changed_on_the_way(tmp_path):
+    history = [{"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_auc": float("nan")}]
+    report.write_results(Namespace(output_data_dir=tmp_path), history, 1, class_names=["a", "b"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=None)
+    assert metrics.pop("wall_seconds") >= 0
+    assert metrics == {"epochs": 2, "initial_epoch": 1, "train_auc": None, "class_names": ["a", "b"]}
+    with open(tmp_path / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"epoch": "1", "train_loss": "0.5", "train_auc": ""},
+        {"epoch": "2", "train_loss": "", "train_auc": "nan"},
+    ]
+
+
+def test_results_without_any_epoch(tmp_path):
+    report.write_results(Namespace(output_data_dir=tmp_path), [], 5)
+    assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 5
