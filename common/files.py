@@ -1,14 +1,29 @@
 """Writing files so that nobody ever sees half of one, and nothing is lost when the disk is full."""
 
 import contextlib
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 from common.errors import UserError
 
+UNSEALED = b'"sha256": "' + b"0" * 64 + b'"'
 TEMPORARY = ".sagemaker-ignore"  # SageMaker does not copy files to S3 whose names end like this
+
+
+def seal(content):
+    """Return the bytes `content` with their SHA-256 checksum in place of `UNSEALED`, which must stand in them once."""
+    return content.replace(UNSEALED, UNSEALED[:-65] + hashlib.sha256(content).hexdigest().encode() + b'"')
+
+
+def check_seal(content):
+    """Raise ValueError where the checksum that `seal` wrote into `content` is not that of the rest; accept none."""
+    found = re.search(rb'"sha256": "([0-9a-f]{64})"', content)
+    if found and hashlib.sha256(content.replace(found[0], UNSEALED)).hexdigest().encode() != found[1]:
+        raise ValueError("its checksum is wrong: the file is damaged")
 
 
 def prepare_folders(args):

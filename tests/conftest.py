@@ -33,16 +33,6 @@ def environment(**variables):
     return {**kept, **variables}
 
 
-def pytest_collection_modifyitems(items):
-    """Give each framework's tests to one worker, so that what they share is made once; the slowest comes first."""
-    for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        name = parameters.get("framework") or parameters.get("image_framework")
-        if name:
-            item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: "tensorflow" not in item.nodeid)
-
-
 class Result:
     """A finished run: exit code, both outputs, and the epochs that its log tells of."""
 

@@ -200,3 +200,17 @@ def test_another_job_is_refused_and_changed_flags_are_logged(capsys):
     args.resume_anyway = True
     checkpoints.check_same_job(args, path, checkpoint, other)
     assert changes in capsys.readouterr().out
+
+
+@given(st.binary(), st.binary(), st.data())
+def test_any_damage_to_a_sealed_content_is_found(before, after, data):
+    content = files.seal(before + files.UNSEALED + after)
+    files.check_seal(content)
+    files.check_seal(before)  # without a checksum there is nothing to check
+    position = data.draw(st.integers(0, len(content) - 1))
+    damaged = bytearray(content)
+    damaged[position] ^= 1 << data.draw(st.integers(0, 7))
+    field = range(len(before), len(before) + len(files.UNSEALED))
+    if position not in field:
+        with pytest.raises(ValueError, match="damaged"):
+            files.check_seal(bytes(damaged))

@@ -120,9 +120,10 @@ def save_checkpoint(args, data, model, booster, history):
         "job": describe_job(args, data, model),
         "flags": {flag: str(value) for flag, value in vars(args).items()},
     }
-    booster.set_attr(checkpoint=json.dumps(checkpoint))
+    # With a checksum, because a damaged file can crash XGBoost while it is read.
+    booster.set_attr(checkpoint=json.dumps({**checkpoint, "sha256": "0" * 64}))
     with files.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch - 1)) as file:
-        file.write(booster.save_raw("ubj"))
+        file.write(files.seal(bytes(booster.save_raw("ubj"))))
     checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, epoch - 1, args.keep_checkpoints)
 
 
@@ -130,7 +131,11 @@ def load_checkpoint(args, data, model):
     """Return the number of finished epochs, their history and the booster of the newest checkpoint: 0, [] and None."""
 
     def read(path):
-        booster = xgb.Booster(model_file=bytearray(path.read_bytes()))
+        content = path.read_bytes()
+        files.check_seal(content)
+        if not content.endswith(b"}"):
+            raise ValueError("the file is cut off")
+        booster = xgb.Booster(model_file=bytearray(content))
         if CHECKPOINT.format(booster.num_boosted_rounds() - 1) != path.name:
             raise ValueError(f"it holds {booster.num_boosted_rounds()} rounds, which its name denies")
         return booster
@@ -144,7 +149,6 @@ def load_checkpoint(args, data, model):
     learner = json.loads(booster.save_config())["learner"]
     checkpoint["job"].update(
         {
-            "--booster": learner["gradient_booster"]["name"],
             "--objective": learner["objective"]["name"],
             "number of classes": int(learner["learner_model_param"]["num_class"]),
             "number of columns": booster.num_features(),
