@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from common import flags
-from conftest import ROOT, environment
+from conftest import HAS_MXNET, ROOT, environment
 
 README = (ROOT / "README.md").read_text()
 
@@ -71,6 +71,7 @@ def clone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(not HAS_MXNET, reason="one of the commands trains with MXNet")
 def test_the_commands_of_the_readme_run_as_they_stand(clone):
     commands = [block for block in blocks("bash") if block != "make test\n"]  # that one runs this test
     assert len(commands) == len(blocks("bash")) - 1 >= 4
