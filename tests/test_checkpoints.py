@@ -102,7 +102,9 @@ def test_atomic_write_shows_the_name_only_with_the_whole_content(tmp_path):
         file.flush()
         assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1.pt.sagemaker-ignore"]
         file.write(b" and half")
+        written = os.fstat(file.fileno()).st_ino
     assert path.read_bytes() == b"half and half"
+    assert path.stat().st_ino == written  # renamed, not copied
     assert list(tmp_path.iterdir()) == [path]
 
 
