@@ -140,18 +140,24 @@ def test_twelve_starts_of_one_epoch_are_one_run_of_twelve(framework, tmp_path, u
 
 
 def test_a_killed_run_goes_on_where_it_was(framework, tmp_path, uninterrupted):
-    with start(framework, "--epochs", NUM_EPOCHS, cwd=tmp_path) as process:
+    num_epochs, whole = NUM_EPOCHS, None
+    if framework == "xgboost":  # whose rounds take milliseconds: more of them, to be killed before the last
+        num_epochs, whole = 100, tmp_path / "whole"
+        whole.mkdir()
+        run(framework, "--epochs", num_epochs, cwd=whole)
+    whole = whole or uninterrupted(framework)
+    with start(framework, "--epochs", num_epochs, cwd=tmp_path) as process:
         for line in process.stdout:
             if line.startswith("epoch=3 "):
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
-    result = run(framework, "--epochs", NUM_EPOCHS, cwd=tmp_path)
-    assert 3 <= result.epochs[0] < NUM_EPOCHS
-    assert result.epochs == list(range(result.epochs[0], NUM_EPOCHS + 1))
-    assert files(tmp_path, framework) == names(framework, *range(1, NUM_EPOCHS + 1))
-    assert history(tmp_path, framework) == history(uninterrupted(framework), framework)
-    assert model_bytes(tmp_path, framework) == model_bytes(uninterrupted(framework), framework)
+    result = run(framework, "--epochs", num_epochs, cwd=tmp_path)
+    assert 3 <= result.epochs[0] < num_epochs
+    assert result.epochs == list(range(result.epochs[0], num_epochs + 1))
+    assert files(tmp_path, framework) == names(framework, *range(1, num_epochs + 1))
+    assert history(tmp_path, framework) == history(whole, framework)
+    assert model_bytes(tmp_path, framework) == model_bytes(whole, framework)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(framework, tmp_path):
@@ -590,7 +596,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("share", [0.1, 0.9, 0.9999])
+@pytest.mark.parametrize("share", [0.5, 0.9999])
 def test_a_full_disk_harms_no_earlier_checkpoint_and_leaves_no_half_one(framework, tmp_path, share):
     """A limit of the file size stands for the full disk: the write fails halfway in just the same way."""
     run(framework, "--epochs", 1, cwd=tmp_path)
