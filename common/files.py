@@ -61,7 +61,7 @@ def atomic_write(path):
         _flush_folder(path.parent)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}. Earlier checkpoints are whole: "
+            f"cannot write {path}: {error.strerror or error}. Earlier checkpoints are whole: "
             "make room or pass another folder, then run the same command to resume"
         ) from error
     finally:

@@ -360,6 +360,40 @@ booster.save_model(sys.argv[1])
     assert [row["epoch"] for row in history(tmp_path, "xgboost")] == ["4", "5"]
 
 
+def test_xgboost_goes_on_where_another_program_went_on_from_its_checkpoint(tmp_path):
+    """That program copies our attribute, with a checksum that was true of our file only."""
+    run("xgboost", "--num-round", 3, cwd=tmp_path)
+    code = """
+import sys
+sys.path.insert(0, ".")
+import xgboost
+import train
+args = train.parse_args([])
+data = train.load_data(args)
+booster = xgboost.Booster(model_file=bytearray(open(sys.argv[1] + ".2", "rb").read()))
+rows = xgboost.DMatrix(*data.train)
+booster = xgboost.train({"objective": "multi:softprob", "num_class": 10}, rows, 2, xgb_model=booster)
+assert booster.attr("checkpoint")
+open(sys.argv[1] + ".4", "wb").write(booster.save_raw("ubj"))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "output/xgboost/checkpoints/xgboost-checkpoint")]
+    subprocess.run(command, cwd=ROOT / "xgboost", check=True, capture_output=True)
+    result = run("xgboost", "--num-round", 6, cwd=tmp_path)
+    assert "Resuming training from xgboost-checkpoint.4\n" in result.output
+    assert result.epochs == [6]
+
+
+def test_a_damaged_checkpoint_of_xgboost_is_found_before_xgboost_reads_it(tmp_path):
+    run("xgboost", "--num-round", 2, cwd=tmp_path)
+    path = tmp_path / "output/xgboost/checkpoints/xgboost-checkpoint.1"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    result = run("xgboost", "--num-round", 2, cwd=tmp_path)
+    assert "Cannot read xgboost-checkpoint.1, trying the one before: ValueError: its checksum is wrong" in result.output
+    assert result.epochs == [2]
+
+
 # Models and precision -------------------------------------------------------------------------------------------------
 
 ZOO = {"pytorch": "resnet18", "tensorflow": "MobileNetV2", "mxnet": "resnet18_v1"}
