@@ -1,10 +1,11 @@
 # make train [FRAMEWORK=pytorch|tensorflow|mxnet|xgboost] [ARGS="--epochs 20"]
 # make test
+# make soak
 
 FRAMEWORK ?= pytorch
 ARGS ?=
 
-.PHONY: train test
+.PHONY: train test soak
 
 train: .venv/installed
 	.venv/bin/python $(FRAMEWORK)/train.py $(ARGS)
@@ -13,6 +14,9 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
+
+soak: .venv/installed
+	.venv/bin/python tests/soak.py
 
 # The newest supported Python that works and can make virtual environments, on the PATH or of pyenv; else any python3.
 .venv/installed: requirements.txt

@@ -1,16 +1,19 @@
 """The folder of checkpoints: finding the newest, checking that it fits, and removing old ones.
 
-A script names its checkpoints by a pattern with one `{}`, such as `checkpoint-{}.pt`; the number that stands there
-orders them.
+A script names its checkpoints by a pattern with one `{}`, such as `checkpoint-{}.pt`. There stands the number of
+finished epochs, and for a checkpoint inside an epoch a hyphen and the number of its finished steps; these order them.
 """
 
 import contextlib
+import os
 import re
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import TEMPORARY
 from common.report import log
+
+DAMAGED = ".damaged"
 
 # Flags that do not change what is learned.
 HARMLESS = {
@@ -20,7 +23,10 @@ HARMLESS = {
     "--train",
     "--validation",
     "--checkpoint-path",
+    "--checkpoint-seconds",
+    "--checkpoint-steps",
     "--keep-checkpoints",
+    "--keep-best",
     "--resume-anyway",
     "--model-dir",
     "--output-data-dir",
@@ -30,32 +36,45 @@ HARMLESS = {
 }
 
 
+def name_of(pattern, progress):
+    """Return the name of the checkpoint that holds this Progress: `checkpoint-3.pt`, or `checkpoint-3-117.pt`."""
+    return pattern.format(f"{progress.epoch}-{progress.step}" if progress.step else progress.epoch)
+
+
 def find_checkpoints(folder, pattern):
-    """Return the checkpoints in `folder` as a list of (number, path), the newest first, found by name alone."""
-    name = re.compile(re.escape(pattern).replace(r"\{\}", "(0|[1-9][0-9]*)"))
+    """Return the checkpoints in `folder` as a list of ((epoch, step), path), the newest first, found by name alone."""
+    name = re.compile(re.escape(pattern).replace(r"\{\}", "(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?"))
     matches = ((name.fullmatch(path.name), path) for path in Path(folder).iterdir() if path.is_file())
-    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+    found = (((int(match[1]), int(match[2] or 0)), path) for match, path in matches if match)
+    return sorted(found, reverse=True)
 
 
 def read_newest_checkpoint(folder, pattern, read):
-    """Return (number, path, `read(path)`) of the newest checkpoint that can be read; None where there is none.
+    """Return (path, `read(path)`) of the newest checkpoint that can be read; None where there is none.
 
+    Damaged ones that are newer are kept for inspection under another name, so that they never count again.
     Raises UserError when there are checkpoints but not one can be read: starting over in silence would lose them.
     """
-    checkpoints = []
-    for number, path in find_checkpoints(folder, pattern):
-        if path.stat().st_size == 0:  # nothing to lose
-            log(f"Skipping {path.name}: the file is empty")
-        else:
-            checkpoints.append((number, path))
-    for number, path in checkpoints:
+    damaged = []
+    for _, path in find_checkpoints(folder, pattern):
         try:
-            return number, path, read(path)
+            if path.stat().st_size == 0:
+                raise ValueError("the file is empty")
+            content = read(path)
+        except (OSError, MemoryError) as error:  # this says nothing about the file: it may be whole
+            reason = error.strerror if isinstance(error, OSError) else "not enough memory"
+            raise UserError(f"cannot read {path}: {reason}. Mend that, then run the same command again") from error
         except Exception as error:  # each framework has its own errors for a damaged file
             reason = " ".join(str(error).split())[:200]
             log(f"Cannot read {path.name}, trying the one before: {type(error).__name__}: {reason}")
-    if checkpoints:
-        names = ", ".join(path.name for _, path in checkpoints)
+            damaged.append(path)
+            continue
+        for bad in damaged:
+            bad.replace(bad.with_name(bad.name + DAMAGED))
+            log(f"Kept for inspection: {bad.name}{DAMAGED}")
+        return path, content
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
         raise UserError(
             f"none of the checkpoints in {folder} can be read: {names}. "
             "Delete them to start over, or pass another --checkpoint-path"
@@ -63,27 +82,47 @@ def read_newest_checkpoint(folder, pattern, read):
     return None
 
 
-def check_same_job(args, path, checkpoint, job):
-    """Raise UserError where the checkpoint at `path` belongs to another job than this run; log flags that have changed.
+def describe_run(args, job, framework, threads=None):
+    """Return what a checkpoint tells of the run that saved it, all of it plain: "job", "machine" and "flags".
 
-    `job` and `checkpoint["job"]` are dictionaries of what makes a job, such as {"--model": "cnn"}, and
-    `checkpoint["flags"]` holds the flags of the earlier run as strings. With `--resume-anyway` nothing is refused.
+    Args:
+        job: what makes a job, such as {"--model": "cnn"}.
+        framework: the framework's module; its version and the CPU threads change the bits of the result, not its worth.
+        threads: their number where it is known, else what OpenMP and the frameworks take by default.
     """
-    saved = checkpoint["job"]
-    changes = [f"{key} was {saved.get(key)} and is now {now}" for key, now in job.items() if saved.get(key) != now]
-    if changes and not args.resume_anyway:
+    if not threads:
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
+    return {
+        "job": job,
+        "machine": {"CPU threads": threads, framework.__name__: str(framework.__version__)},
+        "flags": {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()},
+    }
+
+
+def check_same_job(args, path, checkpoint, run):
+    """Log what has changed between the run that saved `checkpoint` and `run`, both as `describe_run` returns them.
+
+    Raises UserError where the checkpoint at `path` belongs to another job, unless `--resume-anyway` is there.
+    """
+
+    def changes(kind):
+        pairs = ((key, checkpoint[kind].get(key), now) for key, now in run[kind].items())
+        return [(key, f"{key} was {old} and is now {now}") for key, old, now in pairs if old != now]
+
+    other_job = [text for _, text in changes("job")]
+    if other_job and not args.resume_anyway:
         raise UserError(
-            f"{path} belongs to another job: {'; '.join(changes)}. Use the same flags and data again, "
+            f"{path} belongs to another job: {'; '.join(other_job)}. Use the same flags and data again, "
             "or pass another --checkpoint-path, or --resume-anyway where that makes sense"
         )
-    flags = {
-        f"--{name.replace('_', '-')}": (checkpoint["flags"].get(name), value) for name, value in vars(args).items()
-    }
-    for flag, (old, value) in flags.items():
-        if old not in (None, str(value)) and flag not in HARMLESS and flag not in job:
-            changes.append(f"{flag} was {old} and is now {value}")
-    if changes:
-        log(f"Changed since {path.name}: {'; '.join(changes)}")
+    known = HARMLESS | set(run["job"]) | (set(run["flags"]) - set(checkpoint["flags"]))
+    other_flags = [text for flag, text in changes("flags") if flag not in known]
+    if other_job or other_flags:
+        log(f"Changed since {path.name}: {'; '.join(other_job + other_flags)}")
+    other_machine = [text for key, text in changes("machine") if key in checkpoint["machine"]]
+    if other_machine:
+        log(f"Warning: {'; '.join(other_machine)}: the result will be equally good but not bit-identical")
 
 
 @contextlib.contextmanager
@@ -105,13 +144,38 @@ def remove_leftovers(folder, pattern):
         path.unlink()
 
 
-def remove_old_checkpoints(folder, pattern, newest, keep):
-    """Delete the checkpoints up to the number `newest`, just written, except the last `keep` of them (0: delete none).
+def remove_old_checkpoints(args, pattern, best):
+    """Delete what `--keep-checkpoints` and `--keep-best` do not keep, and what is inside an epoch and outdated.
 
-    Higher numbers are left alone: they are what this run could not read. So is a file that SageMaker is uploading.
+    `best` is the number in the name of the best checkpoint. What is deleted here is deleted in S3 too. So a file that
+    SageMaker is uploading stays, and where SageMaker marks what it has uploaded, only uploaded checkpoints count as
+    those that replace others. What stays is deleted later.
     """
-    written = [path for number, path in find_checkpoints(folder, pattern) if number <= newest]
-    for path in written[keep:] if keep else ():
-        uploading, uploaded = (path.with_name(path.name + f".sagemaker-{word}") for word in ("uploading", "uploaded"))
-        if uploaded.exists() or not uploading.exists():
+    found = find_checkpoints(args.checkpoint_path, pattern)
+    kept = [(best, 0)] if args.keep_best else []
+    uploaded = [(position, path) for position, path in found if _marked(path, "uploaded")]
+    there = [position for position, _ in (uploaded or found)]
+    epochs = [position for position in there if position[1] == 0]
+    oldest = epochs[args.keep_checkpoints - 1] if 0 < args.keep_checkpoints <= len(epochs) else (0, 0)
+    for position, path in found:
+        replaced = position < (oldest if position[1] == 0 else there[0])
+        if replaced and position not in kept and (_marked(path, "uploaded") or not _marked(path, "uploading")):
             path.unlink()
+
+
+def best_checkpoint(folder, pattern, epoch):
+    """Return the path of the checkpoint after the best epoch.
+
+    Raises UserError where it is gone.
+    """
+    path = folder / pattern.format(epoch)
+    if not path.is_file():
+        raise UserError(
+            f"--keep-best: epoch {epoch} is the best, but {path} is gone. "
+            "Run the same command without --keep-best to export the last epoch's model"
+        )
+    return path
+
+
+def _marked(path, word):
+    return path.with_name(f"{path.name}.sagemaker-{word}").exists()

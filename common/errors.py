@@ -4,6 +4,8 @@ import contextlib
 import difflib
 import sys
 
+from common import interruption
+
 
 class UserError(Exception):
     """A mistake in the flags or the data, or a limit of the machine: what happened, what was expected, what to do."""
@@ -18,6 +20,15 @@ def framework(name, hint):
         sys.exit(f"error: this script needs {name}, which cannot be imported here ({error}). {hint}")
 
 
+def unfit_images(args, data, reason):
+    """Return the UserError for images that the model cannot take, mostly because they are too small."""
+    height, width, channels = data.image_shape
+    return UserError(
+        f"--model {args.model} cannot take images of {height}x{width}x{channels} ({reason}): "
+        "pass --image-size, such as 224"
+    )
+
+
 def check_choice(flag, value, choices):
     """Raise UserError where `value` is not one of `choices`, naming the nearest ones."""
     if value not in choices:
@@ -26,13 +37,14 @@ def check_choice(flag, value, choices):
 
 
 def run(main, args):
-    """Call `main(args)`; report a `UserError` or `OSError` as one line on standard error, exit code 1."""
+    """Call `main(args)`; end with one line and exit code 1 for a UserError or OSError, 143 or 130 after a signal."""
     try:
         main(args)
+        interruption.check()
+    except interruption.Interrupted as interrupted:
+        print(interrupted, flush=True)
+        sys.exit(interrupted.exit_code)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(f"error: {error}. Install what is missing with: pip install {error.name}")
-    except KeyboardInterrupt:
-        print("Interrupted: run the same command to resume from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)

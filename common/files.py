@@ -2,28 +2,50 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 from common.errors import UserError
 
-UNSEALED = b'"sha256": "' + b"0" * 64 + b'"'
+NO_CHECKSUM = "0" * 64  # what stands under "sha256" in a JSON text until `seal` puts the checksum there
+UNSEALED = f'"sha256": "{NO_CHECKSUM}"'.encode()
 TEMPORARY = ".sagemaker-ignore"  # SageMaker does not copy files to S3 whose names end like this
 
 
 def seal(content):
-    """Return the bytes `content` with their SHA-256 checksum in place of `UNSEALED`, which must stand in them once."""
+    """Return the bytes `content` with their SHA-256 in place of `NO_CHECKSUM`, which must stand in them once."""
     return content.replace(UNSEALED, UNSEALED[:-65] + hashlib.sha256(content).hexdigest().encode() + b'"')
 
 
 def check_seal(content):
-    """Raise ValueError where the checksum that `seal` wrote into `content` is not that of the rest; accept none."""
+    """Raise ValueError where `content` has no checksum written by `seal`, or one that is not that of the rest."""
     found = re.search(rb'"sha256": "([0-9a-f]{64})"', content)
-    if found and hashlib.sha256(content.replace(found[0], UNSEALED)).hexdigest().encode() != found[1]:
+    if not found:
+        raise ValueError("it has no checksum: it is cut off, or not a checkpoint of this script")
+    if hashlib.sha256(content.replace(found[0], UNSEALED)).hexdigest().encode() != found[1]:
         raise ValueError("its checksum is wrong: the file is damaged")
+
+
+def read_zip(path):
+    """Return the zip archive at `path`, as .pt and .keras files are, as a file in memory.
+
+    Raises ValueError where it is damaged: each member has a checksum.
+    """
+    content = io.BytesIO(path.read_bytes())
+    try:
+        with zipfile.ZipFile(content) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile has no one error for what damage can look like
+        raise ValueError(f"the file is damaged: {error}") from error
+    if damaged:
+        raise ValueError(f"the checksum of its {damaged} is wrong: the file is damaged")
+    content.seek(0)
+    return content
 
 
 def prepare_folders(args):

@@ -15,7 +15,14 @@ from pathlib import Path
 def image_flags(framework):
     """Return the parser of an image script; `framework` names its folder below `output/`."""
     parser = _Parser(description=f"Train an image classifier with {framework}; run it again to resume.")
-    _job_flags(parser, framework, "--epochs", default_epochs=5, help="epochs to train in total, over all restarts")
+    _job_flags(
+        parser,
+        framework,
+        "--epochs",
+        default_epochs=5,
+        checkpoint_seconds=300,
+        help="epochs to train in total, over all restarts",
+    )
     add = parser.add_argument
     add("--model", default="cnn", help="cnn (a small network) or a name from the framework's own model zoo, untrained")
     add("--image-size", type=_integer(1), help="resize all images to this height and width, in pixels")
@@ -30,6 +37,12 @@ def image_flags(framework):
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
         help="arithmetic of the network; weights stay fp32; TensorFlow and MXNet have fp16 on GPUs only",
+    )
+    add(
+        "--deterministic",
+        action=_Switch,
+        default=True,
+        help="the same bits in each run, also where that needs slower kernels",
     )
     add(
         "--workers",
@@ -49,6 +62,7 @@ def xgboost_flags():
         "--num-round",
         "--epochs",
         default_epochs=50,
+        checkpoint_seconds=0,
         help="boosting rounds to train in total, over all restarts; an epoch is one round",
     )
     add = parser.add_argument
@@ -80,7 +94,7 @@ def xgboost_flags():
     return parser
 
 
-def _job_flags(parser, framework, *epochs_flag, default_epochs, help):
+def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_seconds, help):
     """Add the flags that all four scripts have."""
     env, add = os.environ.get, parser.add_argument
     output = Path("output", framework)
@@ -114,7 +128,25 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, help):
         help="folder with the validation data; default: a tenth of the training data, held out",
     )
     add("--checkpoint-path", type=_local_path, default=checkpoints, help="folder of the checkpoints")
-    add("--keep-checkpoints", type=_integer(0), default=0, help="newest checkpoints to keep; 0: all")
+    add(
+        "--checkpoint-seconds",
+        type=_real(0),
+        default=checkpoint_seconds,
+        help="save inside an epoch too, when so much time has passed; 0: do not (XGBoost: after a round)",
+    )
+    add(
+        "--checkpoint-steps",
+        type=_integer(0),
+        default=0,
+        help="save inside an epoch too, after so many steps; 0: do not (XGBoost: so many rounds)",
+    )
+    add("--keep-checkpoints", type=_integer(0), default=0, help="epochs whose checkpoints to keep, the newest; 0: all")
+    add(
+        "--keep-best",
+        action=_Switch,
+        default=False,
+        help="keep the checkpoint with the best validation metric too, and export its model instead of the last",
+    )
     add("--resume-anyway", action=_Switch, default=False, help="resume even where the flags or the data have changed")
     add("--model-dir", default=env("SM_MODEL_DIR", output / "model"), help="folder of the trained model")
     add(

@@ -56,10 +56,11 @@ class Dataset(NamedTuple):
         deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
         return mean.astype(np.float32), np.where(deviation > 0, deviation, 1).astype(np.float32)
 
-    def describe_job(self, args):
+    def describe_job(self, args, optimizer):
         """Return what a checkpoint must have in common with the run that resumes from it."""
         return {
             "--model": args.model,
+            "optimizer": type(optimizer).__name__,
             "--batch-size": args.batch_size,
             "--seed": args.seed,
             "number of training images": len(self.train_labels),

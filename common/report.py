@@ -17,12 +17,13 @@ def log(message):
     print(message, flush=True)
 
 
-def log_start(initial_epoch, epochs):
+def log_start(progress, epochs):
     """Say where training starts, or that nothing is left to train."""
-    if initial_epoch < epochs:
-        log(f"Starting training from epoch: {initial_epoch + 1}")
+    if progress.epoch < epochs:
+        step = f", step: {progress.step + 1}" if progress.step else ""
+        log(f"Starting training from epoch: {progress.epoch + 1}{step}")
     else:
-        log(f"Nothing left to train: {initial_epoch} epochs are finished, --epochs asks for {epochs}")
+        log(f"Nothing left to train: {progress.epoch} epochs are finished, --epochs asks for {epochs}")
 
 
 def log_epoch(epoch, train, validation, seconds, num_samples):
@@ -59,22 +60,23 @@ class _NoBar:
         pass
 
 
-def progress_bar(epoch, total, batches=()):
+def progress_bar(progress, total, batches=()):
     """Return a bar over the `total` batches of an epoch: tqdm's on a terminal, otherwise one that shows nothing."""
     if not sys.stderr.isatty():
         return _NoBar(batches)
     from tqdm import tqdm
 
-    return tqdm(batches, total=total, desc=f"epoch {epoch}", unit="step", leave=False)
+    name = f"epoch {progress.epoch + 1}"
+    return tqdm(batches, desc=name, initial=progress.step, total=total, unit="step", leave=False)
 
 
-def write_results(args, history, initial_epoch, **facts):
-    """Write `metrics.json` (the last epoch's metrics and `facts`) and `history.csv` (one row per epoch).
-
-    `history` is a list of one dictionary per epoch; `initial_epoch` counts the epochs finished before this run.
-    """
-    metrics = {**(history[-1] if history else {}), "initial_epoch": initial_epoch, **facts}
-    metrics["epochs"] = metrics.pop("epoch", initial_epoch)
+def write_results(args, progress, **facts):
+    """Write `metrics.json` (the last epoch's metrics and `facts`) and `history.csv` (one row per epoch)."""
+    history = progress.history
+    metrics = {**(history[-1] if history else {}), "initial_epoch": progress.initial_epoch, **facts}
+    metrics["epochs"] = metrics.pop("epoch", progress.epoch)
+    if args.keep_best and history:
+        metrics["best_epoch"] = progress.best_epoch()
     metrics["wall_seconds"] = time.time() - _STARTED
     # JSON has no word for a loss that is not a number.
     finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}

@@ -15,8 +15,13 @@ def steps_per_epoch(num_samples, batch_size):
     return math.ceil(num_samples / batch_size)
 
 
-def training_batches(images, labels, args, epoch):
-    """Yield an epoch's shuffled, augmented batches as numpy arrays.
+def batch_sizes(num_samples, batch_size):
+    """Return the number of samples in each batch of an epoch."""
+    return [len(part) for part in _split(np.arange(num_samples), batch_size)]
+
+
+def training_batches(images, labels, args, epoch, first_step=0):
+    """Yield an epoch's shuffled, augmented batches as numpy arrays, without reading those before `first_step`.
 
     Args:
         images: whatever gives (n, height, width, channels) for `images[indices]`, such as an array or a memory map.
@@ -31,7 +36,7 @@ def training_batches(images, labels, args, epoch):
         return batch, labels[indices]
 
     order = _generator(args.seed, epoch, 0).permutation(len(labels))
-    return _prefetch(load, _split(order, args.batch_size), args.workers)
+    return _prefetch(load, _split(order, args.batch_size), args.workers, first_step)
 
 
 def validation_batches(images, labels, args):
@@ -83,16 +88,21 @@ def _split(order, batch_size):
     return np.array_split(order, steps_per_epoch(len(order), batch_size))
 
 
-def _prefetch(load, parts, workers):
-    """Yield `load(step, part)` in order, prepared ahead by `workers` threads."""
+def _prefetch(load, parts, workers, first_step=0):
+    """Yield `load(step, part)` in order from `first_step` on, prepared ahead by `workers` threads."""
+    numbered = list(enumerate(parts))[first_step:]
     if workers == 0:
-        yield from map(load, range(len(parts)), parts)
+        yield from (load(step, part) for step, part in numbered)
         return
+    waiting = deque()
     with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
-        for step, part in enumerate(parts):
-            waiting.append(pool.submit(load, step, part))
-            if len(waiting) > 2 * workers:
+        try:
+            for step, part in numbered:
+                waiting.append(pool.submit(load, step, part))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # nobody wants them after an error or a signal
+                future.cancel()

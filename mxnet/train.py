@@ -8,16 +8,18 @@ Reads class folders of images or arrays (--train, --validation); writes checkpoi
 model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flags.
 """
 
-import errno
+import io
 import json
 import os
-import time
+from contextlib import nullcontext
 
 import numpy as np
 
-from common import checkpoints, errors, files, flags, images, report, steps
+from common import checkpoints, errors, files, flags, images, interruption, report, steps
+from common.progress import Progress
 
-CHECKPOINT = "checkpoint-{}.params"  # the number of finished epochs
+CHECKPOINT = "checkpoint-{}.params"  # the number of finished epochs; inside an epoch also that of its finished steps
+SEED_STEPS = 16  # steps from one seeding to the next: on a CPU it takes a millisecond, as long as a small step
 
 
 def parse_args(argv=None):
@@ -26,6 +28,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    interruption.install()
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
 with errors.framework("MXNet", "It exists for Linux on x86-64 and Python up to 3.12: pip install mxnet==1.9.1"):
@@ -39,18 +42,16 @@ with errors.framework("MXNet", "It exists for Linux on x86-64 and Python up to 3
 
 def choose_device(args):
     """Return the contexts to compute on; they change the speed, never which data or how many epochs."""
-    num_gpus = mx.context.num_gpus() if args.num_gpus is None else min(args.num_gpus, mx.context.num_gpus())
-    if args.device == "cuda" and not num_gpus:
+    gpus = [] if args.device == "cpu" else [mx.gpu(i) for i in range(mx.context.num_gpus())][: args.num_gpus]
+    if args.device == "cuda" and not gpus:
         raise errors.UserError("--device cuda: MXNet finds no GPU here; use --device auto or cpu")
-    if args.device == "cpu":
-        num_gpus = 0
-    if args.precision == "fp16" and not num_gpus:
+    if args.precision == "fp16" and not gpus:
         raise errors.UserError("--precision fp16: MXNet has it on GPUs only; use --precision bf16 or fp32")
-    devices = [mx.gpu(index) for index in range(num_gpus)] or [mx.cpu()]
-    report.log(f"Device: {f'{num_gpus} GPU' if num_gpus else 'cpu'} ({args.precision})")
+    report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision})")
+    os.environ.setdefault("MXNET_ENFORCE_DETERMINISM", str(int(args.deterministic)))  # concerns GPUs
     if args.precision != "fp32":
         amp.init({"bf16": "bfloat16", "fp16": "float16"}[args.precision])
-    return devices
+    return gpus or [mx.cpu()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,10 +87,7 @@ def build_model(args, data):
     try:
         model(mx.nd.zeros((1, channels, height, width))).wait_to_read()  # also finds the shapes of the weights
     except (mx.base.MXNetError, ValueError) as error:
-        raise errors.UserError(
-            f"--model {args.model} cannot take images of {height}x{width}x{channels} ({str(error).splitlines()[-1]}): "
-            "pass --image-size, such as 224"
-        ) from error
+        raise errors.unfit_images(args, data, str(error).splitlines()[-1]) from error
     return model
 
 
@@ -99,10 +97,11 @@ class Normalize(gluon.HybridBlock):
     def __init__(self, data, num_channels=None):
         super().__init__()
         mean, deviation = data.channel_statistics()
-        # The zoo's networks want three channels: grey is repeated.
-        self.repeats = num_channels // len(mean) if num_channels else 1
-        self.mean = self.params.get_constant("mean", mean.reshape(1, -1, 1, 1))
-        self.deviation = self.params.get_constant("deviation", deviation.reshape(1, -1, 1, 1))
+        self.repeats = num_channels // len(mean) if num_channels else 1  # grey is repeated for the zoo's networks
+        # Not get_constant(), which writes a memory address into the exported model.
+        for name, values in (("mean", mean), ("deviation", deviation)):
+            init = mx.init.Constant(values.reshape(1, -1, 1, 1))
+            setattr(self, name, self.params.get(name, shape=init.value.shape, init=init, grad_req="null"))
 
     def hybrid_forward(self, F, pixels, mean, deviation):
         outputs = F.broadcast_div(F.broadcast_sub(F.cast(pixels, "float32"), mean), deviation)
@@ -110,61 +109,78 @@ class Normalize(gluon.HybridBlock):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: one file holds the whole training state. Order of samples, augmentation, dropout and learning rate are
-# functions of (seed, epoch, step) and need no place in it.
+# Checkpoints: one file holds the whole training state, but for what follows from (seed, epoch, step) anyway.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args, data, model, optimizer, history):
-    """Write the training state after the last epoch of `history`."""
-    epoch = history[-1]["epoch"]
+def save_checkpoint(args, data, model, optimizer, progress):
+    """Write the training state, unless its file is there already; return the file's name."""
+    path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
+    if path.exists():
+        return path.name
+    mx.nd.waitall()  # with static memory the statistics of batch normalisation would be those of an earlier step
     checkpoint = {
         "scaler": vars(optimizer._amp_loss_scaler) if args.precision == "fp16" else {},
-        "epoch": epoch,
-        "history": history,
-        "job": data.describe_job(args),
-        "flags": {flag: str(value) for flag, value in vars(args).items()},
+        "progress": progress.describe(),
+        **checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx),
     }
-    mx.nd.waitall()  # with static memory the statistics of batch normalisation would be those of an earlier step
-    arrays = {f"model/{name}": parameter._reduce() for name, parameter in model.collect_params().items()}
-    # Not the optimizer's own save_states(): that is a pickle, and loading a pickle can execute anything.
+    # Not MXNet's own format, which does not notice a full disk, nor its save_states(): loading a pickle executes code.
+    arrays = {f"model/{name}": parameter._reduce().asnumpy() for name, parameter in model.collect_params().items()}
     states = optimizer._updaters[0].states
-    arrays.update({f"optimizer/{index}": state for index, state in states.items() if state is not None})
-    arrays["checkpoint.json"] = mx.nd.array(np.frombuffer(json.dumps(checkpoint).encode(), np.uint8), dtype=np.uint8)
-    with files.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
-        try:
-            mx.nd.save(file.name, arrays)
-            mx.nd.load(file.name)  # MXNet does not notice when the last bytes find no room
-        except mx.base.MXNetError as error:
-            raise OSError(errno.EIO, "MXNet could not write all of it") from error
-    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, epoch, args.keep_checkpoints)
+    arrays.update({f"optimizer/{index}": state.asnumpy() for index, state in states.items() if state is not None})
+    content = io.BytesIO()
+    np.savez(content, **arrays, json=np.array(json.dumps(checkpoint)))
+    with files.atomic_write(path) as file:
+        file.write(content.getbuffer())
+    checkpoints.remove_old_checkpoints(args, CHECKPOINT, progress.best_epoch())
+    return path.name
 
 
 def load_checkpoint(args, data, model, optimizer):
-    """Restore the newest checkpoint; return the number of finished epochs and their history: 0 and [] without one."""
-
-    def read(path):
-        arrays = mx.nd.load(str(path))
-        return arrays, json.loads(arrays.pop("checkpoint.json").asnumpy().tobytes())
-
-    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read)
+    """Restore the newest checkpoint and return its Progress: that of a fresh start where there is none."""
+    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
-        return 0, []
-    epoch, path, (arrays, checkpoint) = found
-    checkpoints.check_same_job(args, path, checkpoint, data.describe_job(args))
-    with checkpoints.restoring(path):
-        for name, parameter in model.collect_params().items():
-            parameter.set_data(arrays[f"model/{name}"])
+        return Progress()
+    path, (arrays, checkpoint) = found
+    run = checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx)
+    checkpoints.check_same_job(args, path, checkpoint, run)
+    progress = Progress(**checkpoint["progress"])
+    replay_draws(args, data, model, optimizer._contexts, progress)
+    load_model(path, arrays, model)
     optimizer._init_kvstore()
     for updater, device in zip(optimizer._updaters, optimizer._contexts):
-        for name, state in arrays.items():
-            if name.startswith("optimizer/"):
-                index = int(name.split("/")[1])
-                updater.states[index], updater.states_synced[index] = state.as_in_context(device), True
+        for name in [name for name in arrays if name.startswith("optimizer/")]:
+            index, state = int(name.split("/")[1]), mx.nd.array(arrays[name], device, arrays[name].dtype)
+            updater.states[index], updater.states_synced[index] = state, True
     if args.precision == "fp16" and checkpoint["scaler"]:
         vars(optimizer._amp_loss_scaler).update(checkpoint["scaler"])
     report.log(f"Resuming training from {path.name}")
-    return epoch, checkpoint["history"]
+    return progress
+
+
+def replay_draws(args, data, model, devices, progress):
+    """Draw again what dropout has drawn since the last seeding: MXNet's random state can neither be read nor saved."""
+    sizes = steps.batch_sizes(len(data.train_labels), args.batch_size)
+    last_seeding = progress.step // SEED_STEPS * SEED_STEPS
+    mx.random.seed(steps.step_seed(args.seed, progress.epoch * len(sizes) + last_seeding))
+    for size in sizes[last_seeding : progress.step]:
+        with autograd.record():
+            forward(model, devices, np.zeros((size, *data.image_shape), data.train_images.dtype), np.zeros(size))
+    mx.nd.waitall()
+
+
+def read_checkpoint(path):
+    """Return what `save_checkpoint` has written: the arrays, and the dictionary; nothing in the file is executed."""
+    with np.load(files.read_zip(path), allow_pickle=False) as archive:
+        arrays = dict(archive)
+    return arrays, json.loads(str(arrays.pop("json")))
+
+
+def load_model(path, arrays, model):
+    """Put the weights of the checkpoint at `path` into the model."""
+    with checkpoints.restoring(path):
+        for name, parameter in model.collect_params().items():
+            parameter.set_data(mx.nd.array(arrays[f"model/{name}"], dtype=parameter.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,49 +189,58 @@ def load_checkpoint(args, data, model, optimizer):
 
 
 def train(args, data, model, devices):
-    """Train up to `--epochs` in total; return the number of epochs finished before, and the history of all."""
+    """Train up to `--epochs` in total and return the Progress; a signal ends it after a step, with a checkpoint."""
     settings = {"learning_rate": args.learning_rate, "momentum": args.momentum, "wd": args.weight_decay}
     optimizer = gluon.Trainer(model.collect_params(), "sgd", settings, update_on_kvstore=False)
     if args.precision == "fp16":
         amp.init_trainer(optimizer)
-    initial_epoch, history = load_checkpoint(args, data, model, optimizer)
-    report.log_start(initial_epoch, args.epochs)
-    num_samples = len(data.train_labels)
-    steps_per_epoch = steps.steps_per_epoch(num_samples, args.batch_size)
+    progress = load_checkpoint(args, data, model, optimizer)
+    report.log_start(progress, args.epochs)
+    interruption.defer()
+    try:
+        while progress.epoch < args.epochs:
+            metrics = train_epoch(args, data, model, devices, optimizer, progress)
+            progress.finish_epoch(metrics, evaluate(args, data, model, devices))
+            save_checkpoint(args, data, model, optimizer, progress)
+    except interruption.Interrupted as interrupted:
+        interrupted.saved = save_checkpoint(args, data, model, optimizer, progress)
+        raise
+    return progress
 
-    for epoch in range(initial_epoch + 1, args.epochs + 1):
-        started = time.perf_counter()
-        loss_sum, correct = mx.nd.zeros(1), mx.nd.zeros(1)
-        batches = steps.training_batches(data.train_images, data.train_labels, args, epoch)
-        bar = report.progress_bar(epoch, steps_per_epoch, batches)
-        for step, (pixels, labels) in enumerate(bar, start=(epoch - 1) * steps_per_epoch):
+
+def train_epoch(args, data, model, devices, optimizer, progress):
+    """Train the rest of the epoch that `progress` is in; return the metrics of the whole epoch."""
+    steps_per_epoch = steps.steps_per_epoch(len(data.train_labels), args.batch_size)
+    batches = steps.training_batches(data.train_images, data.train_labels, args, progress.epoch + 1, progress.step)
+    progress.loss_sum = mx.np.array([progress.loss_sum])
+    progress.start_clock()
+    for pixels, labels in report.progress_bar(progress, steps_per_epoch, batches):
+        interruption.check()
+        step = progress.epoch * steps_per_epoch + progress.step
+        if progress.step % SEED_STEPS == 0:
             mx.random.seed(steps.step_seed(args.seed, step))
-            optimizer.set_learning_rate(steps.learning_rate(args, step, args.epochs * steps_per_epoch))
-            with autograd.record():
-                losses, hits = forward(model, devices, pixels, labels)
-                if args.precision == "fp16":
-                    with amp.scale_loss(losses, optimizer) as scaled:
-                        autograd.backward(scaled)
-                else:
-                    autograd.backward(losses)
-            optimizer.step(len(labels))
-            loss_sum.wait_to_read()  # MXNet computes in the background: let it lag by one step, not by an epoch
-            loss_sum, correct = loss_sum + total(losses), correct + total(hits)
-        metrics = {"loss": loss_sum.asscalar() / num_samples, "accuracy": correct.asscalar() / num_samples}
-        seconds = time.perf_counter() - started
-        history.append(report.log_epoch(epoch, metrics, evaluate(args, data, model, devices), seconds, num_samples))
-        save_checkpoint(args, data, model, optimizer, history)
-    return initial_epoch, history
+        optimizer.set_learning_rate(steps.learning_rate(args, step, args.epochs * steps_per_epoch))
+        with autograd.record():
+            losses, hits = forward(model, devices, pixels, labels)
+            with amp.scale_loss(losses, optimizer) if args.precision == "fp16" else nullcontext(losses) as scaled:
+                autograd.backward(scaled)
+        optimizer.step(len(labels))
+        progress.loss_sum.wait_to_read()  # MXNet computes in the background: let it lag by one step, not by an epoch
+        progress.count_step(len(labels), total(losses), total(hits))
+        if progress.step < steps_per_epoch and progress.save_is_due(args, progress.step):
+            save_checkpoint(args, data, model, optimizer, progress)
+    return progress.training_metrics()
 
 
 def evaluate(args, data, model, devices):
     """Return loss and accuracy over all validation samples, each counted once."""
     loss_sum = correct = 0
     for pixels, labels in steps.validation_batches(data.validation_images, data.validation_labels, args):
+        interruption.check()
         losses, hits = forward(model, devices, pixels, labels)
-        loss_sum, correct = loss_sum + total(losses).asscalar(), correct + total(hits).asscalar()
+        loss_sum, correct = loss_sum + total(losses), correct + total(hits)
     num_samples = len(data.validation_labels)
-    return {"loss": loss_sum / num_samples, "accuracy": correct / num_samples}
+    return {"loss": float(loss_sum) / num_samples, "accuracy": float(correct) / num_samples}
 
 
 def forward(model, devices, pixels, labels):
@@ -231,12 +256,15 @@ def forward(model, devices, pixels, labels):
 
 
 def total(parts):
-    """Return the sum over the arrays of all devices."""
-    return sum(part.sum().as_in_context(mx.cpu()) for part in parts)
+    """Return the sum over the arrays of all devices, on the CPU."""
+    return sum(part.sum().as_in_context(mx.cpu()) for part in parts).as_np_ndarray()  # the kind that float() takes
 
 
-def export_model(args, data, model):
+def export_model(args, data, model, progress):
     """Write `model-symbol.json`, `model-0000.params` and `model-shapes.json`, for SageMaker's MXNet container."""
+    if args.keep_best:
+        path = checkpoints.best_checkpoint(args.checkpoint_path, CHECKPOINT, progress.best_epoch())
+        load_model(path, read_checkpoint(path)[0], model)
     height, width, channels = data.image_shape
     model(mx.nd.zeros((1, channels, height, width), ctx=model.collect_params().list_ctx()[0]))  # traces the network
     shapes = [{"name": "data", "shape": [1, channels, height, width]}]
@@ -262,9 +290,9 @@ def main(args):
     model.collect_params().reset_ctx(devices)
     static = len(devices) == 1  # with several, batch normalisation would validate with stale statistics
     model.hybridize(static_alloc=static, static_shape=static)
-    initial_epoch, history = train(args, data, model, devices)
-    export_model(args, data, model)
-    report.write_results(args, history, initial_epoch, class_names=data.class_names)
+    progress = train(args, data, model, devices)
+    export_model(args, data, model, progress)
+    report.write_results(args, progress, class_names=data.class_names)
 
 
 if __name__ == "__main__":

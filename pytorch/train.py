@@ -10,11 +10,11 @@ model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flag
 
 import io
 import os
-import time
 
-from common import checkpoints, errors, files, flags, images, report, steps
+from common import checkpoints, errors, files, flags, images, interruption, report, steps
+from common.progress import Progress
 
-CHECKPOINT = "checkpoint-{}.pt"  # the number of finished epochs
+CHECKPOINT = "checkpoint-{}.pt"  # the number of finished epochs; inside an epoch also that of its finished steps
 
 
 def parse_args(argv=None):
@@ -23,10 +23,12 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    interruption.install()
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
 with errors.framework("PyTorch and torchvision", "Install them with: pip install torch torchvision"):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to the others
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has the same bits in each run only with it
     import torch
     import torchvision
     from torch import nn
@@ -38,6 +40,8 @@ def choose_device(args):
     if args.device == "cuda" and not available:
         raise errors.UserError("--device cuda: PyTorch finds no GPU here; use --device auto or cpu")
     device = torch.device("cuda" if available and args.device != "cpu" else "cpu")
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in debugging that costs time
     report.log(f"Device: {device} ({args.precision})")
     return device
 
@@ -72,10 +76,7 @@ def build_model(args, data):
     try:
         model.eval()(torch.zeros(1, channels, height, width))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise errors.UserError(
-            f"--model {args.model} cannot take images of {height}x{width}x{channels} ({error}): "
-            "pass --image-size, such as 224"
-        ) from error
+        raise errors.unfit_images(args, data, error) from error
     return model
 
 
@@ -94,26 +95,31 @@ class Normalize(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: one file holds the whole training state. Order of samples, augmentation, dropout and learning rate are
-# functions of (seed, epoch, step) and need no place in it.
+# Checkpoints: one file holds the whole training state, but for what follows from (seed, epoch, step) anyway.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args, data, model, optimizer, scaler, history):
-    """Write the training state after the last epoch of `history`."""
-    epoch = history[-1]["epoch"]
+def save_checkpoint(args, data, model, optimizer, scaler, progress):
+    """Write the training state, unless its file is there already; return the file's name."""
+    path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
+    if path.exists():
+        return path.name
     checkpoint = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        "epoch": epoch,
-        "history": history,
-        "job": data.describe_job(args),
-        "flags": {flag: str(value) for flag, value in vars(args).items()},
+        "progress": progress.describe(),
+        **describe_run(args, data, optimizer),
     }
-    with files.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch)) as file:
+    with files.atomic_write(path) as file:
         file.write(to_bytes(checkpoint))
-    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, epoch, args.keep_checkpoints)
+    checkpoints.remove_old_checkpoints(args, CHECKPOINT, progress.best_epoch())
+    return path.name
+
+
+def describe_run(args, data, optimizer):
+    """Return what the next run compares itself with."""
+    return checkpoints.describe_run(args, data.describe_job(args, optimizer), torch, torch.get_num_threads())
 
 
 def to_bytes(state):
@@ -124,19 +130,12 @@ def to_bytes(state):
 
 
 def load_checkpoint(args, data, model, optimizer, scaler):
-    """Restore the newest checkpoint; return the number of finished epochs and their history: 0 and [] without one."""
-
-    def read(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or "job" not in checkpoint:
-            raise ValueError("it is not a checkpoint of this script")
-        return checkpoint
-
-    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read)
+    """Restore the newest checkpoint and return its Progress: that of a fresh start where there is none."""
+    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
-        return 0, []
-    epoch, path, checkpoint = found
-    checkpoints.check_same_job(args, path, checkpoint, data.describe_job(args))
+        return Progress()
+    path, checkpoint = found
+    checkpoints.check_same_job(args, path, checkpoint, describe_run(args, data, optimizer))
     with checkpoints.restoring(path):
         model.load_state_dict(checkpoint["model"])
         settings = optimizer.state_dict()["param_groups"]  # from the flags of this run
@@ -144,7 +143,15 @@ def load_checkpoint(args, data, model, optimizer, scaler):
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     report.log(f"Resuming training from {path.name}")
-    return epoch, checkpoint["history"]
+    return Progress(**checkpoint["progress"])
+
+
+def read_checkpoint(path):
+    """Return what `save_checkpoint` has written; nothing in the file is executed."""
+    checkpoint = torch.load(files.read_zip(path), map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or "job" not in checkpoint:
+        raise ValueError("it is not a checkpoint of this script")
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,37 +160,46 @@ def load_checkpoint(args, data, model, optimizer, scaler):
 
 
 def train(args, data, model, device):
-    """Train up to `--epochs` in total; return the number of epochs finished before, and the history of all."""
+    """Train up to `--epochs` in total and return the Progress; a signal ends it after a step, with a checkpoint."""
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    initial_epoch, history = load_checkpoint(args, data, model, optimizer, scaler)
-    report.log_start(initial_epoch, args.epochs)
-    num_samples = len(data.train_labels)
-    steps_per_epoch = steps.steps_per_epoch(num_samples, args.batch_size)
+    progress = load_checkpoint(args, data, model, optimizer, scaler)
+    report.log_start(progress, args.epochs)
+    interruption.defer()
+    try:
+        while progress.epoch < args.epochs:
+            metrics = train_epoch(args, data, model, device, optimizer, scaler, progress)
+            progress.finish_epoch(metrics, evaluate(args, data, model, device))
+            save_checkpoint(args, data, model, optimizer, scaler, progress)
+    except interruption.Interrupted as interrupted:
+        interrupted.saved = save_checkpoint(args, data, model, optimizer, scaler, progress)
+        raise
+    return progress
 
-    for epoch in range(initial_epoch + 1, args.epochs + 1):
-        started = time.perf_counter()
-        loss_sum = correct = 0
-        batches = steps.training_batches(data.train_images, data.train_labels, args, epoch)
-        bar = report.progress_bar(epoch, steps_per_epoch, batches)
-        model.train()
-        for step, (pixels, labels) in enumerate(bar, start=(epoch - 1) * steps_per_epoch):
-            torch.manual_seed(steps.step_seed(args.seed, step))
-            for group in optimizer.param_groups:
-                group["lr"] = steps.learning_rate(args, step, args.epochs * steps_per_epoch)
-            optimizer.zero_grad()
-            loss, hits = forward(args, model, device, pixels, labels)
-            scaler.scale(loss / len(labels)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            loss_sum, correct = loss_sum + loss.detach(), correct + hits
-        metrics = {"loss": float(loss_sum) / num_samples, "accuracy": float(correct) / num_samples}
-        seconds = time.perf_counter() - started
-        history.append(report.log_epoch(epoch, metrics, evaluate(args, data, model, device), seconds, num_samples))
-        save_checkpoint(args, data, model, optimizer, scaler, history)
-    return initial_epoch, history
+
+def train_epoch(args, data, model, device, optimizer, scaler, progress):
+    """Train the rest of the epoch that `progress` is in; return the metrics of the whole epoch."""
+    steps_per_epoch = steps.steps_per_epoch(len(data.train_labels), args.batch_size)
+    batches = steps.training_batches(data.train_images, data.train_labels, args, progress.epoch + 1, progress.step)
+    model.train()
+    progress.start_clock()
+    for pixels, labels in report.progress_bar(progress, steps_per_epoch, batches):
+        interruption.check()
+        step = progress.epoch * steps_per_epoch + progress.step
+        torch.manual_seed(steps.step_seed(args.seed, step))
+        for group in optimizer.param_groups:
+            group["lr"] = steps.learning_rate(args, step, args.epochs * steps_per_epoch)
+        optimizer.zero_grad()
+        loss, hits = forward(args, model, device, pixels, labels)
+        scaler.scale(loss / len(labels)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        progress.count_step(len(labels), loss.detach(), hits)
+        if progress.step < steps_per_epoch and progress.save_is_due(args, progress.step):
+            save_checkpoint(args, data, model, optimizer, scaler, progress)
+    return progress.training_metrics()
 
 
 def evaluate(args, data, model, device):
@@ -192,6 +208,7 @@ def evaluate(args, data, model, device):
     model.eval()
     with torch.no_grad():
         for pixels, labels in steps.validation_batches(data.validation_images, data.validation_labels, args):
+            interruption.check()
             loss, hits = forward(args, model, device, pixels, labels)
             loss_sum, correct = loss_sum + loss, correct + hits
     num_samples = len(data.validation_labels)
@@ -209,8 +226,12 @@ def forward(args, model, device, pixels, labels):
     return loss, (logits.argmax(1) == labels).sum()
 
 
-def export_model(args, data, model):
+def export_model(args, data, model, progress):
     """Write `model.pth`, the state_dict of the network, for SageMaker's PyTorch serving container."""
+    if args.keep_best:
+        path = checkpoints.best_checkpoint(args.checkpoint_path, CHECKPOINT, progress.best_epoch())
+        with checkpoints.restoring(path):
+            model.load_state_dict(read_checkpoint(path)["model"])
     with files.atomic_write(args.model_dir / "model.pth") as file:
         file.write(to_bytes(model.state_dict()))
     report.log(f"Model: {args.model_dir / 'model.pth'}")
@@ -224,9 +245,9 @@ def main(args):
     device = choose_device(args)
     data = load_data(args)
     model = build_model(args, data).to(device)
-    initial_epoch, history = train(args, data, model, device)
-    export_model(args, data, model)
-    report.write_results(args, history, initial_epoch, class_names=data.class_names)
+    progress = train(args, data, model, device)
+    export_model(args, data, model, progress)
+    report.write_results(args, progress, class_names=data.class_names)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,16 @@ model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flag
 """
 
 import inspect
-import itertools
 import json
 import os
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
-from common import checkpoints, errors, files, flags, images, report, steps
+from common import checkpoints, errors, files, flags, images, interruption, report, steps
+from common.progress import Progress
 
-CHECKPOINT = "checkpoint-{}.keras"  # the number of finished epochs
+CHECKPOINT = "checkpoint-{}.keras"  # the number of finished epochs; inside an epoch also that of its finished steps
 
 
 def parse_args(argv=None):
@@ -28,6 +27,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    interruption.install()
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
 with errors.framework("TensorFlow", "Install it with: pip install tensorflow"):
@@ -39,14 +39,14 @@ with errors.framework("TensorFlow", "Install it with: pip install tensorflow"):
 
 def choose_device(args):
     """Return the strategy that says where to compute; it changes the speed, never which data or how many epochs."""
-    gpus = tf.config.list_physical_devices("GPU")[: args.num_gpus]
+    gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")[: args.num_gpus]
     if args.device == "cuda" and not gpus:
         raise errors.UserError("--device cuda: TensorFlow finds no GPU here; use --device auto or cpu")
-    if args.device == "cpu":
-        gpus = []
     if args.precision == "fp16" and not gpus:
         raise errors.UserError("--precision fp16: TensorFlow has it on GPUs only; use --precision bf16 or fp32")
     tf.config.set_visible_devices(gpus, "GPU")
+    if args.deterministic:
+        tf.config.experimental.enable_op_determinism()
     report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision})")
     policies = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
     keras.mixed_precision.set_dtype_policy(policies[args.precision])
@@ -85,65 +85,66 @@ def build_model(args, data):
                 outputs = layers.Concatenate()([outputs] * 3)
             build = getattr(keras.applications, args.model)
             options = {"weights": None, "input_shape": (height, width, 3), "classes": num_classes}
+            options["classifier_activation"] = None
             if "include_preprocessing" in inspect.signature(build).parameters:
                 options["include_preprocessing"] = False
             elif args.model.startswith("EfficientNet"):
                 outputs = layers.Rescaling(255.0)(outputs)  # the network itself divides by it
-            network = build(**options, classifier_activation=None)
-            outputs = layers.Activation("linear", dtype="float32")(network(outputs))
+            outputs = layers.Activation("linear", dtype="float32")(build(**options)(outputs))
     except ValueError as error:
-        raise errors.UserError(
-            f"--model {args.model} cannot take images of {height}x{width}x{channels} ({error}): "
-            "pass --image-size, such as 224"
-        ) from error
+        raise errors.unfit_images(args, data, error) from error
     return keras.Model(pixels, outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: one file holds the whole training state. Order of samples, augmentation, dropout and learning rate are
-# functions of (seed, epoch, step) and need no place in it.
+# Checkpoints: one file holds the whole training state, but for what follows from (seed, epoch, step) anyway.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args, data, model, history):
-    """Write the training state after the last epoch of `history`."""
-    epoch = history[-1]["epoch"]
+def save_checkpoint(args, data, model, progress):
+    """Write the training state, unless its file is there already; return the file's name."""
+    path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
+    if path.exists():
+        return path.name
     checkpoint = {
         # The rest of the .keras archive: the model, the optimizer and its loss scaler.
-        "epoch": epoch,
-        "history": history,
-        "job": data.describe_job(args),
-        "flags": {flag: str(value) for flag, value in vars(args).items()},
+        "progress": progress.describe(),
+        **describe_run(args, data, model),
     }
-    path = args.checkpoint_path / CHECKPOINT.format(epoch)
     with files.atomic_write(path) as file, tempfile.TemporaryDirectory() as folder:
         archive = Path(folder, "model.keras")
         archive.symlink_to(Path(file.name).resolve())  # Keras takes no name with another ending
         model.save(archive)
         with zipfile.ZipFile(archive, "a") as members:
             members.writestr("checkpoint.json", json.dumps(checkpoint))
-    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, epoch, args.keep_checkpoints)
+    checkpoints.remove_old_checkpoints(args, CHECKPOINT, progress.best_epoch())
+    return path.name
+
+
+def describe_run(args, data, model):
+    """Return what the next run compares itself with."""
+    threads = tf.config.threading.get_intra_op_parallelism_threads()
+    return checkpoints.describe_run(args, data.describe_job(args, model.optimizer), tf, threads)
 
 
 def load_checkpoint(args, data, model):
-    """Restore the newest checkpoint; return the number of finished epochs and their history: 0 and [] without one."""
-
-    def read(path):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError(f"{archive.testzip()} is damaged")
-            return json.loads(archive.read("checkpoint.json"))
-
-    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read)
+    """Restore the newest checkpoint and return its Progress: that of a fresh start where there is none."""
+    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
-        return 0, []
-    epoch, path, checkpoint = found
-    checkpoints.check_same_job(args, path, checkpoint, data.describe_job(args))
+        return Progress()
+    path, checkpoint = found
+    checkpoints.check_same_job(args, path, checkpoint, describe_run(args, data, model))
     with checkpoints.restoring(path):
         model.optimizer.build(model.trainable_variables)  # before that there is nothing to load its state into
         model.load_weights(path)  # the weights and the optimizer's state; nothing in the file is executed
     report.log(f"Resuming training from {path.name}")
-    return epoch, checkpoint["history"]
+    return Progress(**checkpoint["progress"])
+
+
+def read_checkpoint(path):
+    """Return what `save_checkpoint` has written beside the weights; nothing in the file is executed."""
+    with zipfile.ZipFile(files.read_zip(path)) as archive:
+        return json.loads(archive.read("checkpoint.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,78 +152,101 @@ def load_checkpoint(args, data, model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class EpochEnd(keras.callbacks.Callback):
-    """Logs, evaluates and saves a checkpoint after each epoch; makes each step a function of (seed, step)."""
+def train(args, data, model, strategy):
+    """Train up to `--epochs` in total and return the Progress; a signal ends it after a step, with a checkpoint."""
+    with strategy.scope():
+        optimizer = keras.optimizers.SGD(args.learning_rate, args.momentum, weight_decay=args.weight_decay or None)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        metrics = [keras.metrics.SparseCategoricalCrossentropy("cross_entropy", from_logits=True)]
+        metrics += [keras.metrics.SparseCategoricalAccuracy("accuracy")]
+        model.compile(optimizer, loss, metrics=metrics)
+        if strategy.num_replicas_in_sync > 1:
+            # Left to itself, Keras 3.15 fails where the first batch cannot be split evenly over the GPUs.
+            model._symbolic_build(data_batch=(data.train_images[:1], data.train_labels[:1]))
+            model._maybe_symbolic_build = lambda **_: None
+    progress = load_checkpoint(args, data, model)
+    report.log_start(progress, args.epochs)
+    interruption.defer()
+    try:
+        while progress.epoch < args.epochs:
+            averages = train_epoch(args, data, model, metrics, progress)
+            progress.finish_epoch(averages, evaluate(args, data, model))
+            save_checkpoint(args, data, model, progress)
+    except interruption.Interrupted as interrupted:
+        interrupted.saved = save_checkpoint(args, data, model, progress)
+        raise
+    return progress
 
-    def __init__(self, args, data, history, steps_per_epoch):
+
+def train_epoch(args, data, model, metrics, progress):
+    """Train the rest of the epoch that `progress` is in; return the metrics of the whole epoch."""
+    steps_per_epoch = steps.steps_per_epoch(len(data.train_labels), args.batch_size)
+    epoch, first_step = progress.epoch, progress.step
+
+    def batches():
+        return steps.training_batches(data.train_images, data.train_labels, args, epoch + 1, first_step)
+
+    if first_step < steps_per_epoch:
+        steps_callback = Steps(args, data, metrics, progress, steps_per_epoch)
+        try:
+            model.fit(
+                make_dataset(data, batches),
+                initial_epoch=epoch,
+                epochs=epoch + 1,
+                steps_per_epoch=steps_per_epoch - first_step,
+                callbacks=[steps_callback],
+                shuffle=False,
+                verbose=0,
+            )
+        finally:
+            steps_callback.bar.close()
+            steps_callback.read_metrics()
+    return progress.training_metrics()
+
+
+class Steps(keras.callbacks.Callback):
+    """Makes each step a function of (seed, step), and counts it; saves inside an epoch."""
+
+    def __init__(self, args, data, metrics, progress, steps_per_epoch):
         super().__init__()
-        self.args, self.data, self.history, self.steps_per_epoch = args, data, history, steps_per_epoch
-
-    def on_train_begin(self, logs=None):
-        self.seed_states = seed_states(self.model)
+        self.args, self.data, self.metrics, self.progress = args, data, metrics, progress
+        self.bar, self.steps_per_epoch = report.progress_bar(progress, steps_per_epoch), steps_per_epoch
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.started, self.first_step = time.perf_counter(), epoch * self.steps_per_epoch
-        self.bar = report.progress_bar(epoch + 1, self.steps_per_epoch)
+        for metric, total in zip(self.metrics, (self.progress.loss_sum, self.progress.correct)):
+            metric.total.assign(total)
+            metric.count.assign(self.progress.samples)
+        self.seed_states = seed_states(self.model)
+        self.progress.start_clock()
 
     def on_train_batch_begin(self, batch, logs=None):
-        step = self.first_step + batch
+        interruption.check()
+        step = self.progress.epoch * self.steps_per_epoch + self.progress.step
         for state in self.seed_states:
             state.assign([state[0], steps.step_seed(self.args.seed, step)])
         total_steps = self.args.epochs * self.steps_per_epoch
         self.model.optimizer.learning_rate = steps.learning_rate(self.args, step, total_steps)
 
     def on_train_batch_end(self, batch, logs=None):
+        self.progress.step += 1
         self.bar.update()
+        if self.progress.step < self.steps_per_epoch and self.progress.save_is_due(self.args, self.progress.step):
+            self.read_metrics()
+            save_checkpoint(self.args, self.data, self.model, self.progress)
 
-    def on_epoch_end(self, epoch, logs=None):
-        self.bar.close()
-        seconds = time.perf_counter() - self.started
-        metrics = {"loss": logs["loss"], "accuracy": logs["accuracy"]}
-        validation = evaluate(self.args, self.data, self.model)
-        num_samples = len(self.data.train_labels)
-        self.history.append(report.log_epoch(epoch + 1, metrics, validation, seconds, num_samples))
-        save_checkpoint(self.args, self.data, self.model, self.history)
-
-
-def train(args, data, model, strategy):
-    """Train up to `--epochs` in total; return the number of epochs finished before, and the history of all."""
-    with strategy.scope():
-        weight_decay = args.weight_decay or None
-        optimizer = keras.optimizers.SGD(args.learning_rate, momentum=args.momentum, weight_decay=weight_decay)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(optimizer, loss, metrics=["accuracy"])
-        if strategy.num_replicas_in_sync > 1:
-            # Left to itself, Keras 3.15 fails where the first batch cannot be split evenly over the GPUs.
-            model._symbolic_build(data_batch=(data.train_images[:1], data.train_labels[:1]))
-            model._maybe_symbolic_build = lambda **_: None
-    initial_epoch, history = load_checkpoint(args, data, model)
-    report.log_start(initial_epoch, args.epochs)
-    steps_per_epoch = steps.steps_per_epoch(len(data.train_labels), args.batch_size)
-
-    def batches():
-        for epoch in itertools.count(initial_epoch + 1):  # Keras looks one batch ahead
-            yield from steps.training_batches(data.train_images, data.train_labels, args, epoch)
-
-    if initial_epoch < args.epochs:
-        model.fit(
-            make_dataset(data, batches),
-            epochs=args.epochs,
-            initial_epoch=initial_epoch,
-            steps_per_epoch=steps_per_epoch,
-            callbacks=[EpochEnd(args, data, history, steps_per_epoch)],
-            shuffle=False,
-            verbose=0,
-        )
-    return initial_epoch, history
+    def read_metrics(self):
+        loss, accuracy = self.metrics
+        self.progress.loss_sum, self.progress.correct = float(loss.total), int(accuracy.total)
+        self.progress.samples = int(accuracy.count)
 
 
 def evaluate(args, data, model):
     """Return loss and accuracy over all validation samples, each counted once."""
     batches = make_dataset(data, lambda: steps.validation_batches(data.validation_images, data.validation_labels, args))
     num_steps = steps.steps_per_epoch(len(data.validation_labels), args.batch_size)
-    metrics = model.evaluate(batches, steps=num_steps, verbose=0, return_dict=True)
-    return {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}
+    stop = keras.callbacks.LambdaCallback(on_test_batch_begin=lambda batch, logs: interruption.check())
+    metrics = model.evaluate(batches, steps=num_steps, callbacks=[stop], verbose=0, return_dict=True)
+    return {"loss": metrics["cross_entropy"], "accuracy": metrics["accuracy"]}
 
 
 def seed_states(model):
@@ -237,8 +261,12 @@ def make_dataset(data, batches):
     return tf.data.Dataset.from_generator(batches, output_signature=(image_spec, label_spec)).prefetch(2)
 
 
-def export_model(args, data, model):
+def export_model(args, data, model, progress):
     """Write `1/`, a SavedModel, for SageMaker's TensorFlow serving container."""
+    if args.keep_best:
+        path = checkpoints.best_checkpoint(args.checkpoint_path, CHECKPOINT, progress.best_epoch())
+        with checkpoints.restoring(path):
+            model.load_weights(path)
     for state in seed_states(model):
         state.assign([state[0], 0])  # what the last step left there is not part of the model
     try:
@@ -258,9 +286,9 @@ def main(args):
     data = load_data(args)
     with strategy.scope():
         model = build_model(args, data)
-    initial_epoch, history = train(args, data, model, strategy)
-    export_model(args, data, model)
-    report.write_results(args, history, initial_epoch, class_names=data.class_names)
+    progress = train(args, data, model, strategy)
+    export_model(args, data, model, progress)
+    report.write_results(args, progress, class_names=data.class_names)
 
 
 if __name__ == "__main__":

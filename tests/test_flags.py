@@ -77,6 +77,7 @@ def test_every_flag_with_a_hyphen_is_taken_with_underscores_and_values_keep_thei
                         "tree_method": "hist",
                         "max_bin": "2",
                         "resume_anyway": "True",
+                        "keep_best": "True",
                         "hosts": '["a_b"]',
                     }
                     parser.parse_args(["--" + option[2:].replace("-", "_"), values.get(action.dest, "1")])

@@ -32,9 +32,10 @@ def flags_table():
             continue
         scripts = "all" if name in image and name in trees else "images" if name in image else "XGBoost"
         defaults = [parser[name].default for parser in (image, trees) if name in parser]
-        default = str(defaults[0]) + (f" (XGBoost: {defaults[1]})" if name == "epochs" else "")
+        differs = name in ("epochs", "checkpoint_seconds")
+        default = str(defaults[0]) + (f" (XGBoost: {defaults[1]})" if differs else "")
         default = "" if defaults[0] is None else f"`{default}`".replace("output/F/", "output/<framework>/")
-        default = default.replace("False", "off").replace("['", '["').replace("']", '"]')
+        default = default.replace("False", "off").replace("True", "on").replace("['", '["').replace("']", '"]')
         options = ", ".join(f"`{option}`" for option in action.option_strings)
         if name == "epochs":
             options += ", `--num-round` (XGBoost)"

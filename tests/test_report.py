@@ -5,6 +5,7 @@ import json
 from argparse import Namespace
 
 from common import report
+from common.progress import Progress
 
 
 def test_an_epoch_is_one_line_of_keys_and_values(capsys):
@@ -18,7 +19,9 @@ def test_an_epoch_is_one_line_of_keys_and_values(capsys):
 
 def test_results_with_metrics_that_changed_on_the_way(tmp_path):
     history = [{"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_auc": float("nan")}]
-    report.write_results(Namespace(output_data_dir=tmp_path), history, 1, class_names=["a", "b"])
+    progress = Progress(epoch=2, history=history)
+    progress.initial_epoch = 1
+    report.write_results(Namespace(output_data_dir=tmp_path, keep_best=False), progress, class_names=["a", "b"])
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=None)
     assert metrics.pop("wall_seconds") >= 0
     assert metrics == {"epochs": 2, "initial_epoch": 1, "train_auc": None, "class_names": ["a", "b"]}
@@ -31,5 +34,5 @@ def test_results_with_metrics_that_changed_on_the_way(tmp_path):
 
 
 def test_results_without_any_epoch(tmp_path):
-    report.write_results(Namespace(output_data_dir=tmp_path), [], 5)
+    report.write_results(Namespace(output_data_dir=tmp_path, keep_best=True), Progress(epoch=5))
     assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 5

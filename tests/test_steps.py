@@ -43,6 +43,33 @@ def test_workers_change_nothing():
                 np.testing.assert_array_equal(labels_a, labels_b)
 
 
+class Counted:
+    """Images that count how often each is read."""
+
+    def __init__(self, images):
+        self.images, self.reads = images, np.zeros(len(images), int)
+
+    def __getitem__(self, indices):
+        self.reads[indices] += 1
+        return self.images[indices]
+
+
+@given(st.integers(1, 200), st.integers(1, 50), st.integers(0, 2), st.data())
+def test_an_epoch_goes_on_from_any_step_without_reading_what_is_done(count, batch_size, workers, data):
+    images, labels = numbered(count)
+    args = flags(batch_size=batch_size, workers=workers, augment=True)
+    whole = list(steps.training_batches(images, labels, args, 1))
+    assert [len(batch) for _, batch in whole] == steps.batch_sizes(count, batch_size)
+    first_step = data.draw(st.integers(0, len(whole)))
+    counted = Counted(images)
+    rest = list(steps.training_batches(counted, labels, args, 1, first_step))
+    assert len(rest) == len(whole) - first_step
+    for (pixels, batch), (expected_pixels, expected) in zip(rest, whole[first_step:]):
+        np.testing.assert_array_equal(pixels, expected_pixels)
+        np.testing.assert_array_equal(batch, expected)
+    assert counted.reads.sum() == sum(len(batch) for _, batch in rest)
+
+
 def test_each_epoch_and_each_seed_has_its_own_order():
     images, labels = numbered(100)
 

@@ -11,9 +11,9 @@ An epoch is one boosting round. Reads CSV, LIBSVM or Parquet files (--train, --v
 import json
 import os
 import re
-import time
 
-from common import checkpoints, errors, files, flags, report, tables
+from common import checkpoints, errors, files, flags, interruption, report, tables
+from common.progress import Progress
 
 CHECKPOINT = "xgboost-checkpoint.{}"  # the last boosting round, counted from 0, as in SageMaker's own XGBoost container
 
@@ -24,6 +24,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    interruption.install()
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
 with errors.framework("XGBoost", "Install it with: pip install xgboost"):
@@ -110,43 +111,33 @@ def describe_job(args, data, model):
     }
 
 
-def save_checkpoint(args, data, model, booster, history):
-    """Write the training state after the last boosting round."""
-    epoch = booster.num_boosted_rounds()
+def save_checkpoint(args, data, model, booster, progress):
+    """Write the training state after the last boosting round, unless its file is there; return the file's name."""
+    path = args.checkpoint_path / CHECKPOINT.format(progress.epoch - 1)
+    if path.exists():
+        return path.name
     checkpoint = {
         # The rest of the file: the trees, the objective and its parameters.
-        "epoch": epoch,
-        "history": history,
-        "job": describe_job(args, data, model),
-        "flags": {flag: str(value) for flag, value in vars(args).items()},
+        "progress": progress.describe(),
+        **checkpoints.describe_run(args, describe_job(args, data, model), xgb, args.nthread),
+        "sha256": files.NO_CHECKSUM,  # because a damaged file can crash XGBoost while it is read
     }
-    # With a checksum, because a damaged file can crash XGBoost while it is read.
-    booster.set_attr(checkpoint=json.dumps({**checkpoint, "sha256": "0" * 64}))
-    with files.atomic_write(args.checkpoint_path / CHECKPOINT.format(epoch - 1)) as file:
+    booster.set_attr(checkpoint=json.dumps(checkpoint))
+    with files.atomic_write(path) as file:
         file.write(files.seal(bytes(booster.save_raw("ubj"))))
-    checkpoints.remove_old_checkpoints(args.checkpoint_path, CHECKPOINT, epoch - 1, args.keep_checkpoints)
+    checkpoints.remove_old_checkpoints(args, CHECKPOINT, progress.best_epoch() - 1)
+    return path.name
 
 
 def load_checkpoint(args, data, model):
-    """Return the number of finished epochs, their history and the booster of the newest checkpoint: 0, [] and None."""
-
-    def read(path):
-        content = path.read_bytes()
-        if b'"epoch": %d,' % (int(path.suffix[1:]) + 1) in content:
-            files.check_seal(content)  # otherwise another program went on from ours and copied our attribute
-        if not content.endswith(b"}"):
-            raise ValueError("the file is cut off")
-        booster = xgb.Booster(model_file=bytearray(content))
-        if CHECKPOINT.format(booster.num_boosted_rounds() - 1) != path.name:
-            raise ValueError(f"it holds {booster.num_boosted_rounds()} rounds, which its name denies")
-        return booster
-
-    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read)
+    """Return the booster of the newest checkpoint and its Progress: None and that of a fresh start without one."""
+    found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
-        return 0, [], None
-    last_round, path, booster = found
+        return None, Progress()
+    path, booster = found
     # A checkpoint of SageMaker's own XGBoost container has only what XGBoost itself has written.
-    checkpoint = json.loads(booster.attr("checkpoint") or '{"history": [], "job": {}, "flags": {}}')
+    foreign = '{"progress": {}, "job": {}, "machine": {}, "flags": {}}'
+    checkpoint = json.loads(booster.attr("checkpoint") or foreign)
     learner = json.loads(booster.save_config())["learner"]
     checkpoint["job"].update(
         {
@@ -156,9 +147,25 @@ def load_checkpoint(args, data, model):
         }
     )
     job = {key: value for key, value in describe_job(args, data, model).items() if key in checkpoint["job"]}
-    checkpoints.check_same_job(args, path, checkpoint, job)
+    checkpoints.check_same_job(args, path, checkpoint, checkpoints.describe_run(args, job, xgb, args.nthread))
+    sampling = min(args.subsample, args.colsample_bytree, args.colsample_bylevel, args.colsample_bynode) < 1
+    if (sampling or args.booster == "dart") and tuple(map(int, xgb.__version__.split(".")[:2])) < (3, 4):
+        report.log("Warning: before XGBoost 3.4 row and column samples and dropped trees are others after a restart")
     report.log(f"Resuming training from {path.name}")
-    return last_round + 1, checkpoint["history"], booster
+    return booster, Progress(**{**checkpoint["progress"], "epoch": booster.num_boosted_rounds()})
+
+
+def read_checkpoint(path):
+    """Return the booster that `save_checkpoint` or SageMaker's container has written."""
+    content = path.read_bytes()
+    if b'"progress": {"epoch": %d,' % (int(path.suffix[1:]) + 1) in content:
+        files.check_seal(content)  # otherwise another program went on from ours and copied our attribute
+    if not content.endswith(b"}"):
+        raise ValueError("the file is cut off")
+    booster = xgb.Booster(model_file=bytearray(content))
+    if CHECKPOINT.format(booster.num_boosted_rounds() - 1) != path.name:
+        raise ValueError(f"it holds {booster.num_boosted_rounds()} rounds, which its name denies")
+    return booster
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,32 +173,39 @@ def load_checkpoint(args, data, model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class EpochEnd(xgb.callback.TrainingCallback):
-    """Logs, evaluates and saves a checkpoint after each boosting round."""
+class Rounds(xgb.callback.TrainingCallback):
+    """Logs each boosting round, saves a checkpoint after it, and obeys a signal."""
 
-    def __init__(self, args, data, model, history):
+    def __init__(self, args, data, model, progress):
         super().__init__()
-        self.args, self.data, self.model, self.history = args, data, model, history
+        self.args, self.data, self.model, self.progress = args, data, model, progress
 
     def before_iteration(self, model, epoch, evals_log):
-        self.started = time.perf_counter()
+        self.progress.start_clock()
         return False
 
     def after_iteration(self, model, epoch, evals_log):
-        seconds = time.perf_counter() - self.started
-        metrics, validation = evaluate(evals_log["train"]), evaluate(evals_log["validation"])
-        num_samples = len(self.data.train.labels)
-        self.history.append(report.log_epoch(model.num_boosted_rounds(), metrics, validation, seconds, num_samples))
-        save_checkpoint(self.args, self.data, self.model, model, self.history)
+        args, progress = self.args, self.progress
+        progress.samples = len(self.data.train.labels)
+        progress.stop_clock()
+        progress.finish_epoch(evaluate(evals_log["train"]), evaluate(evals_log["validation"]))
+        every_round = not (args.checkpoint_steps or args.checkpoint_seconds)
+        if every_round or progress.epoch == args.epochs or progress.save_is_due(args, progress.epoch):
+            save_checkpoint(args, self.data, self.model, model, progress)
+        try:
+            interruption.check()
+        except interruption.Interrupted as interrupted:
+            interrupted.saved = save_checkpoint(args, self.data, self.model, model, progress)
+            raise
         return False  # True would end the training
 
 
 def train(args, data, model, device):
-    """Train up to `--num-round` in total; return the number of rounds finished before, the history and the booster."""
-    initial_epoch, history, booster = load_checkpoint(args, data, model)
-    report.log_start(initial_epoch, args.epochs)
-    if initial_epoch >= args.epochs:
-        return initial_epoch, history, booster
+    """Train up to `--num-round` in total and return the booster and the Progress; a signal ends it after a round."""
+    booster, progress = load_checkpoint(args, data, model)
+    report.log_start(progress, args.epochs)
+    if progress.epoch >= args.epochs:
+        return booster, progress
     try:
         if args.tree_method in ("auto", "hist"):
             options = {"max_bin": args.max_bin, "nthread": args.nthread or None}
@@ -199,20 +213,21 @@ def train(args, data, model, device):
             validation = xgb.QuantileDMatrix(*data.validation, **options, ref=training)
         else:
             training, validation = (xgb.DMatrix(*table, nthread=args.nthread or None) for table in data)
+        interruption.defer()
         booster = xgb.train(
             {**model, "device": device},
             training,
-            num_boost_round=args.epochs - initial_epoch,
+            num_boost_round=args.epochs - progress.epoch,
             evals=[(training, "train"), (validation, "validation")],
             xgb_model=booster,
-            callbacks=[EpochEnd(args, data, model, history)],
+            callbacks=[Rounds(args, data, model, progress)],
             verbose_eval=False,
         )
     except xgb.core.XGBoostError as error:
         reason = re.sub(r"^\[.*?\] \S+: ", "", str(error).splitlines()[0])  # without the place in XGBoost's source
         chosen = f"--objective {model['objective']} --eval-metric {','.join(model['eval_metric'])}"
         raise errors.UserError(f"XGBoost cannot train with {chosen} and this data: {reason}") from error
-    return initial_epoch, history, booster
+    return booster, progress
 
 
 def evaluate(metrics):
@@ -224,8 +239,10 @@ def evaluate(metrics):
     }
 
 
-def export_model(args, booster):
+def export_model(args, booster, progress):
     """Write `xgboost-model`, for SageMaker's XGBoost serving container."""
+    if args.keep_best:
+        booster = booster[: progress.best_epoch()]
     booster.set_attr(checkpoint=None)  # times are not part of the model
     with files.atomic_write(args.model_dir / "xgboost-model") as file:
         file.write(booster.save_raw("ubj"))
@@ -239,9 +256,9 @@ def main(args):
     device = choose_device(args)
     data = load_data(args)
     model = build_model(args, data)
-    initial_epoch, history, booster = train(args, data, model, device)
-    export_model(args, booster)
-    report.write_results(args, history, initial_epoch)
+    booster, progress = train(args, data, model, device)
+    export_model(args, booster, progress)
+    report.write_results(args, progress)
 
 
 if __name__ == "__main__":

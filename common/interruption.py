@@ -1,0 +1,60 @@
+"""SIGTERM and Ctrl-C end the training between two steps, with a checkpoint, and an exit code that says so.
+
+SageMaker sends SIGTERM two minutes before it takes a Spot instance away.
+"""
+
+import os
+import signal
+
+_received = None  # the number of the first signal
+_deferred = False
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Ends the training after a signal; `saved` is the name of the checkpoint that holds all of it."""
+
+    saved = None
+
+    def __str__(self):
+        done = f"saved {self.saved}" if self.saved else "nothing new to save"
+        return f"Interrupted: {done}, run the same command to resume"
+
+    @property
+    def exit_code(self):
+        """128 and the signal's number, as shells say it: 143 for SIGTERM, 130 for Ctrl-C."""
+        return 128 + _received
+
+
+def install():
+    """Take over SIGTERM and SIGINT. Until `defer` is called there is nothing to save: they end the process at once."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _receive)
+
+
+def defer():
+    """Let a signal wait from now on until `check` is called."""
+    global _deferred
+    _deferred = True
+
+
+def check():
+    """Raise Interrupted where a signal has come. To be called between two steps, when nothing is half done."""
+    if _received is not None:
+        raise Interrupted
+
+
+def _receive(number, frame):
+    global _received
+    if _received is not None:
+        return  # the first one is being obeyed
+    _received = number
+    name = signal.Signals(number).name
+    if _deferred:
+        _tell(f"{name} received: finishing the running step and saving")
+    else:
+        _tell(str(Interrupted()))
+        os._exit(128 + number)  # not an exception: a framework that is being imported might swallow it
+
+
+def _tell(message):
+    os.write(1, f"{message}\n".encode())  # print is not safe in a signal handler
