@@ -1,0 +1,84 @@
+"""What bit-identical resuming costs: samples per second of each script with and without all that is there for it.
+
+    python benchmarks/exactness.py --framework mxnet --repetitions 5
+
+"Without" is a copy of the script that lacks the lines below, run with `--no-deterministic`. The runs take turns, so
+that both meet the same noise. A run's figure is that of its last epoch (XGBoost: the median of its rounds); the table
+has their medians, and the median of the ratios of neighbours.
+"""
+
+import argparse
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+ONLY_FOR_EXACTNESS = {
+    "pytorch": "        seed(steps.step_seed(args.seed, step))\n",
+    "tensorflow": "        for state in self.seed_states:\n"
+    "            state.assign([state[0], steps.step_seed(self.args.seed, step)])\n",
+    "mxnet": "        if progress.step % SEED_STEPS == 0:\n"
+    "            mx.random.seed(steps.step_seed(args.seed, step))\n",
+    "xgboost": '    model["seed_per_iteration"] = True  # row and column samples are a function of (seed, round)\n',
+}
+FLAGS = ["--epochs", "3", "--checkpoint-seconds", "0"]
+TREES = ["--epochs", "60", "--subsample", "0.7", "--checkpoint-steps", "1000"]
+
+
+def copy_without(framework, folder):
+    """Make a copy of the framework's folder whose script lacks what is there for exactness only; return the script."""
+    copy = Path(folder, framework)
+    shutil.copytree(ROOT / framework, copy)
+    text = (copy / "train.py").read_text()
+    if ONLY_FOR_EXACTNESS[framework] not in text:
+        sys.exit(f"error: {framework}/train.py has changed: mend ONLY_FOR_EXACTNESS in {__file__}")
+    (copy / "train.py").write_text(text.replace(ONLY_FOR_EXACTNESS[framework], ""))
+    return copy / "train.py"
+
+
+def samples_per_second(script, flags):
+    """Train in a new process and folder; return the samples per second of the last epoch (XGBoost: of all rounds)."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(script), *flags]
+        output = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    rates = [float(rate) for rate in re.findall(r" samples_per_second=(\d+)", output)]
+    return rates[-1] if len(rates) < 10 else statistics.median(rates)
+
+
+def main():
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--framework", choices=ONLY_FOR_EXACTNESS, action="append")
+    args = parser.parse_args()
+    print("| Script | Images | With, samples/s | Without, samples/s | With / without |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        generator = np.random.default_rng(0)
+        pixels = generator.integers(0, 256, (6000, 32, 32, 3)).astype(np.uint8)
+        images = Path(folder, "images")
+        images.mkdir()
+        np.savez(images / "images.npz", x=pixels, y=generator.integers(0, 10, 6000))
+        for framework in args.framework or ONLY_FOR_EXACTNESS:
+            exact_script, loose_script = ROOT / framework / "train.py", copy_without(framework, folder)
+            loosely = [] if framework == "xgboost" else ["--no-deterministic"]
+            for name, data in (("digits", []), ("32x32x3", ["--train", str(images)])):
+                if framework == "xgboost" and data:
+                    continue
+                flags = (TREES if framework == "xgboost" else FLAGS) + data
+                pairs = [
+                    (samples_per_second(exact_script, flags), samples_per_second(loose_script, flags + loosely))
+                    for _ in range(args.repetitions)
+                ]
+                exact, loose = map(statistics.median, zip(*pairs))
+                ratio = statistics.median(a / b for a, b in pairs)
+                print(f"| {framework} | {name} | {exact:.0f} | {loose:.0f} | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
