@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import numpy as np
 import pytest
 from test_scripts import LIMIT_FILE_SIZE, files, history, metrics, model_bytes, names
 
+from common import checkpoints
 from common import files as common_files
-from conftest import ROOT, Result, checkpoint_name, environment, run, start
+from conftest import CHECKPOINTS, ROOT, Result, checkpoint_name, environment, run, start
 
 FLAGS = ["--epochs", 2, "--batch-size", 16, "--augment"]
 STEPS = 102  # per epoch: 1,618 digits in batches of 16
@@ -158,6 +160,21 @@ def test_a_signal_during_the_export_lets_it_finish_and_still_says_interrupted(fr
 # No warning -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_long_epoch_is_saved_by_time(image_framework, tmp_path):
+    """Killed in its first epoch, which is long, the training has lost the last tenths of a second only."""
+    flags = ["--epochs", 1, "--batch-size", 2, "--checkpoint-seconds", 0.2]
+    with start(image_framework, *flags, cwd=tmp_path) as process:
+        folder = tmp_path / "output" / image_framework / "checkpoints"
+        while not folder.is_dir() or not checkpoints.find_checkpoints(folder, CHECKPOINTS[image_framework]):
+            assert process.poll() is None, "the epoch is over, and nothing was saved inside it"
+            time.sleep(0.01)
+        process.kill()
+    _, newest = checkpoints.find_checkpoints(folder, CHECKPOINTS[image_framework])[0]
+    result = run(image_framework, *flags, cwd=tmp_path)
+    assert f"Resuming training from {newest.name}\n" in result.output
+    assert files(tmp_path, image_framework) == names(image_framework, 1)
+
+
 def test_killed_while_saving_the_earlier_checkpoint_is_used_with_the_same_bits(framework, tmp_path, whole):
     flags = [*TREES, "--checkpoint-steps", 4] if framework == "xgboost" else [*FLAGS, "--checkpoint-steps", 30]
     kill = "lambda: send(signal.SIGKILL)"
@@ -214,8 +231,8 @@ def test_a_write_that_is_cut_anywhere_harms_no_earlier_checkpoint(framework, tmp
 
 def test_a_full_disk_and_a_read_only_one(framework, tmp_path):
     run(framework, "--epochs", 1, cwd=tmp_path)
-    checkpoints = tmp_path / "output" / framework / "checkpoints"
-    size = (checkpoints / checkpoint_name(framework, 1)).stat().st_size
+    folder = tmp_path / "output" / framework / "checkpoints"
+    size = (folder / checkpoint_name(framework, 1)).stat().st_size
     small = tmp_path / "small"
     small.mkdir()
     options = f"size={size * 7 // 4}"
@@ -223,7 +240,7 @@ def test_a_full_disk_and_a_read_only_one(framework, tmp_path):
     if mounted.returncode != 0:
         pytest.skip(f"this machine lets nobody mount a small disk here: {mounted.stderr.decode().strip()}")
     try:
-        shutil.copy(checkpoints / checkpoint_name(framework, 1), small)
+        shutil.copy(folder / checkpoint_name(framework, 1), small)
         flags = ["--epochs", 3, "--checkpoint-path", "small"]
         line = run(framework, *flags, cwd=tmp_path, code=1).error_line
         assert f"cannot write small/{checkpoint_name(framework, 2)}: No space left on device" in line
