@@ -5,6 +5,7 @@ finished epochs, and for a checkpoint inside an epoch a hyphen and the number of
 """
 
 import contextlib
+import fcntl
 import os
 import re
 from pathlib import Path
@@ -90,9 +91,8 @@ def describe_run(args, job, framework, threads=None):
         framework: the framework's module; its version and the CPU threads change the bits of the result, not its worth.
         threads: their number where it is known, else what OpenMP and the frameworks take by default.
     """
-    if not threads:
-        wanted = os.environ.get("OMP_NUM_THREADS", "")
-        threads = int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
+    wanted = str(threads or os.environ.get("OMP_NUM_THREADS"))
+    threads = int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
     return {
         "job": job,
         "machine": {"CPU threads": threads, framework.__name__: str(framework.__version__)},
@@ -117,6 +117,7 @@ def check_same_job(args, path, checkpoint, run):
             "or pass another --checkpoint-path, or --resume-anyway where that makes sense"
         )
     known = HARMLESS | set(run["job"]) | (set(run["flags"]) - set(checkpoint["flags"]))
+    known -= {"--epochs"} if run["flags"].get("--schedule") == "cosine" else set()  # its learning rates follow from it
     other_flags = [text for flag, text in changes("flags") if flag not in known]
     if other_job or other_flags:
         log(f"Changed since {path.name}: {'; '.join(other_job + other_flags)}")
@@ -138,8 +139,19 @@ def restoring(path):
         ) from error
 
 
-def remove_leftovers(folder, pattern):
-    """Delete what saves that were killed halfway have left."""
+def prepare_folder(folder, pattern):
+    """Lock the folder for the life of this process, and delete what saves that were killed halfway have left there.
+
+    Waits for the end of another run: after a signal one may still be saving.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log(f"Waiting for the end of another run with --checkpoint-path {folder}")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # not every file system has locks
+        log(f"{folder} cannot be locked: see to it that no other run uses it")
     for _, path in find_checkpoints(folder, pattern + TEMPORARY):
         path.unlink()
 
@@ -163,18 +175,19 @@ def remove_old_checkpoints(args, pattern, best):
             path.unlink()
 
 
-def best_checkpoint(folder, pattern, epoch):
-    """Return the path of the checkpoint after the best epoch.
+def read_best_checkpoint(args, pattern, best, read):
+    """Return (path, `read(path)`) of the best checkpoint, `best` being the number in its name.
 
-    Raises UserError where it is gone.
+    Raises UserError where it is gone or damaged.
     """
-    path = folder / pattern.format(epoch)
-    if not path.is_file():
+    path = args.checkpoint_path / pattern.format(best)
+    try:
+        return path, read(path)
+    except Exception as error:  # each framework has its own errors for a damaged file
         raise UserError(
-            f"--keep-best: epoch {epoch} is the best, but {path} is gone. "
+            f"--keep-best: the best checkpoint, {path}, cannot be read ({error}). "
             "Run the same command without --keep-best to export the last epoch's model"
-        )
-    return path
+        ) from error
 
 
 def _marked(path, word):

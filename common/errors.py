@@ -42,7 +42,7 @@ def run(main, args):
         main(args)
         interruption.check()
     except interruption.Interrupted as interrupted:
-        print(interrupted, flush=True)
+        interruption.tell(str(interrupted))
         sys.exit(interrupted.exit_code)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -6,9 +6,7 @@ import io
 import os
 import re
 import shutil
-import tempfile
 import zipfile
-from pathlib import Path
 
 from common.errors import UserError
 
@@ -97,12 +95,17 @@ def atomic_export(folder):
 
     Nothing in `folder` changes when the block fails.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        yield Path(temporary)
-        for path in Path(temporary).iterdir():
+    temporary = folder / f"export{TEMPORARY}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.iterdir():
             if (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)
             os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _flush_folder(folder):

@@ -3,6 +3,7 @@
 SageMaker sends SIGTERM two minutes before it takes a Spot instance away.
 """
 
+import contextlib
 import os
 import signal
 
@@ -43,6 +44,12 @@ def check():
         raise Interrupted
 
 
+def tell(message):
+    """Print a line from where nothing may fail: after Ctrl-C on `train.py | tee log` nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"{message}\n".encode())  # print is not safe in a signal handler
+
+
 def _receive(number, frame):
     global _received
     if _received is not None:
@@ -50,11 +57,7 @@ def _receive(number, frame):
     _received = number
     name = signal.Signals(number).name
     if _deferred:
-        _tell(f"{name} received: finishing the running step and saving")
+        tell(f"{name} received: finishing the running step and saving")
     else:
-        _tell(str(Interrupted()))
+        tell(str(Interrupted()))
         os._exit(128 + number)  # not an exception: a framework that is being imported might swallow it
-
-
-def _tell(message):
-    os.write(1, f"{message}\n".encode())  # print is not safe in a signal handler

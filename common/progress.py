@@ -7,7 +7,7 @@ import time
 from common import report
 
 # XGBoost's metrics of which more is better; of all others less is. They may carry a number: ndcg@10.
-RISING = ("accuracy", "auc", "aucpr", "pre", "ndcg", "map")
+RISING = ("accuracy", "auc", "aucpr", "pre", "ndcg", "map", "ams")
 
 
 @dataclasses.dataclass

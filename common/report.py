@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import sys
 import time
 
@@ -14,7 +15,10 @@ _STARTED = time.time()
 
 def log(message):
     """Print one line, at once."""
-    print(message, flush=True)
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:  # nobody reads it any more, which is no reason to lose a training
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def log_start(progress, epochs):

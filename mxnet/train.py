@@ -263,8 +263,8 @@ def total(parts):
 def export_model(args, data, model, progress):
     """Write `model-symbol.json`, `model-0000.params` and `model-shapes.json`, for SageMaker's MXNet container."""
     if args.keep_best:
-        path = checkpoints.best_checkpoint(args.checkpoint_path, CHECKPOINT, progress.best_epoch())
-        load_model(path, read_checkpoint(path)[0], model)
+        path, found = checkpoints.read_best_checkpoint(args, CHECKPOINT, progress.best_epoch(), read_checkpoint)
+        load_model(path, found[0], model)
     height, width, channels = data.image_shape
     model(mx.nd.zeros((1, channels, height, width), ctx=model.collect_params().list_ctx()[0]))  # traces the network
     shapes = [{"name": "data", "shape": [1, channels, height, width]}]
@@ -282,7 +282,7 @@ def export_model(args, data, model, progress):
 def main(args):
     """Train and write the model and its metrics."""
     files.prepare_folders(args)
-    checkpoints.remove_leftovers(args.checkpoint_path, CHECKPOINT)
+    checkpoints.prepare_folder(args.checkpoint_path, CHECKPOINT)
     mx.random.seed(args.seed)
     devices = choose_device(args)
     data = load_data(args)

@@ -231,9 +231,9 @@ def forward(args, model, device, pixels, labels):
 def export_model(args, data, model, progress):
     """Write `model.pth`, the state_dict of the network, for SageMaker's PyTorch serving container."""
     if args.keep_best:
-        path = checkpoints.best_checkpoint(args.checkpoint_path, CHECKPOINT, progress.best_epoch())
+        path, checkpoint = checkpoints.read_best_checkpoint(args, CHECKPOINT, progress.best_epoch(), read_checkpoint)
         with checkpoints.restoring(path):
-            model.load_state_dict(read_checkpoint(path)["model"])
+            model.load_state_dict(checkpoint["model"])
     with files.atomic_write(args.model_dir / "model.pth") as file:
         file.write(to_bytes(model.state_dict()))
     report.log(f"Model: {args.model_dir / 'model.pth'}")
@@ -242,7 +242,7 @@ def export_model(args, data, model, progress):
 def main(args):
     """Train and write the model and its metrics."""
     files.prepare_folders(args)
-    checkpoints.remove_leftovers(args.checkpoint_path, CHECKPOINT)
+    checkpoints.prepare_folder(args.checkpoint_path, CHECKPOINT)
     torch.manual_seed(args.seed)
     device = choose_device(args)
     data = load_data(args)

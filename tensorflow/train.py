@@ -123,7 +123,7 @@ def save_checkpoint(args, data, model, progress):
 
 def describe_run(args, data, model):
     """Return what the next run compares itself with."""
-    threads = tf.config.threading.get_intra_op_parallelism_threads()
+    threads = tf.config.threading.get_intra_op_parallelism_threads() or os.environ.get("TF_NUM_INTRAOP_THREADS")
     return checkpoints.describe_run(args, data.describe_job(args, model.optimizer), tf, threads)
 
 
@@ -264,7 +264,7 @@ def make_dataset(data, batches):
 def export_model(args, data, model, progress):
     """Write `1/`, a SavedModel, for SageMaker's TensorFlow serving container."""
     if args.keep_best:
-        path = checkpoints.best_checkpoint(args.checkpoint_path, CHECKPOINT, progress.best_epoch())
+        path, _ = checkpoints.read_best_checkpoint(args, CHECKPOINT, progress.best_epoch(), read_checkpoint)
         with checkpoints.restoring(path):
             model.load_weights(path)
     for state in seed_states(model):
@@ -280,7 +280,7 @@ def export_model(args, data, model, progress):
 def main(args):
     """Train and write the model and its metrics."""
     files.prepare_folders(args)
-    checkpoints.remove_leftovers(args.checkpoint_path, CHECKPOINT)
+    checkpoints.prepare_folder(args.checkpoint_path, CHECKPOINT)
     keras.utils.set_random_seed(args.seed)
     strategy = choose_device(args)
     data = load_data(args)

@@ -269,7 +269,7 @@ def test_whatever_the_markers_the_newest_and_the_newest_uploaded_stay(markers, k
 
 def test_leftovers_of_killed_saves_are_removed_and_nothing_else(tmp_path):
     write(tmp_path, "checkpoint-3.pt.sagemaker-ignore", "checkpoint-3.pt", "notes.sagemaker-ignore")
-    checkpoints.remove_leftovers(tmp_path, PATTERN)
+    checkpoints.prepare_folder(tmp_path, PATTERN)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-3.pt", "notes.sagemaker-ignore"]
 
 

@@ -147,6 +147,31 @@ def test_a_signal_before_the_training_ends_the_script_at_once(framework, tmp_pat
     assert files(tmp_path, framework) == []
 
 
+def test_ctrl_c_on_a_pipe_whose_reader_dies_first_loses_no_step(framework, tmp_path):
+    """As in `train.py | tee log`: the terminal's signal ends tee too, and the script has nobody to talk to."""
+    flags = ["--epochs", 300, "--checkpoint-steps", 299] if framework == "xgboost" else [*FLAGS, "--epochs", 50]
+    with start(framework, *flags, cwd=tmp_path) as process:
+        for line in process.stdout:
+            if line.startswith("epoch=1 "):
+                break
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130, errors
+    assert "error" not in errors.lower() or framework == "tensorflow", errors
+    assert files(tmp_path, framework)
+    assert "Resuming training from" in run(framework, *flags, "--epochs", 2, cwd=tmp_path).output
+
+
+def test_a_run_waits_for_the_end_of_another_one(tmp_path):
+    with start("pytorch", "--epochs", 12, cwd=tmp_path) as first:
+        assert first.stdout.readline().startswith("Device: ")
+        second = run("pytorch", "--epochs", 12, cwd=tmp_path)
+        assert "Waiting for the end of another run with --checkpoint-path output/pytorch/checkpoints" in second.output
+        assert "Nothing left to train: 12 epochs" in second.output
+        assert first.wait() == 0
+
+
 def test_a_signal_during_the_export_lets_it_finish_and_still_says_interrupted(framework, tmp_path):
     in_export = 'from common import files\nat_call(files, "{}", {}, lambda: send(signal.SIGTERM))'
     exporter = "atomic_write" if framework in ("pytorch", "xgboost") else "atomic_export"
@@ -305,7 +330,8 @@ def test_the_best_model_is_kept_and_exported_also_after_an_interruption(framewor
         (tmp_path / "output" / framework / "checkpoints" / checkpoint_name(framework, best)).unlink()
         if framework != "xgboost":  # whose last checkpoint holds the trees of all rounds
             line = run(framework, *bad, "--keep-best", "--epochs", 8, cwd=tmp_path, code=1).error_line
-            assert f"--keep-best: epoch {best} is the best, but" in line
+            assert "--keep-best: the best checkpoint, " in line
+            assert f"{checkpoint_name(framework, best)}, cannot be read" in line
 
 
 # Hostile and damaged files --------------------------------------------------------------------------------------------
@@ -343,6 +369,22 @@ def hostile_mxnet(path):
 
 def hostile_xgboost(path):
     path.write_bytes(pickle.dumps(Hostile()) + b"}")
+
+
+def test_a_flipped_bit_in_what_xgboost_says_of_itself_is_damage_too(tmp_path):
+    run("xgboost", "--epochs", 3, cwd=tmp_path)
+    path = tmp_path / "output/xgboost/checkpoints/xgboost-checkpoint.2"
+    content = path.read_bytes()
+    for old, new in ((b'"progress": {', b'"prxgress": {'), (b'"job": {', b'"job"; {'), (b'"epoch": 3', b'"epoch"; 3')):
+        path.write_bytes(content.replace(old, new))
+        result = run("xgboost", "--epochs", 3, cwd=tmp_path)
+        assert "Cannot read xgboost-checkpoint.2, trying the one before" in result.output
+        assert result.epochs == [3]
+
+
+def test_keep_best_does_not_go_with_dart(tmp_path):
+    line = run("xgboost", "--booster", "dart", "--keep-best", cwd=tmp_path, code=1).error_line
+    assert "--keep-best: with --booster dart later rounds change earlier trees" in line
 
 
 @pytest.mark.parametrize("sealed", [False, True])

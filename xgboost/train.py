@@ -81,6 +81,8 @@ def build_model(args, data):
         )
     if kind == "rank":
         raise errors.UserError(f"--objective {args.objective} needs query groups, which this script does not read")
+    if args.keep_best and args.booster == "dart":
+        raise errors.UserError("--keep-best: with --booster dart later rounds change earlier trees; use one of the two")
     if kind == "multi":
         model["num_class"] = num_classes
     if kind == "binary":
@@ -134,10 +136,7 @@ def load_checkpoint(args, data, model):
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return None, Progress()
-    path, booster = found
-    # A checkpoint of SageMaker's own XGBoost container has only what XGBoost itself has written.
-    foreign = '{"progress": {}, "job": {}, "machine": {}, "flags": {}}'
-    checkpoint = json.loads(booster.attr("checkpoint") or foreign)
+    path, (booster, checkpoint) = found
     learner = json.loads(booster.save_config())["learner"]
     checkpoint["job"].update(
         {
@@ -156,16 +155,20 @@ def load_checkpoint(args, data, model):
 
 
 def read_checkpoint(path):
-    """Return the booster that `save_checkpoint` or SageMaker's container has written."""
+    """Return what `save_checkpoint` or SageMaker's own container has written: the booster, and the dictionary."""
     content = path.read_bytes()
-    if b'"progress": {"epoch": %d,' % (int(path.suffix[1:]) + 1) in content:
-        files.check_seal(content)  # otherwise another program went on from ours and copied our attribute
+    epoch = re.search(rb'"progress": {"epoch": (\d+),', content)
+    continued = epoch and int(epoch[1]) != int(path.suffix[1:]) + 1  # by a program that copied our attribute
+    if b'"sha256": "' in content and not continued:
+        files.check_seal(content)
     if not content.endswith(b"}"):
         raise ValueError("the file is cut off")
     booster = xgb.Booster(model_file=bytearray(content))
     if CHECKPOINT.format(booster.num_boosted_rounds() - 1) != path.name:
         raise ValueError(f"it holds {booster.num_boosted_rounds()} rounds, which its name denies")
-    return booster
+    # The container's files have only what XGBoost itself has written.
+    checkpoint = json.loads(booster.attr("checkpoint") or "{}")
+    return booster, {key: checkpoint.get(key, {}) for key in ("progress", "job", "machine", "flags")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,6 +208,7 @@ def train(args, data, model, device):
     booster, progress = load_checkpoint(args, data, model)
     report.log_start(progress, args.epochs)
     if progress.epoch >= args.epochs:
+        interruption.defer()
         return booster, progress
     try:
         if args.tree_method in ("auto", "hist"):
@@ -242,7 +246,7 @@ def evaluate(metrics):
 def export_model(args, booster, progress):
     """Write `xgboost-model`, for SageMaker's XGBoost serving container."""
     if args.keep_best:
-        booster = booster[: progress.best_epoch()]
+        booster = booster[: progress.best_epoch() or progress.epoch]
     booster.set_attr(checkpoint=None)  # times are not part of the model
     with files.atomic_write(args.model_dir / "xgboost-model") as file:
         file.write(booster.save_raw("ubj"))
@@ -252,7 +256,7 @@ def export_model(args, booster, progress):
 def main(args):
     """Train and write the model and its metrics."""
     files.prepare_folders(args)
-    checkpoints.remove_leftovers(args.checkpoint_path, CHECKPOINT)
+    checkpoints.prepare_folder(args.checkpoint_path, CHECKPOINT)
     device = choose_device(args)
     data = load_data(args)
     model = build_model(args, data)
