@@ -63,7 +63,7 @@ def read_newest_checkpoint(folder, pattern, read):
                 raise ValueError("the file is empty")
             content = read(path)
         except (OSError, MemoryError) as error:  # this says nothing about the file: it may be whole
-            reason = error.strerror if isinstance(error, OSError) else "not enough memory"
+            reason = "not enough memory" if isinstance(error, MemoryError) else error.strerror or error
             raise UserError(f"cannot read {path}: {reason}. Mend that, then run the same command again") from error
         except Exception as error:  # each framework has its own errors for a damaged file
             reason = " ".join(str(error).split())[:200]

@@ -21,9 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from test_scripts import history, model_bytes
-
 from conftest import FRAMEWORKS, start
+from test_scripts import history, model_bytes
 
 STEPS_PER_EPOCH = 405  # 1,618 digits in batches of four
 JOBS = {  # trainings of 20 to 60 seconds with checkpoints so often that many interruptions hit one

@@ -137,14 +137,18 @@ def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "Permission denied"), OSError("bad block"), MemoryError()]
+)
 def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(tmp_path, error):
     write(tmp_path, "checkpoint-2.pt", "checkpoint-1.pt")
 
     def read(path):
         raise error
 
-    with pytest.raises(UserError, match=r"cannot read .*checkpoint-2.pt: (Permission denied|not enough memory)"):
+    with pytest.raises(
+        UserError, match=r"cannot read .*checkpoint-2.pt: (Permission denied|bad block|not enough memory)"
+    ):
         checkpoints.read_newest_checkpoint(tmp_path, PATTERN, read)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1.pt", "checkpoint-2.pt"]
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_scripts import LIMIT_FILE_SIZE, files, history, metrics, model_bytes, names
 
 from common import checkpoints
 from common import files as common_files
 from conftest import CHECKPOINTS, ROOT, Result, checkpoint_name, environment, run, start
+from test_scripts import LIMIT_FILE_SIZE, files, history, metrics, model_bytes, names
 
 FLAGS = ["--epochs", 2, "--batch-size", 16, "--augment"]
 STEPS = 102  # per epoch: 1,618 digits in batches of 16
