@@ -28,6 +28,7 @@ HARMLESS = {
     "--checkpoint-steps",
     "--keep-checkpoints",
     "--keep-best",
+    "--log-steps",
     "--resume-anyway",
     "--model-dir",
     "--output-data-dir",
@@ -166,7 +167,9 @@ def remove_old_checkpoints(args, pattern, best):
     found = find_checkpoints(args.checkpoint_path, pattern)
     kept = [(best, 0)] if args.keep_best else []
     uploaded = [(position, path) for position, path in found if _marked(path, "uploaded")]
-    there = [position for position, _ in (uploaded or found)]
+    # Where nothing is marked, SageMaker has not seen the newest yet, which was written just now.
+    unmarked = found[1:] if "SM_MODEL_DIR" in os.environ else found
+    there = [position for position, _ in (uploaded or unmarked)] or [(0, 0)]
     epochs = [position for position in there if position[1] == 0]
     oldest = epochs[args.keep_checkpoints - 1] if 0 < args.keep_checkpoints <= len(epochs) else (0, 0)
     for position, path in found:

@@ -2,7 +2,9 @@
 
 import contextlib
 import difflib
+import os
 import sys
+from pathlib import Path
 
 from common import interruption
 
@@ -17,7 +19,7 @@ def framework(name, hint):
     try:
         yield
     except ImportError as error:
-        sys.exit(f"error: this script needs {name}, which cannot be imported here ({error}). {hint}")
+        fail(f"this script needs {name}, which cannot be imported here ({error}). {hint}")
 
 
 def unfit_images(args, data, reason):
@@ -43,8 +45,27 @@ def run(main, args):
         interruption.check()
     except interruption.Interrupted as interrupted:
         interruption.tell(str(interrupted))
+        tell_sagemaker(str(interrupted))
         sys.exit(interrupted.exit_code)
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     except ImportError as error:
-        sys.exit(f"error: {error}. Install what is missing with: pip install {error.name}")
+        fail(f"{error}. Install what is missing with: pip install {error.name}")
+
+
+def fail(message, code=1):
+    """End with one line; in a SageMaker container it is also the FailureReason of the job."""
+    tell_sagemaker(f"error: {message}")
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def tell_sagemaker(reason):
+    """Write why the script ends where SageMaker reads it, which shows the first 1,024 characters.
+
+    https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo.html
+    """
+    folder = os.environ.get("SM_OUTPUT_DIR")
+    if folder:
+        with contextlib.suppress(OSError):  # the log has it too
+            Path(folder, "failure").write_text(reason)

@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from common import errors
+
 
 def image_flags(framework):
     """Return the parser of an image script; `framework` names its folder below `output/`."""
@@ -49,6 +51,12 @@ def image_flags(framework):
         type=_integer(0),
         default=2,
         help="threads that read images and prepare batches; 0: the main thread",
+    )
+    add(
+        "--log-steps",
+        type=_integer(0),
+        default=100,
+        help="log a line after so many steps, where no progress bar is shown; 0: none",
     )
     return parser
 
@@ -92,6 +100,24 @@ def xgboost_flags():
     add("--skip-drop", type=_real(0, 1), default=0.0, help="probability of dropping no tree in a round (dart)")
     add("--nthread", type=_integer(0), default=0, help="CPU threads; 0: all")
     return parser
+
+
+def hyperparameters(words):
+    """Return a script's flags as SageMaker's hyperparameters: `--epochs 5 --augment` as epochs "5", augment "True".
+
+    Raises UserError for a word that belongs to no flag.
+    """
+    values, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = _hyphenated(word)[2:].partition("=")
+            values[name] = value if equals else "True"
+            name = None if equals else name
+        elif name is None:
+            raise errors.UserError(f"unexpected argument {word!r}: expected --flag value")
+        else:
+            values[name], name = word, None
+    return values
 
 
 def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_seconds, help):
@@ -183,7 +209,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Exit with code 2 and one line."""
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
+        errors.fail(f"{message} (--help lists all flags)", code=2)
 
     def _explain(self, word):
         if not word.startswith("--"):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 
@@ -16,7 +17,7 @@ _STARTED = time.time()
 def log(message):
     """Print one line, at once."""
     try:
-        print(message, flush=True)
+        print(f"{message}\n", end="", flush=True)  # at once: a signal's line must not come into the middle
     except BrokenPipeError:  # nobody reads it any more, which is no reason to lose a training
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -48,26 +49,46 @@ def log_epoch(epoch, train, validation, seconds, num_samples):
     return row
 
 
-class _NoBar:
-    """What `progress_bar` returns where there is nobody to look at it."""
+def metric_definitions(metrics=("loss", "accuracy", "rmse")):
+    """Return SageMaker's `metric_definitions` for the lines of `log_epoch`: a list of {"Name": ..., "Regex": ...}.
 
-    def __init__(self, batches):
-        self.batches = batches
+    Args:
+        metrics: what a script may log; these are all, unless `--eval-metric` names others.
+    """
+    keys = [f"{split}_{metric}" for split in ("train", "validation") for metric in metrics]
+    keys += ["seconds", "samples_per_second"]
+    return [{"Name": _metric_name(key), "Regex": f"^epoch=.* {re.escape(key)}=([-+.0-9a-z]+)"} for key in keys]
+
+
+def _metric_name(key):
+    """Return SageMaker's way to write `train_loss`: `train:loss`."""
+    return re.sub("^(train|validation)_", r"\1:", key)
+
+
+class _Lines:
+    """What `progress_bar` returns where there is no terminal: now and then a line."""
+
+    def __init__(self, args, progress, total, batches):
+        self.args, self.progress, self.total, self.batches = args, progress, total, batches
 
     def __iter__(self):
-        return iter(self.batches)
+        for batch in self.batches:
+            yield batch
+            self.update()
 
     def update(self):
-        pass
+        step = self.progress.step
+        if self.args.log_steps and step % self.args.log_steps == 0:
+            log(f"step={step}/{self.total} epoch={self.progress.epoch + 1}")
 
     def close(self):
         pass
 
 
-def progress_bar(progress, total, batches=()):
-    """Return a bar over the `total` batches of an epoch: tqdm's on a terminal, otherwise one that shows nothing."""
+def progress_bar(args, progress, total, batches=()):
+    """Return a bar over the `total` batches of an epoch: tqdm's on a terminal, otherwise lines (`--log-steps`)."""
     if not sys.stderr.isatty():
-        return _NoBar(batches)
+        return _Lines(args, progress, total, batches)
     from tqdm import tqdm
 
     name = f"epoch {progress.epoch + 1}"

@@ -214,7 +214,7 @@ def train_epoch(args, data, model, devices, optimizer, progress):
     batches = steps.training_batches(data.train_images, data.train_labels, args, progress.epoch + 1, progress.step)
     progress.loss_sum = mx.np.array([progress.loss_sum])
     progress.start_clock()
-    for pixels, labels in report.progress_bar(progress, steps_per_epoch, batches):
+    for pixels, labels in report.progress_bar(args, progress, steps_per_epoch, batches):
         interruption.check()
         step = progress.epoch * steps_per_epoch + progress.step
         if progress.step % SEED_STEPS == 0:

@@ -187,7 +187,7 @@ def train_epoch(args, data, model, device, optimizer, scaler, progress):
     seed = torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed
     model.train()
     progress.start_clock()
-    for pixels, labels in report.progress_bar(progress, steps_per_epoch, batches):
+    for pixels, labels in report.progress_bar(args, progress, steps_per_epoch, batches):
         interruption.check()
         step = progress.epoch * steps_per_epoch + progress.step
         seed(steps.step_seed(args.seed, step))

@@ -210,7 +210,7 @@ class Steps(keras.callbacks.Callback):
     def __init__(self, args, data, metrics, progress, steps_per_epoch):
         super().__init__()
         self.args, self.data, self.metrics, self.progress = args, data, metrics, progress
-        self.bar, self.steps_per_epoch = report.progress_bar(progress, steps_per_epoch), steps_per_epoch
+        self.bar, self.steps_per_epoch = report.progress_bar(args, progress, steps_per_epoch), steps_per_epoch
 
     def on_epoch_begin(self, epoch, logs=None):
         for metric, total in zip(self.metrics, (self.progress.loss_sum, self.progress.correct)):
