@@ -1,16 +1,21 @@
 # make train [FRAMEWORK=pytorch|tensorflow|mxnet|xgboost] [ARGS="--epochs 20"]
+# make spot [FRAMEWORK=...] [SPOT="--interrupt-after 20s"] [ARGS="--epochs 20"]
 # make test
 # make soak
 
 FRAMEWORK ?= pytorch
 ARGS ?=
+SPOT ?= --interrupt-after 10s,upload --grace 5s --verify
 
-.PHONY: train test soak
+.PHONY: train spot test soak
 
 train: .venv/installed
 	.venv/bin/python $(FRAMEWORK)/train.py $(ARGS)
 
-test: .venv/installed
+spot: .venv/spot-installed
+	.venv/bin/python -m spot $(FRAMEWORK)/train.py $(SPOT) -- $(ARGS)
+
+test: .venv/spot-installed .venv-sdk2/installed .venv-sdk3/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
@@ -28,3 +33,14 @@ soak: .venv/installed
 	    fi; \
 	done; \
 	echo "error: no Python 3.10, 3.11 or 3.12 with venv here: install one, such as python3.12 and python3.12-venv"; exit 1
+
+# The simulator of Managed Spot Training.
+.venv/spot-installed: spot/requirements.txt .venv/installed
+	@echo "Setting up the simulator in .venv: takes a minute, once"
+	@.venv/bin/python -m pip install --quiet --requirement requirements.txt --requirement $< && touch $@ || \
+	    { command -v gcc >/dev/null || echo "error: SageMaker's toolkit is compiled here, which needs gcc: install it"; exit 1; }
+
+# Versions 2 and 3 of SageMaker's Python SDK, which cannot share an environment, for the launchers.
+.venv-sdk%/installed: launch/requirements-v%.txt | .venv/installed
+	@echo "Setting up .venv-sdk$* for the launchers: takes some minutes, once"
+	@.venv/bin/python -m venv .venv-sdk$* && .venv-sdk$*/bin/python -m pip install --quiet --requirement $< && touch $@

@@ -1,0 +1,67 @@
+r"""Train one of the scripts on SageMaker with SDK v2: pip install "sagemaker<3"
+
+Look:    python launch/estimator.py pytorch --role arn:aws:iam::123456789012:role/SageMaker --region us-east-1 --dry-run
+Train:   python launch/estimator.py pytorch --role ... --spot --train s3://bucket/train/ -- --epochs 20 --augment
+Resume:  python launch/estimator.py pytorch --role ... --spot --train s3://bucket/train/ \
+             --resume-from s3://bucket/pytorch-20261123-091500/checkpoints/ -- --epochs 40 --augment
+
+What stands behind `--` are the flags of the script. `--help` lists those of the launcher.
+"""
+
+import job
+from common import errors
+
+if __name__ == "__main__":
+    args = job.parse_script_args("Train one of the scripts on SageMaker (SDK v2).")  # before the slow imports
+
+with errors.framework("version 2 of SageMaker's Python SDK", 'Install it with: pip install "sagemaker<3"'):
+    from sagemaker import Session
+    from sagemaker.estimator import Estimator
+    from sagemaker.mxnet import MXNet
+    from sagemaker.pytorch import PyTorch
+    from sagemaker.tensorflow import TensorFlow
+    from sagemaker.xgboost import XGBoost
+
+ESTIMATORS = {
+    "pytorch": (PyTorch, {"framework_version": "2.8.0", "py_version": "py312"}),
+    # Else the SDK adds the hyperparameter model_dir, an address in S3 that the script could not write to.
+    "tensorflow": (TensorFlow, {"framework_version": "2.19.0", "py_version": "py312", "model_dir": False}),
+    "mxnet": (MXNet, {"framework_version": "1.9.0", "py_version": "py38"}),
+    "xgboost": (XGBoost, {"framework_version": "3.0-5"}),
+}
+
+
+def main(args):
+    """Start the training job and show its log until it ends."""
+    session = Session(job.boto_session(args), default_bucket=args.bucket)
+    job.prepare(args, session)
+
+    estimator_class, options = ESTIMATORS[args.what]
+    if args.image_uri:  # any image with SageMaker's training toolkit
+        estimator_class, options = Estimator, {"image_uri": args.image_uri}
+    estimator = estimator_class(
+        entry_point="train.py",
+        source_dir=args.source_dir,  # its link to common/ is uploaded as real files
+        hyperparameters=args.hyperparameters,
+        metric_definitions=args.metric_definitions,
+        role=args.role,
+        instance_type=args.instance_type,
+        instance_count=args.instance_count,
+        use_spot_instances=args.spot,
+        max_run=args.max_run,
+        max_wait=args.max_wait,
+        checkpoint_s3_uri=args.checkpoints,
+        checkpoint_local_path=job.CHECKPOINT_PATH,
+        container_entry_point=job.forwarding_sigterm("train"),
+        output_path=args.output,
+        sagemaker_session=session,
+        debugger_hook_config=False,  # else the SDK adds debugger and profiler
+        disable_profiler=True,
+        **options,
+    )
+    # At the end it prints how many seconds are billed and what Spot has saved.
+    estimator.fit(args.channels or None, job_name=args.job_name, wait=args.wait)
+
+
+if __name__ == "__main__":
+    job.run(main, args)

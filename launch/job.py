@@ -1,0 +1,212 @@
+"""What the launchers share: their flags, the checks before anything is sent or paid for, and the dry run."""
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from common import errors, flags, report
+
+with errors.framework(
+    "SageMaker's Python SDK", 'Install it with: pip install "sagemaker<3" or pip install "sagemaker>=3"'
+):
+    import boto3
+    from boto3.exceptions import Boto3Error
+    from botocore.awsrequest import AWSResponse
+    from botocore.exceptions import BotoCoreError, ClientError
+
+ROOT = Path(__file__).resolve().parent.parent
+FRAMEWORKS = ("pytorch", "tensorflow", "mxnet", "xgboost")
+CHECKPOINT_PATH = "/opt/ml/checkpoints"  # where the scripts keep them in a SageMaker container
+SET_BY_SAGEMAKER = ("train", "validation", "checkpoint-path", "model-dir", "output-data-dir", "hosts", "current-host")
+
+
+def make_parser(description, choices, instance_type):
+    """Return the parser of the flags that all launchers have; `choices` are what they can train."""
+    parser = _Parser(
+        description=description,
+        usage="%(prog)s WHAT --role ARN [flags of the launcher] [-- flags of what trains]",
+        epilog="Addresses look like s3://bucket/folder/. Credentials come from where all AWS tools look for them.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("what", choices=choices, metavar="WHAT", help=f"what trains: {', '.join(choices)}")
+    add("--role", required=True, type=_role, help="ARN of the IAM role that the job runs with")
+    add("--region", help="AWS region; default: that of your AWS settings")
+    add("--instance-type", default=instance_type, help="machine to train on; default: the smallest that makes sense")
+    add("--instance-count", type=_count, default=1, help="number of machines (default: 1)")
+    add("--image-uri", help="training image; default: SageMaker's own")
+    add("--spot", action="store_true", help="train on Spot instances, which cost less and may be interrupted")
+    add("--max-run", type=_count, default=3600, help="seconds to train at most (default: 3600)")
+    add("--max-wait", type=_count, help="seconds to wait for Spot and to train at most (default: twice --max-run)")
+    add("--train", type=address, help="address of the training data")
+    add("--validation", type=address, help="address of the validation data")
+    add("--bucket", help="bucket for all that is written; default: the SDK's own, sagemaker-<region>-<account>")
+    add("--job-name", type=_job_name, help="name of the job; default: what trains, and the time")
+    add("--output", type=_folder, help="address of model and metrics; default: the bucket")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--checkpoints", type=_folder, help="address of the checkpoints; default: bucket and job name")
+    where.add_argument("--resume-from", type=_folder, help="go on from the checkpoints of an earlier job")
+    add("--no-wait", dest="wait", action="store_false", help="do not wait for the end of the job")
+    add("--dry-run", action="store_true", help="print the request instead of sending it; needs no credentials")
+    return parser
+
+
+def parse_args(parser):
+    """Return the launcher's flags, and as `hyperparameters` what stands behind `--`; a mistake is one line."""
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:end])
+    args.script_flags = words[end + 1 :]
+    try:
+        args.hyperparameters = flags.hyperparameters(args.script_flags)
+    except errors.UserError as error:
+        parser.error(str(error))
+    if args.max_wait is not None and not args.spot:
+        parser.error("--max-wait is for Spot instances: add --spot")
+    if args.spot and args.max_wait is None:
+        args.max_wait = 2 * args.max_run
+    if args.spot and args.max_wait < args.max_run:
+        parser.error(f"--max-wait {args.max_wait} is less than --max-run {args.max_run}, which it includes")
+    args.job_name = args.job_name or f"{args.what}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if args.dry_run:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            os.environ[name] = "dry-run"  # SDK v2 looks for real ones, even on the network, when it is imported
+        os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # SDK v3 asks AWS what the role may do
+        logging.getLogger("sagemaker.config").disabled = True  # SDK v2 logs on standard output
+        args.wait = False
+    channels = {"train": args.train, "validation": args.validation}
+    args.channels = {name: channel for name, channel in channels.items() if channel}
+    return args
+
+
+def parse_script_args(description):
+    """Return the flags of a launcher of our scripts; those behind `--` are checked by the script's own parser."""
+    parser = make_parser(description, FRAMEWORKS, instance_type="ml.m5.xlarge")
+    args = parse_args(parser)
+    if args.instance_count != 1:
+        parser.error(f"--instance-count {args.instance_count}: the scripts train on one machine")
+    for name in args.hyperparameters:
+        if name in SET_BY_SAGEMAKER:
+            parser.error(f"--{name} cannot stand behind `--`: in the cloud SageMaker sets it")
+    # Nobody should have to pay for a cloud job to find out that a flag is wrong.
+    script = flags.xgboost_flags() if args.what == "xgboost" else flags.image_flags(args.what)
+    script.parse_args(args.script_flags)
+    args.source_dir = str(ROOT / args.what)
+    # SageMaker takes its own XGBoost image for an algorithm whose metrics are not ours to define, even when it runs a
+    # script: https://github.com/aws/sagemaker-xgboost-container/issues/121. A copy in your own registry is free of it.
+    fixed_metrics = args.what == "xgboost" and not args.image_uri
+    args.metric_definitions = None if fixed_metrics else report.metric_definitions()
+    return args
+
+
+def boto_session(args):
+    """Return a boto3 session with the usual AWS settings; in a dry run, one that sends nothing."""
+    session = boto3.Session(region_name=args.region)
+    if args.dry_run:
+        session.events.register("before-call", lambda model, params, **_: _answer(args, model, params))
+    if not session.region_name:
+        raise ValueError("no AWS region: add --region, such as --region us-east-1, or set AWS_DEFAULT_REGION")
+    return session
+
+
+def _answer(args, model, params):
+    """Answer a request in the place of AWS, so that boto3 sends nothing; that for the training job is printed."""
+    if model.name == "CreateTrainingJob":
+        print(json.dumps(json.loads(params["body"]), indent=2))
+    answers = {
+        "GetCallerIdentity": {"Account": args.role.split(":")[4]},  # yours, most likely
+        "ListBuckets": {"Buckets": []},
+        "CreateTrainingJob": {"TrainingJobArn": ""},
+        "DescribeTrainingJob": {"TrainingJobName": args.job_name},
+    }
+    return AWSResponse("", 200, {}, None), answers.get(model.name, {})
+
+
+def prepare(args, session):
+    """Fill in where checkpoints and model go; `session` is the SDK's."""
+    if args.dry_run:  # the SDK's report of its usage does not pass through boto3
+        session.sagemaker_config.setdefault("SchemaVersion", "1.0")
+        modules = session.sagemaker_config.setdefault("SageMaker", {}).setdefault("PythonSDK", {})
+        modules.setdefault("Modules", {})["TelemetryOptOut"] = True
+    bucket = session.default_bucket()
+    args.output = args.output or f"s3://{bucket}/"
+    args.checkpoints = args.checkpoints or args.resume_from or f"s3://{bucket}/{args.job_name}/checkpoints/"
+    if args.resume_from and not args.dry_run:
+        bucket, _, folder = args.resume_from[len("s3://") :].partition("/")
+        if not session.boto_session.client("s3").list_objects_v2(Bucket=bucket, Prefix=folder, MaxKeys=1)["KeyCount"]:
+            raise ValueError(f"--resume-from {args.resume_from}: nothing is there")
+    print(f"Checkpoints: {args.checkpoints}", file=sys.stderr)
+
+
+def forwarding_sigterm(*command):
+    """Return `command` with the few lines of shell before it that pass SIGTERM on from the container's process 1.
+
+    Without them the signal, which SageMaker sends two minutes before the end, does not reach the script.
+    """
+    lines = Path(__file__).with_name("forward_sigterm.sh").read_text().splitlines()
+    # As one line: the pattern of these words in SageMaker's API is `.*`. An & ends a command, as a semicolon does.
+    return ["bash", "-c", "; ".join(lines).replace("&;", "&"), "forward-sigterm", *command]
+
+
+def print_savings(training_seconds, billable_seconds, spot):
+    """Print what the job took and cost, in the words of SDK v2; for a job that never started there is nothing."""
+    if training_seconds:
+        print(f"Training seconds: {training_seconds}")
+    if training_seconds and billable_seconds:
+        print(f"Billable seconds: {billable_seconds}")
+        if spot:
+            print(f"Managed Spot Training savings: {100 * (1 - billable_seconds / training_seconds):.1f}%")
+
+
+def run(main, args, *sdk_errors):
+    """Call `main(args)`; what AWS or the SDK refuses is one line and exit code 1."""
+    try:
+        main(args)
+    except (ValueError, OSError, BotoCoreError, Boto3Error, ClientError, *sdk_errors) as error:
+        errors.fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit("Not watching any more. A job that has been started goes on: stop it in SageMaker's console")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line."""
+
+    def error(self, message):
+        errors.fail(f"{message} (--help lists all flags; those of what trains go behind `--`)", code=2)
+
+
+def address(text):
+    """Return an address in S3 as it is."""
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{2,62}(/.*)?", text):
+        raise argparse.ArgumentTypeError(f"expected an address such as s3://bucket/folder/, got {text!r}")
+    return text
+
+
+def _folder(text):
+    # S3 has no folders: without the slash .../job-1 is the beginning of .../job-10 too.
+    return address(text).rstrip("/") + "/"
+
+
+def _count(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _role(text):
+    if not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/.+", text):
+        example = "arn:aws:iam::123456789012:role/SageMaker"
+        raise argparse.ArgumentTypeError(f"expected the ARN of a role such as {example}, got {text!r}")
+    return text
+
+
+def _job_name(text):
+    # SageMaker allows 63 characters; SDK v3 appends the time.
+    if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,47}", text) or len(text) > 48:
+        raise argparse.ArgumentTypeError(f"expected at most 48 letters, digits and hyphens, got {text!r}")
+    return text

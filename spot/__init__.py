@@ -1,0 +1,1 @@
+"""A simulator of SageMaker's Managed Spot Training: `python -m spot --help`."""

@@ -1,0 +1,166 @@
+"""Run a training script as SageMaker's Managed Spot Training does, on this machine, and interrupt it.
+
+    python -m spot pytorch/train.py --interrupt-after 20s,upload,20s --verify -- --epochs 10
+    python -m spot xgboost/train.py --mean-time-between-interruptions 15s --forward-sigterm -- --num-round 500
+
+What stands after `--` are the script's own flags; they become hyperparameters. The script runs under SageMaker's own
+toolkit, its checkpoints are copied to an S3 server that runs on this machine meanwhile, and each attempt starts with
+what is there. At the end it tells what the interruptions have cost, and writes a report and a picture of it.
+"""
+
+import argparse
+import itertools
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from common import errors
+from common.flags import hyperparameters
+from launch.job import forwarding_sigterm
+from spot import compare, report, service
+from spot.container import namespace
+from spot.sync import list_objects
+
+
+def seconds(text):
+    """Parse `20`, `20s` or `2m`."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m") else (text, "s")
+    value = float(number) * (60 if unit == "m" else 1)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+def moments(text):
+    """Parse `20s,upload,40s`."""
+    return [word if word == "upload" else seconds(word) for word in text.split(",")]
+
+
+def channel(text):
+    """Parse `train=folder`."""
+    name, _, folder = text.partition("=")
+    if not name or not Path(folder).is_dir() or not folder:
+        raise ValueError
+    return name, Path(folder)
+
+
+def parse_args(argv=None):
+    """Return the flags, and those of the script."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m spot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("script", type=Path, help="such as pytorch/train.py; its folder is the source_dir")
+    add(
+        "--interrupt-after",
+        type=moments,
+        default=[],
+        metavar="20s,upload,...",
+        help="when to interrupt each attempt: so long after its start, or in the middle of its second upload",
+    )
+    add("--mean-time-between-interruptions", type=seconds, metavar="60s", help="interrupt at random moments")
+    add("--interruptions", type=int, help="how many; default: as many as --interrupt-after has, or 3")
+    add("--seed", type=int, default=0, help="of the random moments")
+    add("--forward-sigterm", action="store_true", help="with the entry point of our launchers, which passes it on")
+    add("--grace", type=seconds, default=120, metavar="120s", help="from SIGTERM to SIGKILL")
+    add("--channel", type=channel, action="append", default=[], metavar="train=FOLDER", help="a folder with data")
+    add("--checkpoint-s3-uri", default="s3://simulator/job/checkpoints/", help="where the checkpoints go in S3")
+    add("--endpoint-url", help="an S3 server; default: one that runs on the loopback address meanwhile")
+    add("--upload-rate", type=float, default=50, help="megabytes per second to S3")
+    add("--spot-price", type=float, default=0.3, help="of a Spot instance, as a share of the on-demand price")
+    add("--verify", action="store_true", help="train once more without interruption and compare the models' bits")
+    add("--output", type=Path, default=Path("output/spot"), help="folder of the logs, the report and the picture")
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    if not args.script.is_file():
+        parser.error(f"there is no script {args.script}")
+    return args, argv[split + 1 :]
+
+
+def plan(args):
+    """Return for each attempt when it is interrupted."""
+    if args.mean_time_between_interruptions:
+        generator = random.Random(args.seed)  # noqa: S311 - not for secrets
+        count = 3 if args.interruptions is None else args.interruptions
+        return [generator.expovariate(1 / args.mean_time_between_interruptions) for _ in range(count)]
+    count = len(args.interrupt_after) if args.interruptions is None else args.interruptions
+    return list(itertools.islice(itertools.cycle(args.interrupt_after or [60.0]), count))
+
+
+def script_hyperparameters(script, words):
+    """Return the script's flags as hyperparameters, and ask it for a log line after each step, which are counted here.
+
+    Raises UserError where the script does not start at all.
+    """
+    values = hyperparameters(words)
+    asked = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    if asked.returncode != 0:
+        raise errors.UserError(f"{script} --help fails: {asked.stderr.strip()}")
+    if "--log-steps" in asked.stdout:
+        values.setdefault("log-steps", "1")
+    return values
+
+
+def environment(script):
+    """Return the variables of the container: in SageMaker only that of TensorFlow has TensorFlow."""
+    if "import tensorflow" in script.read_text():
+        return {}
+    return {"PYTHONPATH": str(Path(__file__).with_name("without_tensorflow"))}
+
+
+def show(event):
+    """Print what has happened to the job, but for the lines that count the steps."""
+    text = {
+        "started": "a container starts",
+        "log": event.get("line"),
+        "uploaded": f"{event.get('name')} is in S3",
+        "deleted": f"{event.get('name')} is deleted in S3",
+        "stalled": f"the upload of {event.get('name')} has come half way",
+        "sigterm": "SIGTERM is sent to process 1",
+        "killed": "the machine is gone",
+        "ended": f"process 1 has ended with exit code {event.get('code')}",
+    }.get(event["event"])
+    if text and not text.startswith("step="):
+        print(f"[attempt {event['attempt']}] {text}", flush=True)
+
+
+def main(args, words):
+    """Run the job, tell what it has cost, and compare its model with that of a job that nobody interrupted."""
+    values = script_hyperparameters(args.script, words)
+    shutil.rmtree(args.output, ignore_errors=True)
+    place = "process 1 of its own PID namespace" if namespace() else "a plain process group (no PID namespaces here)"
+    print(f"The training runs as {place}", flush=True)
+    with service.s3_server(args.endpoint_url) as s3:
+        uri = args.checkpoint_s3_uri.rstrip("/")
+        job, model = run(args, s3, "job", f"{uri}/", values, plan(args), show)
+        attempts = report.read_attempts(job.events)
+        numbers = report.figures(attempts, len(list_objects(s3, f"{uri}/")), args.spot_price)
+        if args.verify:
+            print("Training once more, without interruption", flush=True)
+            _, whole = run(args, s3, "uninterrupted", f"{uri}-uninterrupted/", values, [], lambda event: None)
+            numbers["differences"] = compare.differences(model, whole)
+    report.write(args.output, numbers, attempts, job.request)
+    report.show(numbers)
+    print(f"Report: {args.output / 'report.json'}, {args.output / 'timeline.png'}")
+    if numbers.get("differences"):
+        raise errors.UserError(f"the models differ: {', '.join(numbers['differences'])}")
+
+
+def run(args, s3, name, uri, values, interruptions, watch):
+    """Run a job whose checkpoints go to `uri`; return it and the base folder of the container that completed it."""
+    channels, folder = dict(args.channel), args.output.resolve() / name
+    entry_point = forwarding_sigterm("train") if args.forward_sigterm else None
+    variables = environment(args.script)
+    request = service.make_request(s3, name, args.script, values, channels, uri, entry_point, variables)
+    job = service.Job(s3, request, folder, interruptions, args.grace, args.upload_rate * 1e6, watch)
+    return job, job.run()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without ending the container
+    args, words = parse_args()
+    errors.run(lambda args: main(args, words), args)

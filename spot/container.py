@@ -1,0 +1,117 @@
+"""What a training container is for its script: the base folder (/opt/ml in SageMaker), and process 1."""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+
+from spot.sync import download
+
+HOST = "localhost"  # SageMaker's is algo-1, a name that the toolkit must be able to resolve
+
+
+def lay_out(folder, request, s3):
+    """Make the base folder of a new container, as the service does it, for a CreateTrainingJob request."""
+    for name in ("model", "output/data", "checkpoints", "input/config", "input/data", "code"):
+        (folder / name).mkdir(parents=True)
+    channels = request.get("InputDataConfig", [])
+    hosts = {"current_host": HOST, "hosts": [HOST], "network_interface_name": "lo"}
+    documents = {
+        "hyperparameters.json": request["HyperParameters"],
+        "inputdataconfig.json": {channel["ChannelName"]: {"TrainingInputMode": "File"} for channel in channels},
+        "resourceconfig.json": hosts,
+    }
+    for name, document in documents.items():
+        (folder / "input/config" / name).write_text(json.dumps(document))
+    for channel in channels:
+        uri, path = channel["DataSource"]["S3DataSource"]["S3Uri"], folder / "input/data" / channel["ChannelName"]
+        if uri.startswith("file://"):
+            path.symlink_to(uri.removeprefix("file://"), target_is_directory=True)
+        else:
+            path.mkdir()
+            download(s3, uri, path)
+    download(s3, request["CheckpointConfig"]["S3Uri"], folder / "checkpoints")
+
+
+@functools.cache
+def namespace():
+    """Return the command that makes what follows it process 1 of its own PID namespace; empty where it cannot be."""
+    as_root = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    as_user = ["unshare", "--user", "--map-root-user", *as_root[1:]]
+    for command in (as_root, as_user):
+        with contextlib.suppress(OSError):
+            if subprocess.run([*command, "true"], capture_output=True).returncode == 0:
+                return command
+    return []
+
+
+class Container:
+    """A running container: process 1 and what it has started.
+
+    Args:
+        folder: its base folder.
+        request: the CreateTrainingJob request.
+        tell: called with each line of its log.
+    """
+
+    def __init__(self, folder, request, tell):
+        command = request["AlgorithmSpecification"].get("ContainerEntrypoint", ["train"])
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the toolkit's `train` is
+        job = {"SAGEMAKER_BASE_DIR": str(folder), "TRAINING_JOB_NAME": request["TrainingJobName"]}
+        self.process = subprocess.Popen(
+            [*namespace(), *command],
+            env={**kept, **job, "PATH": path, **request.get("Environment", {})},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self.reader = threading.Thread(target=self._read, args=(tell,))
+        self.reader.start()
+
+    def _read(self, tell):
+        for line in self.process.stdout:
+            tell(line.rstrip("\n"))
+
+    def terminate(self):
+        """Send SIGTERM to process 1, as the service does."""
+        self._signal_process_1(signal.SIGTERM)
+
+    def kill(self):
+        """End all of the container's processes at once, as if the machine was gone."""
+        self._signal_process_1(signal.SIGKILL)  # the kernel ends the rest of the namespace
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def wait(self, seconds=None):
+        """Return the exit code of process 1, after which no other process is left; None where it is still running."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        self.kill()
+        self.reader.join()
+        return code
+
+    def _signal_process_1(self, number):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            process = psutil.Process(self.process.pid)
+            for target in process.children() if namespace() else [process]:
+                target.send_signal(number)
+
+
+def failure(folder):
+    """Return what the service shows as FailureReason: the first 1,024 characters of the file `failure`."""
+    path = folder / "output/failure"
+    return path.read_text(errors="replace")[:1024] if path.exists() else ""

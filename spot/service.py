@@ -1,0 +1,203 @@
+"""The part of SageMaker: it starts a training job in a container, takes the machine away, and starts it again.
+
+All that happens becomes a list of events, each a dictionary with `time` (seconds since 1970), `attempt` (from 1) and
+`event`: started, log (a line), uploading, stalled, uploaded, deleted (a file), sigterm, killed, ended (an exit code).
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import boto3
+
+from common.errors import UserError
+from spot import container
+from spot.sync import split_uri
+
+ROOT = Path(__file__).resolve().parents[1]
+UPLOAD = "upload"
+
+
+@contextlib.contextmanager
+def s3_server(endpoint_url=None):
+    """Yield a client of an S3 server to which the environment points meanwhile.
+
+    It is a given one, with the usual AWS credentials, or one that runs meanwhile on the loopback address.
+    """
+    server, variables = None, {"AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
+    if endpoint_url is None:
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would log each request
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        endpoint_url = f"http://{host}:{port}"
+        variables.update(AWS_ACCESS_KEY_ID="any", AWS_SECRET_ACCESS_KEY="any")  # noqa: S106 - boto3 wants to have some
+    variables.update(AWS_ENDPOINT_URL=endpoint_url, S3_ENDPOINT_URL=endpoint_url)  # boto3's, and the toolkit's
+    try:
+        with mock.patch.dict(os.environ, variables):
+            yield boto3.client("s3")
+    finally:
+        if server:
+            server.stop()
+
+
+def make_request(s3, name, script, hyperparameters, channels, checkpoint_uri, entry_point=None, environment=None):
+    """Upload the folder of `script` as SageMaker's SDK does, and return a CreateTrainingJob request that runs it.
+
+    Args:
+        hyperparameters: a dictionary of strings.
+        channels: local folders by channel name.
+        checkpoint_uri: where the checkpoints go in S3.
+        entry_point: the command of process 1; default: the one of SageMaker's own images, `train`.
+        environment: variables for the container.
+    """
+    bucket, _ = split_uri(checkpoint_uri)
+    with contextlib.suppress(s3.exceptions.BucketAlreadyOwnedByYou, s3.exceptions.BucketAlreadyExists):
+        s3.create_bucket(Bucket=bucket)
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz", dereference=True) as tar:
+        for path in sorted(script.parent.iterdir()):
+            if path.name != "__pycache__":
+                tar.add(path, path.name)
+    key = f"{name}/source/sourcedir.tar.gz"
+    s3.put_object(Bucket=bucket, Key=key, Body=archive.getvalue())
+    program = {"sagemaker_program": script.name, "sagemaker_submit_directory": f"s3://{bucket}/{key}"}
+    program["sagemaker_container_log_level"] = 40  # of the toolkit, which would print its whole environment
+    algorithm = {"TrainingInputMode": "File"}
+    return {
+        "TrainingJobName": name,
+        "AlgorithmSpecification": {**algorithm, "ContainerEntrypoint": entry_point} if entry_point else algorithm,
+        "HyperParameters": {key: json.dumps(value) for key, value in {**program, **hyperparameters}.items()},
+        "InputDataConfig": [
+            {"ChannelName": channel, "DataSource": {"S3DataSource": {"S3Uri": folder.resolve().as_uri()}}}
+            for channel, folder in channels.items()
+        ],
+        "CheckpointConfig": {"S3Uri": checkpoint_uri},
+        "Environment": environment or {},
+    }
+
+
+class Job:
+    """A training job with Managed Spot Training.
+
+    Args:
+        s3: a boto3 client.
+        request: a CreateTrainingJob request.
+        folder: where the containers' base folders and logs go.
+        interruptions: for each attempt the seconds after which it is interrupted, or UPLOAD: in the middle of its
+            second upload; further attempts are left alone.
+        grace: seconds from SIGTERM to SIGKILL.
+        rate: bytes per second to S3.
+        watch: called with each event.
+    """
+
+    def __init__(self, s3, request, folder, interruptions=(), grace=120, rate=50e6, watch=lambda event: None):
+        self.s3, self.request, self.folder, self.interruptions = s3, request, folder, interruptions
+        self.grace, self.rate, self.watch = grace, rate, watch
+        self.events = []
+
+    def run(self):
+        """Run attempt after attempt; return the base folder of the one that completed.
+
+        Raises UserError, with the job's FailureReason, when the training fails.
+        """
+        for attempt, interruption in enumerate(itertools.chain(self.interruptions, itertools.repeat(None)), 1):
+            folder = self.folder / f"attempt-{attempt}"
+            code = self._attempt(attempt, folder, interruption)
+            if code == 0:
+                return folder
+            if code is not None:
+                reason = container.failure(folder) or f"exit code {code}"
+                raise UserError(f"the training job failed: {reason.strip()}; its log is {folder / 'log.txt'}")
+
+    def _attempt(self, attempt, folder, interruption):
+        """Return the exit code of process 1; None where it was interrupted."""
+        container.lay_out(folder, self.request, self.s3)
+
+        def tell(event, **more):
+            self.events.append({"time": time.time(), "attempt": attempt, "event": event, **more})
+            self.watch(self.events[-1])
+
+        with open(folder / "log.txt", "w") as log:
+
+            def tell_line(line):
+                tell("log", line=line)
+                log.write(line + "\n")
+
+            copies = _SyncProcess(folder / "checkpoints", self.request, self.rate, interruption, tell)
+            tell("started")
+            box = container.Container(folder, self.request, tell_line)
+            try:
+                return self._watch(box, copies, interruption, tell)
+            finally:
+                copies.kill()
+                box.kill()
+                box.wait()
+
+    def _watch(self, box, copies, interruption, tell):
+        interrupt_at = time.monotonic() + interruption if isinstance(interruption, (int, float)) else float("inf")
+        while not copies.stalled.is_set() and time.monotonic() < interrupt_at:
+            code = box.wait(0.02)
+            if code is not None:
+                tell("ended", code=code)
+                copies.finish()
+                return code
+        tell("sigterm")
+        box.terminate()
+        deadline = time.monotonic() + self.grace
+        code = box.wait(self.grace)
+        if code is not None:
+            tell("ended", code=code)
+            copies.finish(deadline - time.monotonic())
+            return 0 if code == 0 else None
+        tell("killed")
+        copies.kill()
+        box.kill()
+        box.wait()
+        return None
+
+
+class _SyncProcess:
+    """Runs `spot.sync` beside a container."""
+
+    def __init__(self, folder, request, rate, interruption, tell):
+        command = [sys.executable, "-m", "spot.sync", str(folder), request["CheckpointConfig"]["S3Uri"]]
+        command += [f"--rate={rate}", f"--stall-upload={2 if interruption == UPLOAD else 0}"]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        self.process.stdout.readline()  # ready
+        self.stalled = threading.Event()
+        self.reader = threading.Thread(target=self._read, args=(tell,))
+        self.reader.start()
+
+    def _read(self, tell):
+        for line in self.process.stdout:
+            happened = json.loads(line)
+            tell(happened["event"], name=happened["name"])
+            if happened["event"] == "stalled":
+                self.stalled.set()
+
+    def finish(self, seconds=None):
+        """Copy what is left, for so many seconds at most."""
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(None if seconds is None else max(seconds, 0))
+        self.kill()
+
+    def kill(self):
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+        self.reader.join()

@@ -1,0 +1,447 @@
+"""The launchers: what they ask SageMaker for, and that what they upload runs; a moto server stands for AWS."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import boto3
+import pytest
+from moto.sagemaker.models import FakeTrainingJob
+from moto.sagemaker.responses import SageMakerResponse
+from moto.server import ThreadedMotoServer
+
+from conftest import FRAMEWORKS, ROOT, Result, environment
+
+sys.path.append(str(ROOT / "launch"))
+import job
+
+SDK = {"estimator": 2, "model_trainer": 3, "built_in": 2}
+ROLE = "arn:aws:iam::123456789012:role/SageMaker"
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "AKIATESTTESTTEST",
+    "AWS_SECRET_ACCESS_KEY": "my-secret",
+    "AWS_SESSION_TOKEN": "my-token",
+}
+DATA = ("--train", "s3://data/train/", "--validation", "s3://data/validation/")
+IMAGE_FLAGS = ("--num-classes", "10", "--num-training-samples", "1000")
+MASKS = ("--train-annotation", "s3://data/masks/", "--validation-annotation", "s3://data/more-masks/")
+BUILT_IN = {  # the flags without which each is refused
+    "xgboost": (*DATA, "--", "--num-round", "10"),
+    "image-classification": (*DATA, "--", *IMAGE_FLAGS),
+    "object-detection": (*DATA, "--", *IMAGE_FLAGS),
+    "semantic-segmentation": (*DATA, *MASKS, "--", *IMAGE_FLAGS),
+}
+OURS = ("estimator", "model_trainer")  # which launch our scripts
+ALL = [(launcher, framework) for launcher in OURS for framework in FRAMEWORKS]
+ALL += [("built_in", algorithm) for algorithm in BUILT_IN]
+
+# Python runs this at its start: whoever looks up or calls another machine gets an error, and is written down.
+NO_NETWORK = """
+import os, socket
+
+def guarded(function, address_of):
+    def call(*args, **options):
+        host = address_of(args)
+        if host not in (None, "localhost", "127.0.0.1", "::1"):
+            with open(os.environ["CALLED_HOSTS"], "a") as file:
+                file.write(f"{host}\\n")
+            raise OSError(f"no network in this test, and {host} was called")
+        return function(*args, **options)
+    return call
+
+def host_of(address):
+    return address[0] if isinstance(address, tuple) else None
+
+socket.getaddrinfo = guarded(socket.getaddrinfo, lambda args: args[0])
+for name in ("connect", "connect_ex", "sendto"):
+    method = getattr(socket.socket, name)
+    setattr(socket.socket, name, guarded(method, lambda args: host_of(args[-1])))
+"""
+
+
+def python(sdk):
+    folder = ROOT / f".venv-sdk{sdk}"
+    if not (folder / "installed").exists():
+        pytest.fail(f"{folder} is missing: run make test")
+    return str(folder / "bin/python")
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Return a function that runs a launcher in an empty folder, with no settings of AWS and no network."""
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/sitecustomize.py").write_text(NO_NETWORK)
+    (tmp_path / "here").mkdir()
+    called = tmp_path / "called"
+
+    def run(launcher, *words, code=0, sdk=None, **variables):
+        env = {name: value for name, value in environment().items() if not name.startswith("AWS_")}
+        env.update(HOME=str(tmp_path / "home"), PYTHONPATH=str(tmp_path / "start"), CALLED_HOSTS=str(called))
+        command = [python(sdk or SDK[launcher]), str(ROOT / "launch" / f"{launcher}.py"), *words]
+        finished = subprocess.run(
+            command, cwd=tmp_path / "here", env={**env, **variables}, capture_output=True, text=True, timeout=300
+        )
+        result = Result(finished, finished.stdout, finished.stderr)
+        assert result.code == code, f"exit code {result.code}\n{result.output}\n{result.errors}"
+        assert not called.exists(), called.read_text()
+        assert not list((tmp_path / "here").iterdir())
+        return result
+
+    return run
+
+
+class AWS:
+    """A moto server, and the requests for training jobs as they arrived."""
+
+    def __init__(self, address, config):
+        self.requests = []
+        self.variables = {
+            **SECRETS,
+            "AWS_ENDPOINT_URL": address,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "SAGEMAKER_USER_CONFIG_OVERRIDE": str(config),
+            "SAGEMAKER_VALIDATE_ROLE": "false",  # moto cannot tell what a role may do
+        }
+        self.s3 = boto3.client(
+            "s3",
+            endpoint_url=address,
+            region_name="us-east-1",
+            aws_access_key_id="testing",
+            aws_secret_access_key="testing",  # noqa: S106 - no password
+        )
+
+    def download(self, uri, folder):
+        """Copy all that is below an address into a folder, as SageMaker does."""
+        bucket, _, prefix = uri[len("s3://") :].partition("/")
+        for item in self.s3.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]:
+            path = folder / (item["Key"][len(prefix) :].lstrip("/") or "file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.s3.download_file(bucket, item["Key"], str(path))
+
+
+@pytest.fixture(scope="module")
+def aws(tmp_path_factory):
+    config = tmp_path_factory.mktemp("sdk") / "config.yaml"
+    config.write_text("SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    aws = AWS(f"http://{host}:{port}", config)
+    create, init = SageMakerResponse.create_training_job, FakeTrainingJob.__init__
+
+    def record(self):
+        aws.requests.append(json.loads(self.body))
+        return create(self)
+
+    def bill(self, *args, **options):
+        init(self, *args, **options)
+        self.training_time_in_seconds, self.billable_time_in_seconds = 100, 30
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SageMakerResponse, "create_training_job", record)
+        patch.setattr(FakeTrainingJob, "__init__", bill)
+        yield aws
+    server.stop()
+
+
+def printed_request(result):
+    return json.loads(result.output)
+
+
+def flags_of(launcher, what, *flags):
+    """Return the words of a command line, with what a built-in algorithm needs."""
+    needed = BUILT_IN[what] if launcher == "built_in" else ("--",)
+    end = needed.index("--")
+    return (what, "--role", ROLE, *flags, *needed[:end], *needed[end:])
+
+
+def dry_run(launch, launcher, what, *flags, code=0, region="us-east-1"):
+    return launch(launcher, *flags_of(launcher, what, "--region", region, "--dry-run", *flags), code=code)
+
+
+# What is asked for ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("launcher", "what"), ALL)
+def test_a_dry_run_prints_the_request_and_needs_neither_credentials_nor_a_network(launch, launcher, what):
+    flags = ("--spot", "--max-run", "600", "--job-name", "my-job", "--checkpoints", "s3://my-bucket/job-1")
+    request = printed_request(dry_run(launch, launcher, what, *flags))
+    assert request["EnableManagedSpotTraining"] is True
+    assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 600, "MaxWaitTimeInSeconds": 1200}
+    assert request["CheckpointConfig"] == {"S3Uri": "s3://my-bucket/job-1/", "LocalPath": "/opt/ml/checkpoints"}
+    assert request["TrainingJobName"].startswith("my-job")
+    assert request["OutputDataConfig"]["S3OutputPath"] == "s3://sagemaker-us-east-1-123456789012/"
+    assert request["ResourceConfig"]["InstanceCount"] == 1
+    specification = request["AlgorithmSpecification"]
+    assert what in specification["TrainingImage"]
+    assert ".us-east-1." in specification["TrainingImage"]
+    if launcher == "built_in":
+        assert "ContainerEntrypoint" not in specification
+        assert "MetricDefinitions" not in specification
+    else:
+        # SageMaker refuses them for its own XGBoost image.
+        expected = None if what == "xgboost" else job.report.metric_definitions()
+        assert specification.get("MetricDefinitions") == expected
+        assert len(expected or []) <= 40
+        entry_point = specification["ContainerEntrypoint"]
+        stock = ["train"] if launcher == "estimator" else ["/bin/bash", "-c"]
+        assert entry_point[:2] + entry_point[3 : 4 + len(stock)] == ["bash", "-c", "forward-sigterm", *stock]
+        assert "ContainerArguments" not in specification
+        assert all(len(word) <= 256 and "\n" not in word for word in entry_point)
+
+
+@pytest.mark.parametrize("launcher", OURS)
+def test_without_spot_the_machines_are_on_demand_ones(launch, launcher):
+    request = printed_request(dry_run(launch, launcher, "pytorch"))
+    assert not request.get("EnableManagedSpotTraining")
+    assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600}
+    checkpoints = request["CheckpointConfig"]["S3Uri"]
+    assert checkpoints.startswith("s3://sagemaker-us-east-1-123456789012/pytorch-")
+    assert checkpoints.endswith("/checkpoints/")
+
+
+@pytest.mark.parametrize("launcher", OURS)
+def test_an_image_of_your_own(launch, launcher):
+    uri = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/my-xgboost:1"
+    request = printed_request(dry_run(launch, launcher, "xgboost", "--image-uri", uri, region="eu-west-1"))
+    assert request["AlgorithmSpecification"]["TrainingImage"] == uri
+    assert request["AlgorithmSpecification"]["MetricDefinitions"] == job.report.metric_definitions()
+    assert request["AlgorithmSpecification"]["ContainerEntrypoint"][3] == "forward-sigterm"
+
+
+def test_several_machines_share_the_files_of_xgboost(launch):
+    request = printed_request(dry_run(launch, "built_in", "xgboost", "--instance-count", "2"))
+    sources = [channel["DataSource"]["S3DataSource"] for channel in request["InputDataConfig"]]
+    assert [source["S3DataDistributionType"] for source in sources] == ["ShardedByS3Key"] * 2
+    assert request["ResourceConfig"]["InstanceCount"] == 2
+
+
+@pytest.mark.parametrize("launcher", OURS)
+@pytest.mark.parametrize("framework", ["pytorch", "xgboost"])
+def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, launcher, framework):
+    flags = ("--bucket", "my-bucket", "--spot", "--no-wait", *DATA)
+    result = launch(
+        launcher, *flags_of(launcher, framework, *flags), "--epochs=1", "--keep_best", "--seed", "7", **aws.variables
+    )
+    assert not [secret for secret in SECRETS.values() if secret in result.output + result.errors]
+    request = aws.requests[-1]
+    assert request["RoleArn"] == ROLE
+    assert request["EnableManagedSpotTraining"] is True
+    assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600, "MaxWaitTimeInSeconds": 7200}
+    checkpoints = request["CheckpointConfig"]
+    assert checkpoints["LocalPath"] == "/opt/ml/checkpoints"
+    assert checkpoints["S3Uri"].startswith(f"s3://my-bucket/{framework}-")
+    assert checkpoints["S3Uri"].endswith("/checkpoints/")
+    assert f"Checkpoints: {checkpoints['S3Uri']}\n" in result.errors
+    specification = request["AlgorithmSpecification"]
+    assert specification.get("MetricDefinitions") == (
+        None if framework == "xgboost" else job.report.metric_definitions()
+    )
+    assert specification["ContainerEntrypoint"][3] == "forward-sigterm"
+    channels = {
+        channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in request["InputDataConfig"]
+    }
+    assert (channels["train"], channels["validation"]) == ("s3://data/train/", "s3://data/validation/")
+
+    # What the container does with the request: unpack the source, and call the script with the hyperparameters.
+    source, values = tmp_path / "source", request["HyperParameters"]
+    if launcher == "estimator":
+        values = {name: json.loads(value) for name, value in values.items()}
+        assert values["sagemaker_program"] == "train.py"
+        aws.download(values["sagemaker_submit_directory"], tmp_path / "archive")
+        with tarfile.open(tmp_path / "archive/file") as archive:
+            archive.extractall(source, filter="data")
+        values = {name: value for name, value in values.items() if not name.startswith("sagemaker_")}
+    else:
+        aws.download(channels["code"], source)
+        aws.download(channels["sm_drivers"], tmp_path / "drivers")
+        assert (tmp_path / "drivers/sm_train.sh").exists()
+    assert values == {"epochs": "1", "keep-best": "True", "seed": "7"}
+    assert not (source / "common").is_symlink()
+    words = [word for name in values for word in (f"--{name}", values[name])]
+    command = [sys.executable, "train.py", *words, "--checkpoint-path", str(tmp_path / "checkpoints")]
+    finished = subprocess.run(command, cwd=source, env=environment(), capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert Result(finished, finished.stdout, finished.stderr).epochs == [1]
+    assert len(os.listdir(tmp_path / "checkpoints")) == 1
+
+
+@pytest.mark.parametrize("launcher", SDK)
+def test_a_second_job_goes_on_from_the_checkpoints_of_the_first(launch, aws, launcher):
+    what = "xgboost"
+    aws.s3.create_bucket(Bucket=f"old-{launcher.replace('_', '-')}")
+    address = f"s3://old-{launcher.replace('_', '-')}/job-1/checkpoints"
+    flags = flags_of(launcher, what, "--bucket", "my-bucket", "--spot", "--no-wait", "--resume-from", address)
+    num_requests = len(aws.requests)
+
+    result = launch(launcher, *flags, code=1, **aws.variables)
+    assert result.error_line == f"error: --resume-from {address}/: nothing is there"
+    assert len(aws.requests) == num_requests
+
+    aws.s3.put_object(Bucket=address.split("/")[2], Key="job-1/checkpoints/xgboost-checkpoint.0", Body=b"")
+    launch(launcher, *flags, **aws.variables)
+    assert len(aws.requests) == num_requests + 1
+    assert aws.requests[-1]["CheckpointConfig"]["S3Uri"] == f"{address}/"
+
+
+@pytest.mark.parametrize("launcher", OURS)
+def test_the_savings_are_printed_at_the_end(launch, aws, launcher):
+    result = launch(launcher, *flags_of(launcher, "pytorch", "--bucket", "my-bucket", "--spot"), **aws.variables)
+    expected = ["Training seconds: 100", "Billable seconds: 30", "Managed Spot Training savings: 70.0%"]
+    assert result.output.rstrip().endswith("\n".join(expected))
+
+
+def test_a_job_that_never_started_has_no_savings(capsys):
+    job.print_savings(None, None, spot=True)
+    job.print_savings(50, None, spot=True)
+    job.print_savings(50, 50, spot=False)
+    assert capsys.readouterr().out.splitlines() == ["Training seconds: 50"] * 2 + ["Billable seconds: 50"]
+
+
+# What is refused, before anything is sent -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--spot", "--max-run", "600", "--max-wait", "599"], "--max-wait 599 is less than --max-run 600"),
+        (["--max-wait", "599"], "--max-wait is for Spot instances: add --spot"),
+        (["--max-run", "0"], "argument --max-run: expected a whole number of at least 1, got '0'"),
+        (["--instance-count", "2"], "--instance-count 2: the scripts train on one machine"),
+        (["--checkpoints", "/opt/ml"], "expected an address such as s3://bucket/folder/, got '/opt/ml'"),
+        (["--checkpoints", "s3://abc/1", "--resume-from", "s3://abc/2"], "not allowed with argument --checkpoints"),
+        (["--role", "SageMaker"], "expected the ARN of a role such as arn:aws:iam::123456789012:role/SageMaker"),
+        (["--job-name", "my_job"], "expected at most 48 letters, digits and hyphens, got 'my_job'"),
+        (["--epochs", "5"], "unrecognized arguments: --epochs 5 (--help lists all flags; those of what trains go"),
+        (["--", "--epoch", "5"], "unknown flag --epoch: did you mean --epochs?"),
+        (["--", "--epochs", "none"], "argument --epochs: expected a whole number of at least 1, got 'none'"),
+        (["--", "5"], "unexpected argument '5': expected --flag value"),
+        (["--", "--checkpoint_path", "here"], "--checkpoint-path cannot stand behind `--`: in the cloud SageMaker"),
+    ],
+)
+def test_a_mistake_is_one_line(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["estimator.py", "pytorch", "--role", ROLE, *words])
+    with pytest.raises(SystemExit) as exit:
+        job.parse_script_args("")
+    assert exit.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("launcher", SDK)
+def test_a_wrong_flag_is_found_before_anything_is_sent(launch, aws, launcher):
+    num_requests = len(aws.requests)
+    words = flags_of(launcher, "xgboost", "--spot", "--max-wait", "1", "--bucket", "never-made")
+    result = launch(launcher, *words, code=2, **aws.variables)
+    assert result.error_line.startswith("error: --max-wait 1 is less than --max-run 3600")
+    if launcher != "built_in":
+        words = flags_of(launcher, "xgboost", "--bucket", "never-made")
+        result = launch(launcher, *words, "--max-dept", "3", code=2, **aws.variables)
+        assert result.error_line.startswith("error: unknown flag --max-dept: did you mean --max-depth?")
+    assert len(aws.requests) == num_requests
+    assert "never-made" not in [bucket["Name"] for bucket in aws.s3.list_buckets()["Buckets"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["image-classification"], "image-classification needs --train"),
+        (["image-classification", *DATA], "image-classification needs --num-classes behind `--`"),
+        (["semantic-segmentation", *DATA], "semantic-segmentation needs --train-annotation"),
+        (
+            ["semantic-segmentation", "--instance-count", "2", *BUILT_IN["semantic-segmentation"]],
+            "--instance-count 2: semantic-segmentation trains on one machine",
+        ),
+    ],
+)
+def test_what_a_built_in_algorithm_needs(launch, words, message):
+    result = launch("built_in", "--role", ROLE, *words, code=2)
+    assert result.error_line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("launcher", OURS)
+def test_missing_settings_and_refusals_of_aws_are_one_line(launch, aws, launcher):
+    words = flags_of(launcher, "xgboost")
+    result = launch(launcher, *words, code=1, AWS_EC2_METADATA_DISABLED="true")
+    assert result.error_line.startswith("error: no AWS region: add --region")
+    nobody = {name: value for name, value in aws.variables.items() if name not in SECRETS}
+    assert launch(launcher, *words, code=1, **nobody).error_line == "error: Unable to locate credentials"
+    words = flags_of(launcher, "xgboost", "--bucket", "my-bucket", "--no-wait", "--instance-type", "ml.nonsense")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SageMakerResponse, "create_training_job", refuse)
+        result = launch(launcher, *words, code=1, **aws.variables)
+    assert "quota" in result.error_line
+
+
+def refuse(self):
+    from moto.sagemaker.exceptions import AWSValidationException
+
+    raise AWSValidationException("no such instance type in your quota")
+
+
+@pytest.mark.parametrize(("launcher", "sdk"), [("estimator", 3), ("model_trainer", 2), ("built_in", 3)])
+def test_the_other_sdk_is_one_line_with_the_command_that_installs_the_right_one(launch, launcher, sdk):
+    result = launch(launcher, *flags_of(launcher, "xgboost", "--dry-run"), code=1, sdk=sdk)
+    assert f"needs version {SDK[launcher]} of SageMaker's Python SDK" in result.error_line
+    right = {2: '"sagemaker<3"', 3: '"sagemaker>=3"'}[SDK[launcher]]
+    assert result.error_line.endswith(f"Install it with: pip install {right}")
+
+
+# SIGTERM --------------------------------------------------------------------------------------------------------------
+
+TRAIN = """#!{python}
+import subprocess, sys
+script = '''
+import signal, sys, time
+def save(number, frame):
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print("training", flush=True)
+time.sleep(100)
+'''
+sys.exit(subprocess.call([sys.executable, "-c", script]))
+"""
+
+
+@pytest.mark.parametrize("process_1", [True, False])
+def test_sigterm_reaches_the_script_behind_train(tmp_path, process_1):
+    (tmp_path / "train").write_text(TRAIN.format(python=sys.executable))
+    (tmp_path / "train").chmod(0o755)
+    command = job.forwarding_sigterm("train")
+    if process_1:  # in a PID namespace, as in a container
+        command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command]
+        if subprocess.run([*command[:5], "true"], capture_output=True).returncode:
+            pytest.skip("this machine does not let its users make PID namespaces")
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == "training\n"
+            receiver = process.pid
+            if process_1:
+                with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+                    receiver = int(file.read())
+            os.kill(receiver, signal.SIGTERM)
+            time.sleep(0.3)
+            os.kill(receiver, signal.SIGTERM)  # a second one must not cut it short
+            assert process.communicate(timeout=30)[0] == "saved\n"
+            assert process.returncode == 143
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_the_words_of_process_1_are_within_the_limits_of_the_api():
+    words = job.forwarding_sigterm("train")
+    shape = boto3.session.Session()._session.get_service_model("sagemaker").shape_for
+    assert all(len(word) <= shape("TrainingContainerEntrypointString").metadata["max"] for word in words)
+    assert len(words) <= shape("TrainingContainerEntrypoint").metadata["max"]
