@@ -11,11 +11,15 @@ what is there. At the end it tells what the interruptions have cost, and writes 
 import argparse
 import itertools
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
 
 from common import errors
 from common.flags import hyperparameters
@@ -27,11 +31,10 @@ from spot.sync import list_objects
 
 def seconds(text):
     """Parse `20`, `20s` or `2m`."""
-    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m") else (text, "s")
-    value = float(number) * (60 if unit == "m" else 1)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([sm]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected a time such as 20s or 2m, got {text!r}")
+    return float(match[1]) * (60 if match[2] == "m" else 1)
 
 
 def moments(text):
@@ -42,9 +45,24 @@ def moments(text):
 def channel(text):
     """Parse `train=folder`."""
     name, _, folder = text.partition("=")
-    if not name or not Path(folder).is_dir() or not folder:
-        raise ValueError
+    if not name or not folder or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a name and an existing folder such as train=photos, got {text!r}")
     return name, Path(folder)
+
+
+def number(minimum, maximum, kind=float):
+    """Return a parser of numbers from `minimum` to `maximum`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"expected a number from {minimum} to {maximum}, got {text!r}")
+        return value
+
+    return parse
 
 
 def parse_args(argv=None):
@@ -63,15 +81,15 @@ def parse_args(argv=None):
         help="when to interrupt each attempt: so long after its start, or in the middle of its second upload",
     )
     add("--mean-time-between-interruptions", type=seconds, metavar="60s", help="interrupt at random moments")
-    add("--interruptions", type=int, help="how many; default: as many as --interrupt-after has, or 3")
+    add("--interruptions", type=number(0, 1000, int), help="how many; default: as many as --interrupt-after has, or 3")
     add("--seed", type=int, default=0, help="of the random moments")
     add("--forward-sigterm", action="store_true", help="with the entry point of our launchers, which passes it on")
     add("--grace", type=seconds, default=120, metavar="120s", help="from SIGTERM to SIGKILL")
     add("--channel", type=channel, action="append", default=[], metavar="train=FOLDER", help="a folder with data")
     add("--checkpoint-s3-uri", default="s3://simulator/job/checkpoints/", help="where the checkpoints go in S3")
     add("--endpoint-url", help="an S3 server; default: one that runs on the loopback address meanwhile")
-    add("--upload-rate", type=float, default=50, help="megabytes per second to S3")
-    add("--spot-price", type=float, default=0.3, help="of a Spot instance, as a share of the on-demand price")
+    add("--upload-rate", type=number(0.001, 1e6), default=50, help="megabytes per second to S3")
+    add("--spot-price", type=number(0, 1), default=0.3, help="of a Spot instance, as a share of the on-demand price")
     add("--verify", action="store_true", help="train once more without interruption and compare the models' bits")
     add("--output", type=Path, default=Path("output/spot"), help="folder of the logs, the report and the picture")
     split = argv.index("--") if "--" in argv else len(argv)
@@ -131,7 +149,9 @@ def show(event):
 def main(args, words):
     """Run the job, tell what it has cost, and compare its model with that of a job that nobody interrupted."""
     values = script_hyperparameters(args.script, words)
-    shutil.rmtree(args.output, ignore_errors=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in ("job", "uninterrupted"):  # of an earlier run
+        shutil.rmtree(args.output / name, ignore_errors=True)
     place = "process 1 of its own PID namespace" if namespace() else "a plain process group (no PID namespaces here)"
     print(f"The training runs as {place}", flush=True)
     with service.s3_server(args.endpoint_url) as s3:
@@ -139,15 +159,17 @@ def main(args, words):
         job, model = run(args, s3, "job", f"{uri}/", values, plan(args), show)
         attempts = report.read_attempts(job.events)
         numbers = report.figures(attempts, len(list_objects(s3, f"{uri}/")), args.spot_price)
+        differences = []
         if args.verify:
             print("Training once more, without interruption", flush=True)
             _, whole = run(args, s3, "uninterrupted", f"{uri}-uninterrupted/", values, [], lambda event: None)
-            numbers["differences"] = compare.differences(model, whole)
+            differences = compare.differences(model, whole)
+            numbers["bit-identical"] = not differences
     report.write(args.output, numbers, attempts, job.request)
     report.show(numbers)
     print(f"Report: {args.output / 'report.json'}, {args.output / 'timeline.png'}")
-    if numbers.get("differences"):
-        raise errors.UserError(f"the models differ: {', '.join(numbers['differences'])}")
+    if differences:
+        raise errors.UserError(f"the models differ: {', '.join(differences)}")
 
 
 def run(args, s3, name, uri, values, interruptions, watch):
@@ -161,6 +183,10 @@ def run(args, s3, name, uri, values, interruptions, watch):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without ending the container
+    for interruption in (signal.SIGTERM, signal.SIGINT):  # not without ending the container
+        signal.signal(interruption, lambda number, frame: sys.exit(128 + number))
     args, words = parse_args()
-    errors.run(lambda args: main(args, words), args)
+    try:
+        errors.run(lambda args: main(args, words), args)
+    except (Boto3Error, BotoCoreError, ClientError) as error:
+        errors.fail(f"S3 does not answer as it should: {error}")

@@ -103,7 +103,7 @@ def show(numbers):
 
 def write(folder, numbers, attempts, request):
     """Write `report.json` and the picture `timeline.png`."""
-    report = {**numbers, "request": request, "attempts": attempts, "number_of_attempts": numbers["attempts"]}
+    report = {"figures": numbers, "request": request, "attempts": attempts}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(folder / "timeline.png", attempts, numbers, request["TrainingJobName"])
 

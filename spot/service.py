@@ -150,6 +150,7 @@ class Job:
     def _watch(self, box, copies, interruption, tell):
         interrupt_at = time.monotonic() + interruption if isinstance(interruption, (int, float)) else float("inf")
         while not copies.stalled.is_set() and time.monotonic() < interrupt_at:
+            copies.check()
             code = box.wait(0.02)
             if code is not None:
                 tell("ended", code=code)
@@ -188,6 +189,11 @@ class _SyncProcess:
             tell(happened["event"], name=happened["name"])
             if happened["event"] == "stalled":
                 self.stalled.set()
+
+    def check(self):
+        """Raise UserError where it has failed: nothing would be saved any more."""
+        if self.process.poll() is not None:
+            raise UserError("copying to S3 has failed, for the reason above")
 
     def finish(self, seconds=None):
         """Copy what is left, for so many seconds at most."""

@@ -133,6 +133,7 @@ class Sync:
 
 
 def main():
+    """Copy until SIGTERM, telling each event as a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("uri")

@@ -82,7 +82,8 @@ def test_each_script_is_short_and_so_is_each_function(framework):
 
 
 def test_every_public_function_says_what_it_does():
-    for path in [*ROOT.glob("common/*.py"), *(ROOT / framework / "train.py" for framework in FRAMEWORKS)]:
+    scripts = [ROOT / framework / "train.py" for framework in FRAMEWORKS]
+    for path in [*scripts, *(path for folder in ("common", "spot", "launch") for path in ROOT.glob(f"{folder}/*.py"))]:
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
         for node in tree.body:

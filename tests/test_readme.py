@@ -55,12 +55,16 @@ def test_the_table_of_flags_is_that_of_the_scripts(monkeypatch):
 def clone(tmp_path_factory):
     """Return a copy of the repository whose `.venv` is the environment of this test, with some photos in it."""
     folder = tmp_path_factory.mktemp("clone") / "repository"
-    ignored = shutil.ignore_patterns(".git", ".venv", "output", "__pycache__", ".*_cache", ".hypothesis")
+    ignored = shutil.ignore_patterns(".git", ".venv*", "output", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
     (folder / ".venv").mkdir()
     for path in Path(sys.prefix).iterdir():
         (folder / ".venv" / path.name).symlink_to(path)
-    (folder / ".venv/installed").touch()
+    for name in ("installed", "spot-installed"):  # not older than the copied requirements
+        (folder / ".venv" / name).unlink(missing_ok=True)
+        (folder / ".venv" / name).touch()
+    for name in (".venv-sdk2", ".venv-sdk3"):
+        (folder / name).symlink_to(ROOT / name)
     generator = np.random.default_rng(0)
     for channel, count in (("train", 40), ("validation", 10)):
         for name, colour in (("cats", 60), ("dogs", 180)):
@@ -78,11 +82,15 @@ def test_the_commands_of_the_readme_run_as_they_stand(clone):
     assert len(commands) == len(blocks("bash")) - 1 >= 4
     script = "set -e\n" + "".join(commands)
     finished = subprocess.run(
-        ["bash", "-c", script], cwd=clone, env=environment(), capture_output=True, text=True, timeout=600
+        ["bash", "-c", script], cwd=clone, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("Starting training from epoch: 1\n") == 6
+    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 6
     assert "Resuming training from checkpoint-5.pt\nStarting training from epoch: 6\n" in finished.stdout
+    assert finished.stdout.count('"EnableManagedSpotTraining": true') == 3
+    assert finished.stdout.count("Managed Spot Training savings: 70.0%\n") == 2
+    assert "\ninterruptions: 2\n" in finished.stdout
+    assert "\nbit-identical: True\n" in finished.stdout
     for framework in ("pytorch", "tensorflow", "mxnet", "xgboost"):
         assert (clone / "output" / framework / "data/metrics.json").is_file()
     assert not any(path.is_symlink() for path in (clone / "my-job").rglob("*"))
@@ -99,7 +107,7 @@ def test_make_train_twice_leaves_nothing_to_train(clone):
 
 
 def test_the_python_of_the_readme_is_python():
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 1
     for block in blocks("python"):
         compile(block, "README.md", "exec")
 

@@ -1,0 +1,521 @@
+"""Under SageMaker's own toolkit, and interrupted as Managed Spot Training does it; S3 is a moto server."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import boto3
+import pytest
+
+from common import checkpoints, report
+from conftest import CHECKPOINTS, ROOT, checkpoint_name, environment
+from launch.job import forwarding_sigterm
+from spot import compare, container, service, sync
+from spot import report as spot_report
+from spot.__main__ import environment as container_environment
+from spot.__main__ import parse_args, plan
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A client of an S3 server on the loopback address, with a bucket in it."""
+    with service.s3_server() as client:
+        client.create_bucket(Bucket="bucket")
+        yield client
+
+
+def request_for(s3, framework, name, hyperparameters, channels=(), entry_point=None):
+    script = ROOT / framework / "train.py"
+    variables = container_environment(script)
+    return service.make_request(
+        s3, name, script, hyperparameters, dict(channels), f"s3://bucket/{name}/checkpoints/", entry_point, variables
+    )
+
+
+def log_of(job):
+    return [event["line"] for event in job.events if event["event"] == "log"]
+
+
+# The real toolkit -----------------------------------------------------------------------------------------------------
+
+
+def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
+    """Five checkpoints are in S3 after the first job, ten after the second, which starts with epoch 6."""
+    name = f"walkthrough-{framework}"
+    # As the SDKs pass them: a switch is a word, and names have hyphens or underscores.
+    values = {"epochs": "5", "keep_checkpoints": "0", "keep-best": "true", "seed": "7"}
+
+    def run(epochs, folder):
+        request = request_for(s3, framework, name, {**values, "epochs": epochs})
+        job = service.Job(s3, request, folder)
+        base = job.run()
+        assert (base / "output/data/metrics.json").exists()
+        assert list((base / "model").iterdir())
+        assert not (base / "output/failure").exists()
+        names = [key.rpartition("/")[2] for key in sync.list_objects(s3, f"s3://bucket/{name}/checkpoints/")]
+        return log_of(job), names
+
+    log, names = run(5, tmp_path / "first")
+    assert "Starting training from epoch: 1" in log
+    assert sorted(names) == sorted(checkpoint_name(framework, epoch) for epoch in range(1, 6))
+    log, names = run(10, tmp_path / "second")
+    assert f"Resuming training from {checkpoint_name(framework, 5)}" in log
+    assert "Starting training from epoch: 6" in log
+    assert sorted(names) == sorted(checkpoint_name(framework, epoch) for epoch in range(1, 11))
+    assert_each_metric_is_extracted([line for line in log if line.startswith("epoch=")])
+
+
+def assert_each_metric_is_extracted(lines):
+    assert len(lines) == 5
+    for line in lines:
+        written = dict(pair.split("=") for pair in line.split())
+        del written["epoch"]
+        found = {}
+        for definition in report.metric_definitions():
+            match = re.search(definition["Regex"], line)
+            if match:
+                found[definition["Name"].replace(":", "_")] = match[1]
+        assert found == written
+
+
+def test_metric_definitions_are_what_sagemaker_takes():
+    definitions = report.metric_definitions(("loss", "ndcg@10"))
+    names = [definition["Name"] for definition in definitions]
+    assert names[:4] == ["train:loss", "train:ndcg@10", "validation:loss", "validation:ndcg@10"]
+    assert len(set(names)) == len(names) <= 40
+    line = "epoch=2 train_loss=nan train_ndcg@10=-1.5000 validation_loss=1e-05 validation_ndcg@10=inf seconds=1.00"
+    found = [re.search(definition["Regex"], line) for definition in definitions]
+    assert [match and match[1] for match in found] == ["nan", "-1.5000", "1e-05", "inf", "1.00", None]
+    assert all(re.compile(definition["Regex"]).groups == 1 for definition in definitions)
+    assert not re.search(definitions[0]["Regex"], "step=9/26 epoch=1")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"epochs": "none"}, "error: argument --num-round/--epochs: expected a whole number of at least 1, got 'none'"),
+        ({"max_dept": "3"}, "error: unknown flag --max-dept: did you mean --max-depth?"),
+        ({"train": "/nowhere"}, "error: --train /nowhere"),
+    ],
+)
+@pytest.mark.parametrize("forwarding", [False, True])
+def test_a_mistake_is_the_failure_reason_of_the_job(s3, tmp_path, values, reason, forwarding):
+    entry_point = forwarding_sigterm("train") if forwarding else None
+    request = request_for(s3, "xgboost", "mistake", values, entry_point=entry_point)
+    job = service.Job(s3, request, tmp_path)
+    with pytest.raises(Exception, match="the training job failed") as failed:
+        job.run()
+    failure = container.failure(tmp_path / "attempt-1")
+    assert failure.startswith(reason)
+    assert "\n" not in failure
+    assert failure in str(failed.value)
+    assert job.events[-1]["code"] == 1
+
+
+def test_channels_are_the_data(s3, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "rows.csv").write_text("".join(f"{n % 3},{n % 3 + n / 100},{n}\n" for n in range(60)))
+    s3.upload_file(str(data / "rows.csv"), "bucket", "channel/rows.csv")
+    request = request_for(s3, "xgboost", "channels", {"num-round": "2"}, {"training": data})
+    s3_channel = {"S3DataSource": {"S3Uri": "s3://bucket/channel/"}}
+    request["InputDataConfig"].append({"ChannelName": "validation", "DataSource": s3_channel})
+    job = service.Job(s3, request, tmp_path / "job")
+    job.run()
+    assert any("60 training and 60 validation rows of 2 columns" in line for line in log_of(job))
+
+
+def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
+    """SDK v3 does not use the toolkit: its own scripts, uploaded as a channel, set SM_* and start ours."""
+    python = ROOT / ".venv-sdk3/bin/python"
+    if not python.exists():
+        pytest.fail(f"{python} is missing: run make test")
+    role = "arn:aws:iam::123456789012:role/SageMaker"
+    variables = environment(
+        SAGEMAKER_VALIDATE_ROLE="false", SAGEMAKER_USER_CONFIG_OVERRIDE=str(tmp_path / "config.yaml")
+    )
+    (tmp_path / "config.yaml").write_text(
+        "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n"
+    )
+    command = [python, ROOT / "launch/model_trainer.py", "xgboost", "--role", role, "--bucket", "bucket", "--no-wait"]
+    command += ["--job-name", "drivers", "--", "--num-round", "3", "--keep-best"]
+    sent = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
+    assert sent.returncode == 0, sent.stderr
+    sagemaker = boto3.client("sagemaker")
+    (job_name,) = (job["TrainingJobName"] for job in sagemaker.list_training_jobs()["TrainingJobSummaries"])
+    request = sagemaker.describe_training_job(TrainingJobName=job_name)
+
+    def run(name, values):
+        base = tmp_path / name
+        container.lay_out(base, {**request, "HyperParameters": {**request["HyperParameters"], **values}}, s3)
+        drivers = base / "input/data/sm_drivers"
+        for path in [*drivers.rglob("*.py"), *drivers.rglob("*.sh")]:  # they know no other base folder
+            path.write_text(path.read_text().replace("/opt/ml", str(base)))
+        path = base / "input/config/resourceconfig.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "current_instance_type": "ml.m5.xlarge"}))
+        specification = json.loads(json.dumps(request["AlgorithmSpecification"]).replace("/opt/ml", str(base)))
+        lines = []
+        box = container.Container(base, {**request, "AlgorithmSpecification": specification}, lines.append)
+        return base, box.wait(300), lines
+
+    base, code, lines = run("good", {})
+    assert code == 0, "\n".join(lines)
+    assert "Starting training from epoch: 1" in lines
+    assert (base / "model/xgboost-model").exists()
+    assert json.loads((base / "output/data/metrics.json").read_text())["epochs"] == 3
+    assert sorted(os.listdir(base / "checkpoints")) == [checkpoint_name("xgboost", epoch) for epoch in (1, 2, 3)]
+    assert not (base / "output/failure").exists()
+
+    base, code, lines = run("bad", {"max-depth": "none"})
+    assert code != 0
+    assert container.failure(base).startswith("error: argument --max-depth: expected a whole number")
+
+
+# The simulator --------------------------------------------------------------------------------------------------------
+
+JOBS = {  # when to interrupt, and a training that is long enough for it
+    "pytorch": ("6s,upload,upload", ["--epochs", "16", "--batch-size", "16", "--augment"]),
+    "tensorflow": ("9s,upload,upload", ["--epochs", "10", "--batch-size", "16", "--augment"]),
+    "mxnet": ("5s,upload,upload", ["--epochs", "16", "--batch-size", "16", "--augment"]),
+    "xgboost": ("3s,upload,upload", ["--num-round", "1000", "--subsample", "0.7", "--checkpoint-steps", "25"]),
+}
+
+
+def simulate(*words, code=0, cwd):
+    """Run the simulator as its user does; return what it prints."""
+    command = [sys.executable, "-m", "spot", *map(str, words)]
+    variables = environment(PYTHONPATH=str(ROOT))
+    finished = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == code, finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr, finished.stderr
+    return finished.stdout if code == 0 else finished.stderr
+
+
+def test_three_interruptions_end_with_the_same_bits(framework, tmp_path):
+    moments, flags = JOBS[framework]
+    script = ROOT / framework / "train.py"
+
+    def run(*words):
+        output = simulate(script, "--interrupt-after", moments, *words, "--", *flags, cwd=tmp_path)
+        report = json.loads((tmp_path / "output/spot/report.json").read_text())
+        return output, report["figures"], report["attempts"]
+
+    # SageMaker's own images: nobody tells the script, which trains on until it is killed.
+    output, numbers, attempts = run("--grace", "1s", "--verify")
+    assert "SIGTERM received" not in output
+    assert output.count("SIGTERM is sent to process 1") == 3
+    assert output.count("the machine is gone") == 3
+    assert output.count(" has come half way\n") == 2
+    assert (numbers["attempts"], numbers["interruptions"]) == (4, 3)
+    assert numbers["steps_lost"] > 0
+    assert numbers["seconds_lost"] > 0
+    total = max(step for attempt in attempts for _, step in attempt["steps"])
+    assert numbers["steps_trained"] == total + numbers["steps_lost"]
+    assert numbers["bit-identical"] is True
+    assert f"Training seconds: {numbers['training_seconds']}\nBillable seconds: " in output
+    assert "Managed Spot Training savings: 70.0%\n" in output
+    assert (tmp_path / "output/spot/timeline.png").read_bytes().startswith(b"\x89PNG")
+    whole = (tmp_path / "output/spot/uninterrupted").rename(tmp_path / "whole")
+
+    # Our launchers' entry point passes the signal on: not one step is lost, and no upload.
+    output, numbers, attempts = run("--forward-sigterm")
+    assert (numbers["attempts"], numbers["interruptions"]) == (4, 3)
+    assert "the machine is gone" not in output
+    assert output.count("] SIGTERM received: finishing the running step and saving\n") >= 1
+    assert numbers["steps_lost"] == 0
+    assert numbers["seconds_lost"] == 0
+    assert numbers["steps_trained"] == total
+    assert compare.differences(tmp_path / "output/spot/job/attempt-4", whole / "attempt-1") == []
+    for attempt in range(1, 4):
+        failure = container.failure(tmp_path / f"output/spot/job/attempt-{attempt}")
+        assert failure.startswith(("Interrupted: saved ", "ExecuteUserScriptError:\nExitCode 143\n"))  # while starting
+    assert not processes_below(tmp_path)
+
+
+def processes_below(folder):
+    """Return the command lines of processes that have to do with a folder."""
+    found = subprocess.run(["pgrep", "-af", str(folder)], capture_output=True, text=True).stdout
+    return [line for line in found.splitlines() if "pgrep" not in line]
+
+
+@pytest.mark.parametrize("namespaces", [True, False])
+def test_what_reaches_the_script_and_what_comes_back(s3, tmp_path, monkeypatch, namespaces):
+    """Stock `train` as process 1 keeps SIGTERM from the script; with our entry point it saves, and the reason stays."""
+    if not namespaces:
+        monkeypatch.setattr(container, "namespace", lambda: [])
+    elif not container.namespace():
+        pytest.skip("this machine does not permit PID namespaces")
+    values = {"num-round": "3000", "checkpoint-steps": "1000"}
+    for name, entry_point in (("stock", None), ("forwarding", forwarding_sigterm("train"))):
+        request = request_for(s3, "xgboost", f"{name}-{namespaces}", values, entry_point=entry_point)
+        folder = tmp_path / name
+        container.lay_out(folder, request, s3)
+        lines, training = [], threading.Event()
+
+        def tell(line, lines=lines, training=training):
+            lines.append(line)
+            if line.startswith("epoch=3 "):
+                training.set()
+
+        box = container.Container(folder, request, tell)
+        assert training.wait(120), lines
+        box.terminate()
+        code = box.wait(1 if name == "stock" else 60)
+        box.kill()
+        box.wait()
+        saved = os.listdir(folder / "checkpoints")
+        if name == "stock":
+            assert code is None if namespaces else code == -signal.SIGTERM
+            assert saved == []
+            assert not container.failure(folder)
+        else:
+            assert code == 1  # as the toolkit ends when the script has not finished
+            assert len(saved) == 1
+            reason = f"Interrupted: saved {saved[0]}, run the same command to resume"
+            assert container.failure(folder) == reason
+            assert reason in lines
+        time.sleep(0.2)
+        assert not processes_below(folder)
+
+
+def test_the_entry_point_leaves_exit_codes_alone(tmp_path):
+    for code in (0, 3):
+        command = forwarding_sigterm("sh", "-c", f"exit {code}")
+        assert subprocess.run(command, start_new_session=True).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere/train.py"], "there is no script nowhere/train.py"),
+        (["--interrupt-after", "soon"], "argument --interrupt-after: expected a time such as 20s or 2m, got 'soon'"),
+        (
+            ["--channel", "train"],
+            "argument --channel: expected a name and an existing folder such as train=photos, got 'train'",
+        ),
+        (["--spot-price", "2"], "argument --spot-price: expected a number from 0 to 1, got '2'"),
+        (["--", "5"], "unexpected argument '5': expected --flag value"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, words, message):
+    script = [] if words[0].endswith(".py") else [ROOT / "xgboost/train.py"]
+    errors = simulate(*script, *words, code=1 if words[0] == "--" else 2, cwd=tmp_path)
+    assert message in errors.splitlines()[-1]
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_wrong_flag_of_the_script_ends_the_simulation(tmp_path):
+    errors = simulate(ROOT / "xgboost/train.py", "--interruptions", 0, "--", "--eta", "7", cwd=tmp_path, code=1)
+    assert errors.splitlines()[-1].startswith("error: the training job failed: error: argument --eta")
+
+
+def test_plan():
+    def planned(*words):
+        return plan(parse_args([str(ROOT / "pytorch/train.py"), *words])[0])
+
+    assert planned() == []
+    assert planned("--interrupt-after", "20s,upload,2m") == [20, "upload", 120]
+    assert planned("--interrupt-after", "20s,upload", "--interruptions", "3") == [20, "upload", 20]
+    random = planned("--mean-time-between-interruptions", "30s", "--interruptions", "1000")
+    assert 25 < sum(random) / 1000 < 35
+    assert random[:3] == planned("--mean-time-between-interruptions", "30s")
+    assert random[:3] != planned("--mean-time-between-interruptions", "30s", "--seed", "1")
+
+
+# S3 and the checkpoint folder -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copies(s3, tmp_path, monkeypatch):
+    """Return a Sync of an empty folder that runs in a thread, its address, and the list of what it tells."""
+    monkeypatch.setattr(sync, "SCAN_SECONDS", 0.01)
+    folder, uri, told = tmp_path / "checkpoints", f"s3://bucket/{tmp_path.name}/", []
+    folder.mkdir()
+    copies = sync.Sync(s3, folder, uri, 1e9, 0, lambda event, name: told.append((event, name)))
+    thread = threading.Thread(target=copies.run)
+    thread.start()
+    yield folder, uri, told, copies, thread
+    copies.stop()
+    thread.join()
+
+
+def wait_for(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not happen")
+
+
+def content(s3, uri):
+    bucket, prefix = sync.split_uri(uri)
+    return {
+        key[len(prefix) :]: s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in sync.list_objects(s3, uri)
+    }
+
+
+def test_new_changed_and_deleted_files_are_copied_but_for_those_of_the_service(s3, copies):
+    folder, uri, told, *_ = copies
+    (folder / "part").mkdir()
+    (folder / "part/b").write_bytes(b"2")
+    (folder / "a.sagemaker-ignore").write_bytes(b"half")
+    (folder / "a").write_bytes(b"1")
+    wait_for(lambda: ("uploaded", "a") in told and ("uploaded", "part/b") in told)
+    assert content(s3, uri) == {"a": b"1", "part/b": b"2"}
+    marks = {"a", "a.sagemaker-uploaded", "a.sagemaker-ignore", "part"}
+    assert set(os.listdir(folder)) == marks
+    (folder / "a").write_bytes(b"longer")
+    wait_for(lambda: told.count(("uploaded", "a")) == 2)
+    (folder / "part/b").unlink()
+    wait_for(lambda: ("deleted", "part/b") in told)
+    assert content(s3, uri) == {"a": b"longer"}
+    assert set(os.listdir(folder)) == marks
+    assert os.listdir(folder / "part") == []
+
+
+def test_what_is_left_is_copied_at_the_end(s3, copies):
+    folder, uri, _, running, thread = copies
+    (folder / "last").write_bytes(b"1")
+    running.stop()
+    thread.join()
+    assert content(s3, uri) == {"last": b"1"}
+
+
+def test_all_under_the_prefix_is_restored_and_not_uploaded_again(s3, tmp_path):
+    for key in ("job-1/a", "job-1/part/b", "job-10/c"):
+        s3.put_object(Bucket="bucket", Key=f"restore/{key}", Body=key.encode())
+    assert sync.download(s3, "s3://bucket/restore/job-1/", tmp_path / "exact") == 2
+    assert (tmp_path / "exact/part/b").read_text() == "job-1/part/b"
+    assert sync.download(s3, "s3://bucket/restore/job-1", tmp_path / "prefix") == 3  # the trap of the missing slash
+    told = []
+    copies = sync.Sync(s3, tmp_path / "exact", "s3://bucket/restore/job-1/", 1e9, 0, lambda *event: told.append(event))
+    copies.stop()
+    copies.run()
+    assert told == []
+
+
+def test_an_upload_that_is_killed_half_way_leaves_nothing_in_s3(s3, tmp_path):
+    (tmp_path / "folder").mkdir()
+    uri = "s3://bucket/half/"
+    command = [sys.executable, "-m", "spot.sync", str(tmp_path / "folder"), uri, "--rate=1e9", "--stall-upload=2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert json.loads(process.stdout.readline())["event"] == "ready"
+        (tmp_path / "folder/1").write_bytes(b"1" * 300_000)
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "uploaded":
+                (tmp_path / "folder/2").write_bytes(b"2" * 300_000)
+            if event["event"] == "stalled":
+                break
+        assert sorted(os.listdir(tmp_path / "folder")) == ["1", "1.sagemaker-uploaded", "2", "2.sagemaker-uploading"]
+        process.kill()
+    time.sleep(0.5)  # the server may still be reading
+    assert list(content(s3, uri)) == ["1"]
+
+
+def test_uploads_take_their_time(s3, tmp_path):
+    (tmp_path / "file").write_bytes(bytes(3_000_000))
+    copies = sync.Sync(s3, tmp_path, "s3://bucket/slow/", 1e6, 0, lambda *event: None)
+    copies.copied = {}
+    copies.stop()
+    began = time.monotonic()
+    copies.run()
+    assert time.monotonic() - began > 1
+
+
+def test_in_sagemaker_nothing_is_deleted_before_its_successor_is_in_s3(tmp_path, monkeypatch):
+    """What was restored from S3 has no marks, nor has what was written just now."""
+    monkeypatch.setenv("SM_MODEL_DIR", "/opt/ml/model")
+    pattern = CHECKPOINTS["pytorch"]
+    args = type("Args", (), {"checkpoint_path": tmp_path, "keep_checkpoints": 1, "keep_best": False})
+    (tmp_path / pattern.format("1")).touch()
+    checkpoints.remove_old_checkpoints(args, pattern, 0)
+    for position in ("1-103", "2"):
+        (tmp_path / pattern.format(position)).touch()
+    checkpoints.remove_old_checkpoints(args, pattern, 0)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1-103.pt", "checkpoint-1.pt", "checkpoint-2.pt"]
+    (tmp_path / "checkpoint-2.pt.sagemaker-uploaded").touch()
+    (tmp_path / "checkpoint-3.pt").touch()
+    checkpoints.remove_old_checkpoints(args, pattern, 0)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2.pt", "checkpoint-2.pt.sagemaker-uploaded", "checkpoint-3.pt"]
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_follow_from_the_events():
+    def attempt(number, start, lines, *end):
+        yield {"time": start, "attempt": number, "event": "started"}
+        for seconds, line in lines:
+            yield {"time": start + seconds, "attempt": number, "event": "log", "line": line}
+        for seconds, event, more in end:
+            yield {"time": start + seconds, "attempt": number, "event": event, **more}
+
+    first = "epoch=1 train_loss=0.5000 validation_loss=0.6000 seconds=2.00 samples_per_second=50"
+    events = [
+        *attempt(1, 100, [(1, "Importing")], (2, "sigterm", {}), (3, "killed", {})),
+        *attempt(
+            2,
+            110,
+            [
+                (2, "Starting training from epoch: 1"),
+                (3, "step=1/2 epoch=1"),
+                (4, "step=2/2 epoch=1"),
+                (5, first),
+                (7, "step=1/2 epoch=2"),
+                (8, "step=2/2 epoch=2"),
+            ],
+            (6, "uploaded", {"name": "checkpoint-1.pt"}),
+            (9, "sigterm", {}),
+            (10, "killed", {}),
+        ),
+        *attempt(
+            3,
+            130,
+            [(4, "Starting training from epoch: 2"), (5, "step=1/2 epoch=2")],
+            (6, "sigterm", {}),
+            (7, "ended", {"code": 1}),
+        ),
+        *attempt(
+            4,
+            140,
+            [(3, "Starting training from epoch: 2, step: 2"), (4, "step=2/2 epoch=2")],
+            (5, "ended", {"code": 0}),
+        ),
+    ]
+    attempts = spot_report.read_attempts(events)
+    assert attempts[1]["steps"] == [(12, 0), (13, 1), (14, 2), (17, 3), (18, 4)]
+    assert attempts[1]["epochs"][0][2]["validation:loss"] == 0.6
+    assert attempts[1]["uploaded"] == [(16, "checkpoint-1.pt")]
+    assert spot_report.figures(attempts, 2, spot_price=0.4) == {
+        "training_seconds": 3 + 10 + 7 + 5,
+        "billable_seconds": 10,
+        "savings_percent": 60.0,
+        "attempts": 4,
+        "interruptions": 3,
+        "steps_trained": 4 + 1 + 1,
+        "steps_lost": 2,  # those of epoch 2 in the second attempt
+        "seconds_lost": 6.0,
+        "seconds_to_start": 3.0,
+        "checkpoints_in_s3": 2,
+    }
+
+
+def test_differences_are_found(tmp_path):
+    for name, weights in (("a", b"1"), ("b", b"2")):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "output/data").mkdir(parents=True)
+        (tmp_path / name / "model/model.pth").write_bytes(weights)
+        (tmp_path / name / "output/data/history.csv").write_text(
+            f"epoch,train_loss,seconds\n1,0.5,{weights.decode()}\n"
+        )
+    assert compare.differences(tmp_path / "a", tmp_path / "b") == ["model.pth"]
+    assert compare.differences(tmp_path / "a", tmp_path / "a") == []
+    (tmp_path / "b/output/data/history.csv").write_text("epoch,train_loss,seconds\n1,0.6,1\n")
+    (tmp_path / "b/model/more").touch()
+    assert compare.differences(tmp_path / "a", tmp_path / "b") == ["model.pth", "more", "history.csv"]
