@@ -50,6 +50,13 @@ def channel(text):
     return name, Path(folder)
 
 
+def s3_folder(text):
+    """Parse `s3://bucket/folder/`; with the slash, without which `job-1` is the beginning of `job-10` too."""
+    if not re.fullmatch("s3://[^/]+/.*[^/]/*", text):
+        raise argparse.ArgumentTypeError(f"expected an address such as s3://bucket/job/checkpoints/, got {text!r}")
+    return text.rstrip("/") + "/"
+
+
 def number(minimum, maximum, kind=float):
     """Return a parser of numbers from `minimum` to `maximum`."""
 
@@ -86,7 +93,7 @@ def parse_args(argv=None):
     add("--forward-sigterm", action="store_true", help="with the entry point of our launchers, which passes it on")
     add("--grace", type=seconds, default=120, metavar="120s", help="from SIGTERM to SIGKILL")
     add("--channel", type=channel, action="append", default=[], metavar="train=FOLDER", help="a folder with data")
-    add("--checkpoint-s3-uri", default="s3://simulator/job/checkpoints/", help="where the checkpoints go in S3")
+    add("--checkpoint-s3-uri", type=s3_folder, default="s3://simulator/job/checkpoints/", help="where they go in S3")
     add("--endpoint-url", help="an S3 server; default: one that runs on the loopback address meanwhile")
     add("--upload-rate", type=number(0.001, 1e6), default=50, help="megabytes per second to S3")
     add("--spot-price", type=number(0, 1), default=0.3, help="of a Spot instance, as a share of the on-demand price")
@@ -155,14 +162,14 @@ def main(args, words):
     place = "process 1 of its own PID namespace" if namespace() else "a plain process group (no PID namespaces here)"
     print(f"The training runs as {place}", flush=True)
     with service.s3_server(args.endpoint_url) as s3:
-        uri = args.checkpoint_s3_uri.rstrip("/")
-        job, model = run(args, s3, "job", f"{uri}/", values, plan(args), show)
+        uri = args.checkpoint_s3_uri
+        job, model = run(args, s3, "job", uri, values, plan(args), show)
         attempts = report.read_attempts(job.events)
-        numbers = report.figures(attempts, len(list_objects(s3, f"{uri}/")), args.spot_price)
+        numbers = report.figures(attempts, len(list_objects(s3, uri)), args.spot_price)
         differences = []
         if args.verify:
             print("Training once more, without interruption", flush=True)
-            _, whole = run(args, s3, "uninterrupted", f"{uri}-uninterrupted/", values, [], lambda event: None)
+            _, whole = run(args, s3, "uninterrupted", f"{uri[:-1]}-uninterrupted/", values, [], lambda event: None)
             differences = compare.differences(model, whole)
             numbers["bit-identical"] = not differences
     report.write(args.output, numbers, attempts, job.request)

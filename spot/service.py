@@ -70,7 +70,7 @@ def make_request(s3, name, script, hyperparameters, channels, checkpoint_uri, en
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz", dereference=True) as tar:
         for path in sorted(script.parent.iterdir()):
-            if path.name != "__pycache__":
+            if path.name not in ("__pycache__", "output"):  # what the script and this simulator have written
                 tar.add(path, path.name)
     key = f"{name}/source/sourcedir.tar.gz"
     s3.put_object(Bucket=bucket, Key=key, Body=archive.getvalue())

@@ -17,6 +17,16 @@ def test_an_epoch_is_one_line_of_keys_and_values(capsys):
     assert row["train_loss"] == 0.10336
 
 
+def test_without_a_terminal_some_steps_are_lines(capsys):
+    progress = Progress(epoch=3, step=7)
+    args = Namespace(log_steps=4)
+    for _ in report.progress_bar(args, progress, 16, range(9)):
+        progress.step += 1
+    assert capsys.readouterr().out == "step=8/16 epoch=4\nstep=12/16 epoch=4\nstep=16/16 epoch=4\n"
+    assert list(report.progress_bar(Namespace(log_steps=0), progress, 16, range(9))) == list(range(9))
+    assert capsys.readouterr().out == ""
+
+
 def test_results_with_metrics_that_changed_on_the_way(tmp_path):
     history = [{"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_auc": float("nan")}]
     progress = Progress(epoch=2, history=history)

@@ -298,6 +298,7 @@ def test_the_entry_point_leaves_exit_codes_alone(tmp_path):
             ["--channel", "train"],
             "argument --channel: expected a name and an existing folder such as train=photos, got 'train'",
         ),
+        (["--checkpoint-s3-uri", "s3://bucket"], "expected an address such as s3://bucket/job/checkpoints/, got"),
         (["--spot-price", "2"], "argument --spot-price: expected a number from 0 to 1, got '2'"),
         (["--", "5"], "unexpected argument '5': expected --flag value"),
     ],
