@@ -147,8 +147,8 @@ def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
     sent = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert sent.returncode == 0, sent.stderr
     sagemaker = boto3.client("sagemaker")
-    (job_name,) = (job["TrainingJobName"] for job in sagemaker.list_training_jobs()["TrainingJobSummaries"])
-    request = sagemaker.describe_training_job(TrainingJobName=job_name)
+    (found,) = sagemaker.list_training_jobs(NameContains="drivers-")["TrainingJobSummaries"]
+    request = sagemaker.describe_training_job(TrainingJobName=found["TrainingJobName"])
 
     def run(name, values):
         base = tmp_path / name
