@@ -16,6 +16,8 @@ from common.report import log
 
 DAMAGED = ".damaged"
 
+_restored = set()  # names of the checkpoints that SageMaker has copied from S3 before the start
+
 # Flags that do not change what is learned.
 HARMLESS = {
     "--epochs",
@@ -155,6 +157,8 @@ def prepare_folder(folder, pattern):
         log(f"{folder} cannot be locked: see to it that no other run uses it")
     for _, path in find_checkpoints(folder, pattern + TEMPORARY):
         path.unlink()
+    if "SM_MODEL_DIR" in os.environ:
+        _restored.update(path.name for _, path in find_checkpoints(folder, pattern))
 
 
 def remove_old_checkpoints(args, pattern, best):
@@ -162,19 +166,19 @@ def remove_old_checkpoints(args, pattern, best):
 
     `best` is the number in the name of the best checkpoint. What is deleted here is deleted in S3 too. So a file that
     SageMaker is uploading stays, and where SageMaker marks what it has uploaded, only uploaded checkpoints count as
-    those that replace others. What stays is deleted later.
+    those that replace others. What it has copied from S3 before the start stays until there is a mark: it may be all
+    that S3 has. What stays is deleted later.
     """
     found = find_checkpoints(args.checkpoint_path, pattern)
     kept = [(best, 0)] if args.keep_best else []
     uploaded = [(position, path) for position, path in found if _marked(path, "uploaded")]
-    # Where nothing is marked, SageMaker has not seen the newest yet, which was written just now.
-    unmarked = found[1:] if "SM_MODEL_DIR" in os.environ else found
-    there = [position for position, _ in (uploaded or unmarked)] or [(0, 0)]
+    there = [position for position, _ in (uploaded or found)]
     epochs = [position for position in there if position[1] == 0]
     oldest = epochs[args.keep_checkpoints - 1] if 0 < args.keep_checkpoints <= len(epochs) else (0, 0)
     for position, path in found:
         replaced = position < (oldest if position[1] == 0 else there[0])
-        if replaced and position not in kept and (_marked(path, "uploaded") or not _marked(path, "uploading")):
+        unsafe = _marked(path, "uploading") or (path.name in _restored and not uploaded)
+        if replaced and position not in kept and not unsafe:
             path.unlink()
 
 

@@ -126,7 +126,7 @@ def script_hyperparameters(script, words):
     if asked.returncode != 0:
         raise errors.UserError(f"{script} --help fails: {asked.stderr.strip()}")
     if "--log-steps" in asked.stdout:
-        values.setdefault("log-steps", "1")
+        values["log-steps"] = "1"
     return values
 
 

@@ -139,13 +139,15 @@ class Job:
 
             copies = _SyncProcess(folder / "checkpoints", self.request, self.rate, interruption, tell)
             tell("started")
-            box = container.Container(folder, self.request, tell_line)
             try:
-                return self._watch(box, copies, interruption, tell)
+                box = container.Container(folder, self.request, tell_line)
+                try:
+                    return self._watch(box, copies, interruption, tell)
+                finally:
+                    box.kill()
+                    box.wait()
             finally:
                 copies.kill()
-                box.kill()
-                box.wait()
 
     def _watch(self, box, copies, interruption, tell):
         interrupt_at = time.monotonic() + interruption if isinstance(interruption, (int, float)) else float("inf")

@@ -432,18 +432,23 @@ def test_uploads_take_their_time(s3, tmp_path):
 def test_in_sagemaker_nothing_is_deleted_before_its_successor_is_in_s3(tmp_path, monkeypatch):
     """What was restored from S3 has no marks, nor has what was written just now."""
     monkeypatch.setenv("SM_MODEL_DIR", "/opt/ml/model")
+    monkeypatch.setattr(checkpoints, "_restored", set())
     pattern = CHECKPOINTS["pytorch"]
     args = type("Args", (), {"checkpoint_path": tmp_path, "keep_checkpoints": 1, "keep_best": False})
+
+    def after_saving(*positions):
+        for position in positions:
+            (tmp_path / pattern.format(position)).touch()
+        checkpoints.remove_old_checkpoints(args, pattern, 0)
+        return sorted(path.stem[len("checkpoint-") :] for path in tmp_path.glob("*.pt"))
+
     (tmp_path / pattern.format("1")).touch()
-    checkpoints.remove_old_checkpoints(args, pattern, 0)
-    for position in ("1-103", "2"):
-        (tmp_path / pattern.format(position)).touch()
-    checkpoints.remove_old_checkpoints(args, pattern, 0)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1-103.pt", "checkpoint-1.pt", "checkpoint-2.pt"]
-    (tmp_path / "checkpoint-2.pt.sagemaker-uploaded").touch()
-    (tmp_path / "checkpoint-3.pt").touch()
-    checkpoints.remove_old_checkpoints(args, pattern, 0)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2.pt", "checkpoint-2.pt.sagemaker-uploaded", "checkpoint-3.pt"]
+    (tmp_path / pattern.format("1-103")).touch()
+    checkpoints.prepare_folder(tmp_path, pattern)
+    assert after_saving("2") == ["1", "1-103", "2"]
+    assert after_saving("3", "4") == ["1", "1-103", "4"]  # S3 has never seen 2 and 3
+    (tmp_path / "checkpoint-4.pt.sagemaker-uploaded").touch()
+    assert after_saving("5") == ["4", "5"]
 
 
 # The report -----------------------------------------------------------------------------------------------------------
