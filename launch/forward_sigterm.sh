@@ -1,5 +1,6 @@
 [ $$ = 1 ] && who=-1 || who=0
-trap 'trap "" TERM; kill -TERM $who' TERM
+trap 'trap "" TERM; while kill -0 $child; do kill -TERM $who; sleep 1; done 2>/dev/null' TERM
 (trap "" TERM; exec "$@") &
-wait $!
-wait $!
+child=$!
+wait $child
+wait $child

@@ -16,17 +16,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-
-from boto3.exceptions import Boto3Error
-from botocore.exceptions import BotoCoreError, ClientError
 
 from common import errors
 from common.flags import hyperparameters
-from launch.job import forwarding_sigterm
-from spot import compare, report, service
-from spot.container import namespace
-from spot.sync import list_objects
+
+with errors.framework("what spot/requirements.txt lists", "pip install -r requirements.txt -r spot/requirements.txt"):
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    from launch.job import forwarding_sigterm
+    from spot import compare, report, service
+    from spot.container import namespace
+    from spot.sync import list_objects
 
 
 def seconds(text):
@@ -57,6 +60,13 @@ def s3_folder(text):
     return text.rstrip("/") + "/"
 
 
+def endpoint(text):
+    """Parse `http://localhost:9000`."""
+    if not re.match("https?://[^/]", text):
+        raise argparse.ArgumentTypeError(f"expected an address such as http://localhost:9000, got {text!r}")
+    return text
+
+
 def number(minimum, maximum, kind=float):
     """Return a parser of numbers from `minimum` to `maximum`."""
 
@@ -80,27 +90,36 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("script", type=Path, help="such as pytorch/train.py; its folder is the source_dir")
-    add(
+    when = parser.add_mutually_exclusive_group()
+    when.add_argument(
         "--interrupt-after",
         type=moments,
         default=[],
         metavar="20s,upload,...",
         help="when to interrupt each attempt: so long after its start, or in the middle of its second upload",
     )
-    add("--mean-time-between-interruptions", type=seconds, metavar="60s", help="interrupt at random moments")
-    add("--interruptions", type=number(0, 1000, int), help="how many; default: as many as --interrupt-after has, or 3")
+    when.add_argument("--mean-time-between-interruptions", type=seconds, metavar="60s", help="at random moments")
+    add(
+        "--interruptions",
+        type=number(0, 1000, int),
+        help="how many; default: as many as --interrupt-after has, or 3 random ones",
+    )
     add("--seed", type=int, default=0, help="of the random moments")
     add("--forward-sigterm", action="store_true", help="with the entry point of our launchers, which passes it on")
     add("--grace", type=seconds, default=120, metavar="120s", help="from SIGTERM to SIGKILL")
     add("--channel", type=channel, action="append", default=[], metavar="train=FOLDER", help="a folder with data")
     add("--checkpoint-s3-uri", type=s3_folder, default="s3://simulator/job/checkpoints/", help="where they go in S3")
-    add("--endpoint-url", help="an S3 server; default: one that runs on the loopback address meanwhile")
+    add("--endpoint-url", type=endpoint, help="an S3 server; default: one that runs on the loopback address meanwhile")
     add("--upload-rate", type=number(0.001, 1e6), default=50, help="megabytes per second to S3")
     add("--spot-price", type=number(0, 1), default=0.3, help="of a Spot instance, as a share of the on-demand price")
     add("--verify", action="store_true", help="train once more without interruption and compare the models' bits")
     add("--output", type=Path, default=Path("output/spot"), help="folder of the logs, the report and the picture")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
+    if args.interruptions and not (args.interrupt_after or args.mean_time_between_interruptions):
+        parser.error("--interruptions needs --interrupt-after or --mean-time-between-interruptions")
+    if args.mean_time_between_interruptions == 0:
+        parser.error("--mean-time-between-interruptions must be more than 0")
     if not args.script.is_file():
         parser.error(f"there is no script {args.script}")
     return args, argv[split + 1 :]
@@ -113,7 +132,7 @@ def plan(args):
         count = 3 if args.interruptions is None else args.interruptions
         return [generator.expovariate(1 / args.mean_time_between_interruptions) for _ in range(count)]
     count = len(args.interrupt_after) if args.interruptions is None else args.interruptions
-    return list(itertools.islice(itertools.cycle(args.interrupt_after or [60.0]), count))
+    return list(itertools.islice(itertools.cycle(args.interrupt_after), count))
 
 
 def script_hyperparameters(script, words):
@@ -132,7 +151,7 @@ def script_hyperparameters(script, words):
 
 def environment(script):
     """Return the variables of the container: in SageMaker only that of TensorFlow has TensorFlow."""
-    if "import tensorflow" in script.read_text():
+    if re.search(r"^\s*(import|from)\s+(tensorflow|keras)\b", script.read_text(), re.MULTILINE):
         return {}
     return {"PYTHONPATH": str(Path(__file__).with_name("without_tensorflow"))}
 
@@ -158,22 +177,35 @@ def main(args, words):
     values = script_hyperparameters(args.script, words)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in ("job", "uninterrupted"):  # of an earlier run
-        shutil.rmtree(args.output / name, ignore_errors=True)
+        if (args.output / name / "attempt-1").exists():
+            shutil.rmtree(args.output / name)
     place = "process 1 of its own PID namespace" if namespace() else "a plain process group (no PID namespaces here)"
     print(f"The training runs as {place}", flush=True)
     with service.s3_server(args.endpoint_url) as s3:
         uri = args.checkpoint_s3_uri
-        job, model = run(args, s3, "job", uri, values, plan(args), show)
+        moments = plan(args)
+        job, model = run(args, s3, "job", uri, values, moments, show)
         attempts = report.read_attempts(job.events)
         numbers = report.figures(attempts, len(list_objects(s3, uri)), args.spot_price)
         differences = []
         if args.verify:
             print("Training once more, without interruption", flush=True)
-            _, whole = run(args, s3, "uninterrupted", f"{uri[:-1]}-uninterrupted/", values, [], lambda event: None)
+            _, whole = run(
+                args,
+                s3,
+                "uninterrupted",
+                f"{uri[:-1]}-uninterrupted-{time.time():.0f}/",
+                values,
+                [],
+                lambda event: None,
+            )
             differences = compare.differences(model, whole)
             numbers["bit-identical"] = not differences
     report.write(args.output, numbers, attempts, job.request)
     report.show(numbers)
+    if numbers["interruptions"] < len(moments):
+        happened = f"{numbers['interruptions']} of {len(moments)} interruptions"
+        print(f"Only {happened}: the training ended before the others; let it train longer")
     print(f"Report: {args.output / 'report.json'}, {args.output / 'timeline.png'}")
     if differences:
         raise errors.UserError(f"the models differ: {', '.join(differences)}")
@@ -189,9 +221,19 @@ def run(args, s3, name, uri, values, interruptions, watch):
     return job, job.run()
 
 
+ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def end(number, frame):
+    """End after a signal, but not without ending the container."""
+    for ending in ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
-    for interruption in (signal.SIGTERM, signal.SIGINT):  # not without ending the container
-        signal.signal(interruption, lambda number, frame: sys.exit(128 + number))
+    for ending in ENDINGS:
+        signal.signal(ending, end)
     args, words = parse_args()
     try:
         errors.run(lambda args: main(args, words), args)

@@ -20,6 +20,8 @@ TIMES = ("seconds", "samples_per_second")
 def differences(folder, other):
     """Return what differs in the models and in the metrics' history of two base folders; none means the same bits."""
     models, others = read_model(folder / "model"), read_model(other / "model")
+    if not models:
+        return ["no model was written"]
     found = [name for name in sorted({*models, *others}) if models.get(name) != others.get(name)]
     histories = [read_history(path / "output/data/history.csv") for path in (folder, other)]
     return found + (["history.csv"] if histories[0] != histories[1] else [])

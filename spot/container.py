@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -77,7 +78,7 @@ class Container:
             errors="replace",
             start_new_session=True,
         )
-        self.reader = threading.Thread(target=self._read, args=(tell,))
+        self.reader = threading.Thread(target=self._read, args=(tell,), daemon=True)
         self.reader.start()
 
     def _read(self, tell):
@@ -86,7 +87,10 @@ class Container:
 
     def terminate(self):
         """Send SIGTERM to process 1, as the service does."""
-        self._signal_process_1(signal.SIGTERM)
+        for _ in range(100):  # `unshare` takes a moment to start it
+            if self._signal_process_1(signal.SIGTERM) or self.process.poll() is not None:
+                break
+            time.sleep(0.01)
 
     def kill(self):
         """End all of the container's processes at once, as if the machine was gone."""
@@ -107,8 +111,11 @@ class Container:
     def _signal_process_1(self, number):
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             process = psutil.Process(self.process.pid)
-            for target in process.children() if namespace() else [process]:
+            targets = process.children() if namespace() else [process]
+            for target in targets:
                 target.send_signal(number)
+            return bool(targets)
+        return False
 
 
 def failure(folder):

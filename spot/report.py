@@ -35,8 +35,10 @@ def read_attempts(events):
             attempt["uploaded"].append((moment, event["name"]))
         elif kind == "ended":
             attempt["code"] = event["code"]
-        if kind in ("stalled", "sigterm"):
-            attempt["interruption"] = attempt["interruption"] or kind
+        elif kind == "stalled":
+            attempt["stalled"] = True
+        elif kind == "sigterm":
+            attempt["interruption"] = "stalled" if "stalled" in attempt else "sigterm"
             attempt["interrupted_at"] = moment
     return attempts
 

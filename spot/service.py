@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import boto3
+from botocore.exceptions import ClientError
 
 from common.errors import UserError
 from spot import container
@@ -35,7 +36,7 @@ def s3_server(endpoint_url=None):
 
     It is a given one, with the usual AWS credentials, or one that runs meanwhile on the loopback address.
     """
-    server, variables = None, {"AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
+    server, variables = None, {}
     if endpoint_url is None:
         from moto.server import ThreadedMotoServer
 
@@ -45,7 +46,10 @@ def s3_server(endpoint_url=None):
         host, port = server.get_host_and_port()
         endpoint_url = f"http://{host}:{port}"
         variables.update(AWS_ACCESS_KEY_ID="any", AWS_SECRET_ACCESS_KEY="any")  # noqa: S106 - boto3 wants to have some
-    variables.update(AWS_ENDPOINT_URL=endpoint_url, S3_ENDPOINT_URL=endpoint_url)  # boto3's, and the toolkit's
+        variables.update(AWS_DEFAULT_REGION="us-east-1", NO_PROXY=host, no_proxy=host)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL"):  # the last is the toolkit's
+        variables[name] = endpoint_url
+    variables["AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"] = "false"
     try:
         with mock.patch.dict(os.environ, variables):
             yield boto3.client("s3")
@@ -65,14 +69,14 @@ def make_request(s3, name, script, hyperparameters, channels, checkpoint_uri, en
         environment: variables for the container.
     """
     bucket, _ = split_uri(checkpoint_uri)
-    with contextlib.suppress(s3.exceptions.BucketAlreadyOwnedByYou, s3.exceptions.BucketAlreadyExists):
+    with contextlib.suppress(ClientError):  # mostly it exists
         s3.create_bucket(Bucket=bucket)
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz", dereference=True) as tar:
         for path in sorted(script.parent.iterdir()):
             if path.name not in ("__pycache__", "output"):  # what the script and this simulator have written
                 tar.add(path, path.name)
-    key = f"{name}/source/sourcedir.tar.gz"
+    key = f"{name}-source/sourcedir.tar.gz"
     s3.put_object(Bucket=bucket, Key=key, Body=archive.getvalue())
     program = {"sagemaker_program": script.name, "sagemaker_submit_directory": f"s3://{bucket}/{key}"}
     program["sagemaker_container_log_level"] = 40  # of the toolkit, which would print its whole environment
@@ -82,7 +86,7 @@ def make_request(s3, name, script, hyperparameters, channels, checkpoint_uri, en
         "AlgorithmSpecification": {**algorithm, "ContainerEntrypoint": entry_point} if entry_point else algorithm,
         "HyperParameters": {key: json.dumps(value) for key, value in {**program, **hyperparameters}.items()},
         "InputDataConfig": [
-            {"ChannelName": channel, "DataSource": {"S3DataSource": {"S3Uri": folder.resolve().as_uri()}}}
+            {"ChannelName": channel, "DataSource": {"S3DataSource": {"S3Uri": f"file://{folder.resolve()}"}}}
             for channel, folder in channels.items()
         ],
         "CheckpointConfig": {"S3Uri": checkpoint_uri},
@@ -138,8 +142,9 @@ class Job:
                 log.write(line + "\n")
 
             copies = _SyncProcess(folder / "checkpoints", self.request, self.rate, interruption, tell)
-            tell("started")
             try:
+                copies.start()
+                tell("started")
                 box = container.Container(folder, self.request, tell_line)
                 try:
                     return self._watch(box, copies, interruption, tell)
@@ -180,9 +185,12 @@ class _SyncProcess:
         command = [sys.executable, "-m", "spot.sync", str(folder), request["CheckpointConfig"]["S3Uri"]]
         command += [f"--rate={rate}", f"--stall-upload={2 if interruption == UPLOAD else 0}"]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        self.process.stdout.readline()  # ready
         self.stalled = threading.Event()
-        self.reader = threading.Thread(target=self._read, args=(tell,))
+        self.reader = threading.Thread(target=self._read, args=(tell,), daemon=True)
+
+    def start(self):
+        """Wait until it is ready, and follow it."""
+        self.process.stdout.readline()
         self.reader.start()
 
     def _read(self, tell):
@@ -208,4 +216,5 @@ class _SyncProcess:
         """End it at once."""
         self.process.kill()
         self.process.wait()
-        self.reader.join()
+        if self.reader.ident:  # else it was not started
+            self.reader.join()

@@ -11,6 +11,7 @@ https://docs.aws.amazon.com/sagemaker/latest/dg/model-checkpoints.html
 import argparse
 import contextlib
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from boto3.s3.transfer import TransferConfig
 UPLOADING, UPLOADED = ".sagemaker-uploading", ".sagemaker-uploaded"
 NOT_COPIED = (UPLOADING, UPLOADED, ".sagemaker-ignore")
 SCAN_SECONDS = 0.5
+ONE_BY_ONE = TransferConfig(use_threads=False)
 
 
 def split_uri(uri):
@@ -62,7 +64,7 @@ class Sync:
     def __init__(self, s3, folder, uri, rate, stall_upload, tell):
         self.s3, self.folder, self.stall_upload, self.tell = s3, folder, stall_upload, tell
         self.bucket, self.prefix = split_uri(uri)
-        self.transfer = TransferConfig(max_bandwidth=rate, use_threads=False)
+        self.rate = rate
         self.num_uploads = 0
         self.stopping = False
         self.copied = self.scan()
@@ -73,8 +75,8 @@ class Sync:
 
     def run(self):
         """Copy until `stop` is called, and then once more what is left."""
-        ending = False
-        while not ending:
+        ending, parent = False, os.getppid()
+        while not ending and os.getppid() == parent:  # not without the simulator
             time.sleep(SCAN_SECONDS)
             ending = self.stopping
             found = self.scan()
@@ -100,12 +102,13 @@ class Sync:
         path = self.folder / name
         uploading, uploaded = (path.with_name(path.name + marker) for marker in (UPLOADING, UPLOADED))
         self.num_uploads += 1
-        sent = 0
+        sent, began = 0, time.monotonic()
 
         def count(size):
             nonlocal sent
             sent += size
-            if self.num_uploads == self.stall_upload and sent >= version[0] / 2:
+            time.sleep(max(0, began + sent / self.rate - time.monotonic()))
+            if self.num_uploads == self.stall_upload and sent >= version[0] / 2 and not self.stopping:
                 self.stall_upload = 0
                 self.tell("stalled", name)
                 while not self.stopping:
@@ -115,7 +118,7 @@ class Sync:
         uploaded.unlink(missing_ok=True)
         self.tell("uploading", name)
         try:
-            self.s3.upload_file(str(path), self.bucket, self.prefix + name, Callback=count, Config=self.transfer)
+            self.s3.upload_file(str(path), self.bucket, self.prefix + name, Callback=count, Config=ONE_BY_ONE)
         except FileNotFoundError:  # deleted meanwhile
             uploading.unlink()
             return
@@ -142,7 +145,7 @@ def main():
     args = parser.parse_args()
 
     def tell(event, name):
-        print(json.dumps({"time": time.time(), "event": event, "name": name}), flush=True)
+        print(json.dumps({"event": event, "name": name}), flush=True)
 
     sync = Sync(boto3.client("s3"), args.folder, args.uri, args.rate, args.stall_upload, tell)
     signal.signal(signal.SIGTERM, lambda number, frame: sync.stop())

@@ -283,6 +283,15 @@ def test_what_reaches_the_script_and_what_comes_back(s3, tmp_path, monkeypatch, 
         assert not processes_below(folder)
 
 
+def test_a_signal_before_the_script_listens_is_not_lost(tmp_path):
+    """The machine may be taken away while the container starts: then it ends as soon as somebody listens."""
+    script = "import signal, sys, time; time.sleep(2); signal.signal(15, lambda *_: sys.exit(7)); time.sleep(60)"
+    with subprocess.Popen(forwarding_sigterm(sys.executable, "-c", script), start_new_session=True) as process:
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(30) == 7
+
+
 def test_the_entry_point_leaves_exit_codes_alone(tmp_path):
     for code in (0, 3):
         command = forwarding_sigterm("sh", "-c", f"exit {code}")
@@ -299,6 +308,11 @@ def test_the_entry_point_leaves_exit_codes_alone(tmp_path):
             "argument --channel: expected a name and an existing folder such as train=photos, got 'train'",
         ),
         (["--checkpoint-s3-uri", "s3://bucket"], "expected an address such as s3://bucket/job/checkpoints/, got"),
+        (
+            ["--endpoint-url", "localhost:9000"],
+            "expected an address such as http://localhost:9000, got 'localhost:9000'",
+        ),
+        (["--interruptions", "2"], "--interruptions needs --interrupt-after or --mean-time-between-interruptions"),
         (["--spot-price", "2"], "argument --spot-price: expected a number from 0 to 1, got '2'"),
         (["--", "5"], "unexpected argument '5': expected --flag value"),
     ],
@@ -322,6 +336,7 @@ def test_plan():
     assert planned() == []
     assert planned("--interrupt-after", "20s,upload,2m") == [20, "upload", 120]
     assert planned("--interrupt-after", "20s,upload", "--interruptions", "3") == [20, "upload", 20]
+    assert planned("--interrupt-after", "20s", "--interruptions", "0") == []
     random = planned("--mean-time-between-interruptions", "30s", "--interruptions", "1000")
     assert 25 < sum(random) / 1000 < 35
     assert random[:3] == planned("--mean-time-between-interruptions", "30s")
@@ -420,13 +435,14 @@ def test_an_upload_that_is_killed_half_way_leaves_nothing_in_s3(s3, tmp_path):
 
 
 def test_uploads_take_their_time(s3, tmp_path):
-    (tmp_path / "file").write_bytes(bytes(3_000_000))
-    copies = sync.Sync(s3, tmp_path, "s3://bucket/slow/", 1e6, 0, lambda *event: None)
+    for number in range(10):
+        (tmp_path / f"{number}").write_bytes(bytes(100_000))
+    copies = sync.Sync(s3, tmp_path, "s3://bucket/slow/", 0.5e6, 0, lambda *event: None)
     copies.copied = {}
     copies.stop()
     began = time.monotonic()
     copies.run()
-    assert time.monotonic() - began > 1
+    assert time.monotonic() - began > 2
 
 
 def test_in_sagemaker_nothing_is_deleted_before_its_successor_is_in_s3(tmp_path, monkeypatch):
