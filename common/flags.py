@@ -27,12 +27,12 @@ def image_flags(framework):
     )
     add = parser.add_argument
     add("--model", default="cnn", help="cnn (a small network) or a name from the framework's own model zoo, untrained")
-    add("--image-size", type=_integer(1), help="resize all images to this height and width, in pixels")
+    add("--image-size", type=integer(1), help="resize all images to this height and width, in pixels")
     add("--augment", action=_Switch, default=False, help="random crops and horizontal flips of the training images")
-    add("--batch-size", type=_integer(1), default=64, help="samples per training step")
-    add("--learning-rate", type=_real(0), default=0.01, help="step size of SGD")
-    add("--momentum", type=_real(0, 1), default=0.9, help="momentum of SGD")
-    add("--weight-decay", type=_real(0), default=5e-4, help="weight decay of SGD")
+    add("--batch-size", type=integer(1), default=64, help="samples per training step")
+    add("--learning-rate", type=real(0), default=0.01, help="step size of SGD")
+    add("--momentum", type=real(0, 1), default=0.9, help="momentum of SGD")
+    add("--weight-decay", type=real(0), default=5e-4, help="weight decay of SGD")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="learning rate over all the epochs")
     add(
         "--precision",
@@ -48,13 +48,13 @@ def image_flags(framework):
     )
     add(
         "--workers",
-        type=_integer(0),
+        type=integer(0),
         default=2,
         help="threads that read images and prepare batches; 0: the main thread",
     )
     add(
         "--log-steps",
-        type=_integer(0),
+        type=integer(0),
         default=100,
         help="log a line after so many steps, where no progress bar is shown; 0: none",
     )
@@ -75,30 +75,30 @@ def xgboost_flags():
     )
     add = parser.add_argument
     add("--objective", help="learning objective; default: chosen from the labels")
-    add("--num-class", type=_integer(1), help="number of classes; default: counted in the labels")
+    add("--num-class", type=integer(1), help="number of classes; default: counted in the labels")
     add("--eval-metric", help="metrics to report, separated by commas; default: chosen from the objective")
     add("--booster", choices=("gbtree", "dart"), default="gbtree", help="kind of booster")
     add(
         "--tree-method", choices=("auto", "exact", "approx", "hist"), default="hist", help="tree construction algorithm"
     )
-    add("--eta", "--learning-rate", type=_real(0, 1), default=0.3, help="shrinkage of each round's contribution")
-    add("--gamma", type=_real(0), default=0.0, help="minimum loss reduction for a split")
-    add("--max-depth", type=_integer(0), default=6, help="maximum depth of a tree; 0: no limit")
-    add("--max-leaves", type=_integer(0), default=0, help="maximum number of leaves of a tree; 0: no limit")
-    add("--max-bin", type=_integer(2), default=256, help="maximum number of bins of a feature")
+    add("--eta", "--learning-rate", type=real(0, 1), default=0.3, help="shrinkage of each round's contribution")
+    add("--gamma", type=real(0), default=0.0, help="minimum loss reduction for a split")
+    add("--max-depth", type=integer(0), default=6, help="maximum depth of a tree; 0: no limit")
+    add("--max-leaves", type=integer(0), default=0, help="maximum number of leaves of a tree; 0: no limit")
+    add("--max-bin", type=integer(2), default=256, help="maximum number of bins of a feature")
     add("--grow-policy", choices=("depthwise", "lossguide"), default="depthwise", help="which node is split next")
-    add("--min-child-weight", type=_real(0), default=1.0, help="minimum sum of instance weights in a child")
-    add("--max-delta-step", type=_real(0), default=0.0, help="maximum step of a leaf's output; 0: no limit")
+    add("--min-child-weight", type=real(0), default=1.0, help="minimum sum of instance weights in a child")
+    add("--max-delta-step", type=real(0), default=0.0, help="maximum step of a leaf's output; 0: no limit")
     add("--subsample", type=_share, default=1.0, help="share of the rows drawn for each tree")
     add("--colsample-bytree", type=_share, default=1.0, help="share of the columns drawn for each tree")
     add("--colsample-bylevel", type=_share, default=1.0, help="share of the columns drawn for each level")
     add("--colsample-bynode", type=_share, default=1.0, help="share of the columns drawn for each split")
-    add("--lambda", type=_real(0), default=1.0, help="L2 regularization of the weights")
-    add("--alpha", type=_real(0), default=0.0, help="L1 regularization of the weights")
-    add("--scale-pos-weight", type=_real(0), default=1.0, help="weight of the positive class")
-    add("--rate-drop", type=_real(0, 1), default=0.0, help="share of the earlier trees dropped in a round (dart)")
-    add("--skip-drop", type=_real(0, 1), default=0.0, help="probability of dropping no tree in a round (dart)")
-    add("--nthread", type=_integer(0), default=0, help="CPU threads; 0: all")
+    add("--lambda", type=real(0), default=1.0, help="L2 regularization of the weights")
+    add("--alpha", type=real(0), default=0.0, help="L1 regularization of the weights")
+    add("--scale-pos-weight", type=real(0), default=1.0, help="weight of the positive class")
+    add("--rate-drop", type=real(0, 1), default=0.0, help="share of the earlier trees dropped in a round (dart)")
+    add("--skip-drop", type=real(0, 1), default=0.0, help="probability of dropping no tree in a round (dart)")
+    add("--nthread", type=integer(0), default=0, help="CPU threads; 0: all")
     return parser
 
 
@@ -127,8 +127,8 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
     in_sagemaker = "SM_MODEL_DIR" in os.environ
     checkpoints = Path(env("SAGEMAKER_BASE_DIR", "/opt/ml"), "checkpoints") if in_sagemaker else output / "checkpoints"
 
-    add(*epochs_flag, dest="epochs", type=_integer(1), default=default_epochs, help=help)
-    add("--seed", type=_integer(0, 2**32 - 1), default=42, help="seed of everything random")
+    add(*epochs_flag, dest="epochs", type=integer(1), default=default_epochs, help=help)
+    add("--seed", type=integer(0, 2**32 - 1), default=42, help="seed of everything random")
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -137,7 +137,7 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
     )
     add(
         "--num-gpus",
-        type=_integer(0),
+        type=integer(0),
         default=env("SM_NUM_GPUS") or None,
         help="GPUs to use at most; default: all (PyTorch and XGBoost use one)",
     )
@@ -156,17 +156,17 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
     add("--checkpoint-path", type=_local_path, default=checkpoints, help="folder of the checkpoints")
     add(
         "--checkpoint-seconds",
-        type=_real(0),
+        type=real(0),
         default=checkpoint_seconds,
         help="save inside an epoch too, when so much time has passed; 0: do not (XGBoost: after a round)",
     )
     add(
         "--checkpoint-steps",
-        type=_integer(0),
+        type=integer(0),
         default=0,
         help="save inside an epoch too, after so many steps; 0: do not (XGBoost: so many rounds)",
     )
-    add("--keep-checkpoints", type=_integer(0), default=0, help="epochs whose checkpoints to keep, the newest; 0: all")
+    add("--keep-checkpoints", type=integer(0), default=0, help="epochs whose checkpoints to keep, the newest; 0: all")
     add(
         "--keep-best",
         action=_Switch,
@@ -261,17 +261,19 @@ def _channel(text):
     return Path(text) if text else None  # SageMaker passes an empty word for a hyperparameter that is null
 
 
-def _integer(minimum, maximum=float("inf")):
+def integer(minimum, maximum=float("inf")):
+    """Return a parser of whole numbers from `minimum` to `maximum`, for argparse."""
     return _number(int, "a whole number", minimum, maximum)
 
 
-def _real(minimum, maximum=float("inf")):
+def real(minimum, maximum=float("inf")):
+    """Return a parser of numbers from `minimum` to `maximum`, for argparse."""
     return _number(float, "a number", minimum, maximum)
 
 
 def _share(text):
     """Parse a number above 0 and up to 1."""
-    value = _real(0, 1)(text)
+    value = real(0, 1)(text)
     if value == 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return value

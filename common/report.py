@@ -57,12 +57,9 @@ def metric_definitions(metrics=("loss", "accuracy", "rmse")):
     """
     keys = [f"{split}_{metric}" for split in ("train", "validation") for metric in metrics]
     keys += ["seconds", "samples_per_second"]
-    return [{"Name": _metric_name(key), "Regex": f"^epoch=.* {re.escape(key)}=([-+.0-9a-z]+)"} for key in keys]
-
-
-def _metric_name(key):
-    """Return SageMaker's way to write `train_loss`: `train:loss`."""
-    return re.sub("^(train|validation)_", r"\1:", key)
+    names = [re.sub("^(train|validation)_", r"\1:", key) for key in keys]  # as SageMaker writes them: train:loss
+    regexes = [f"^epoch=.* {re.escape(key)}=([-+.0-9a-z]+)" for key in keys]
+    return [{"Name": name, "Regex": regex} for name, regex in zip(names, regexes)]
 
 
 class _Lines:

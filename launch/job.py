@@ -38,11 +38,15 @@ def make_parser(description, choices, instance_type):
     add("--role", required=True, type=_role, help="ARN of the IAM role that the job runs with")
     add("--region", help="AWS region; default: that of your AWS settings")
     add("--instance-type", default=instance_type, help="machine to train on; default: the smallest that makes sense")
-    add("--instance-count", type=_count, default=1, help="number of machines (default: 1)")
+    add("--instance-count", type=flags.integer(1), default=1, help="number of machines (default: 1)")
     add("--image-uri", help="training image; default: SageMaker's own")
     add("--spot", action="store_true", help="train on Spot instances, which cost less and may be interrupted")
-    add("--max-run", type=_count, default=3600, help="seconds to train at most (default: 3600)")
-    add("--max-wait", type=_count, help="seconds to wait for Spot and to train at most (default: twice --max-run)")
+    add("--max-run", type=flags.integer(1), default=3600, help="seconds to train at most (default: 3600)")
+    add(
+        "--max-wait",
+        type=flags.integer(1),
+        help="seconds to wait for Spot and to train at most (default: twice --max-run)",
+    )
     add("--train", type=address, help="address of the training data")
     add("--validation", type=address, help="address of the validation data")
     add("--bucket", help="bucket for all that is written; default: the SDK's own, sagemaker-<region>-<account>")
@@ -190,12 +194,6 @@ def address(text):
 def _folder(text):
     # S3 has no folders: without the slash .../job-1 is the beginning of .../job-10 too.
     return address(text).rstrip("/") + "/"
-
-
-def _count(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _role(text):

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from common import errors
-from common.flags import hyperparameters
+from common.flags import hyperparameters, integer, real
 
 with errors.framework("what spot/requirements.txt lists", "pip install -r requirements.txt -r spot/requirements.txt"):
     from boto3.exceptions import Boto3Error
@@ -67,23 +67,8 @@ def endpoint(text):
     return text
 
 
-def number(minimum, maximum, kind=float):
-    """Return a parser of numbers from `minimum` to `maximum`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"expected a number from {minimum} to {maximum}, got {text!r}")
-        return value
-
-    return parse
-
-
 def parse_args(argv=None):
-    """Return the flags, and those of the script."""
+    """Return the flags, and as `script_flags` those of the script."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m spot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -101,7 +86,7 @@ def parse_args(argv=None):
     when.add_argument("--mean-time-between-interruptions", type=seconds, metavar="60s", help="at random moments")
     add(
         "--interruptions",
-        type=number(0, 1000, int),
+        type=integer(0),
         help="how many; default: as many as --interrupt-after has, or 3 random ones",
     )
     add("--seed", type=int, default=0, help="of the random moments")
@@ -110,8 +95,8 @@ def parse_args(argv=None):
     add("--channel", type=channel, action="append", default=[], metavar="train=FOLDER", help="a folder with data")
     add("--checkpoint-s3-uri", type=s3_folder, default="s3://simulator/job/checkpoints/", help="where they go in S3")
     add("--endpoint-url", type=endpoint, help="an S3 server; default: one that runs on the loopback address meanwhile")
-    add("--upload-rate", type=number(0.001, 1e6), default=50, help="megabytes per second to S3")
-    add("--spot-price", type=number(0, 1), default=0.3, help="of a Spot instance, as a share of the on-demand price")
+    add("--upload-rate", type=real(0.001), default=50, help="megabytes per second to S3")
+    add("--spot-price", type=real(0, 1), default=0.3, help="of a Spot instance, as a share of the on-demand price")
     add("--verify", action="store_true", help="train once more without interruption and compare the models' bits")
     add("--output", type=Path, default=Path("output/spot"), help="folder of the logs, the report and the picture")
     split = argv.index("--") if "--" in argv else len(argv)
@@ -122,7 +107,8 @@ def parse_args(argv=None):
         parser.error("--mean-time-between-interruptions must be more than 0")
     if not args.script.is_file():
         parser.error(f"there is no script {args.script}")
-    return args, argv[split + 1 :]
+    args.script_flags = argv[split + 1 :]
+    return args
 
 
 def plan(args):
@@ -172,9 +158,9 @@ def show(event):
         print(f"[attempt {event['attempt']}] {text}", flush=True)
 
 
-def main(args, words):
+def main(args):
     """Run the job, tell what it has cost, and compare its model with that of a job that nobody interrupted."""
-    values = script_hyperparameters(args.script, words)
+    values = script_hyperparameters(args.script, args.script_flags)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in ("job", "uninterrupted"):  # of an earlier run
         if (args.output / name / "attempt-1").exists():
@@ -190,15 +176,8 @@ def main(args, words):
         differences = []
         if args.verify:
             print("Training once more, without interruption", flush=True)
-            _, whole = run(
-                args,
-                s3,
-                "uninterrupted",
-                f"{uri[:-1]}-uninterrupted-{time.time():.0f}/",
-                values,
-                [],
-                lambda event: None,
-            )
+            untouched = f"{uri[:-1]}-uninterrupted-{time.time():.0f}/"  # nothing is there yet
+            _, whole = run(args, s3, "uninterrupted", untouched, values, [], lambda event: None)
             differences = compare.differences(model, whole)
             numbers["bit-identical"] = not differences
     report.write(args.output, numbers, attempts, job.request)
@@ -234,8 +213,8 @@ def end(number, frame):
 if __name__ == "__main__":
     for ending in ENDINGS:
         signal.signal(ending, end)
-    args, words = parse_args()
+    args = parse_args()
     try:
-        errors.run(lambda args: main(args, words), args)
+        errors.run(main, args)
     except (Boto3Error, BotoCoreError, ClientError) as error:
         errors.fail(f"S3 does not answer as it should: {error}")

@@ -18,7 +18,8 @@ def read_attempts(events):
     `uploaded`: a list of (time, name). `interruption`: stalled (an upload), sigterm or None. `code`: the exit code or
     None.
     """
-    steps_per_epoch = next((int(match[2]) for match in _matches(STEP, events)), 1)
+    lines = (STEP.match(event.get("line", "")) for event in events)
+    steps_per_epoch = next((int(match[2]) for match in lines if match), 1)
     origin = events[0]["time"]
     attempts = []
     for event in events:
@@ -41,10 +42,6 @@ def read_attempts(events):
             attempt["interruption"] = "stalled" if "stalled" in attempt else "sigterm"
             attempt["interrupted_at"] = moment
     return attempts
-
-
-def _matches(pattern, events):
-    return filter(None, (pattern.match(event.get("line", "")) for event in events))
 
 
 def _read_line(attempt, moment, line, steps_per_epoch):

@@ -1,7 +1,7 @@
 """The part of SageMaker: it starts a training job in a container, takes the machine away, and starts it again.
 
 All that happens becomes a list of events, each a dictionary with `time` (seconds since 1970), `attempt` (from 1) and
-`event`: started, log (a line), uploading, stalled, uploaded, deleted (a file), sigterm, killed, ended (an exit code).
+`event`: started, log (a line), stalled, uploaded, deleted (a file), sigterm, killed, ended (an exit code).
 """
 
 import contextlib
@@ -143,7 +143,7 @@ class Job:
 
             copies = _SyncProcess(folder / "checkpoints", self.request, self.rate, interruption, tell)
             try:
-                copies.start()
+                copies.ready.wait()
                 tell("started")
                 box = container.Container(folder, self.request, tell_line)
                 try:
@@ -185,20 +185,20 @@ class _SyncProcess:
         command = [sys.executable, "-m", "spot.sync", str(folder), request["CheckpointConfig"]["S3Uri"]]
         command += [f"--rate={rate}", f"--stall-upload={2 if interruption == UPLOAD else 0}"]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        self.stalled = threading.Event()
+        self.ready, self.stalled = threading.Event(), threading.Event()
         self.reader = threading.Thread(target=self._read, args=(tell,), daemon=True)
-
-    def start(self):
-        """Wait until it is ready, and follow it."""
-        self.process.stdout.readline()
         self.reader.start()
 
     def _read(self, tell):
         for line in self.process.stdout:
             happened = json.loads(line)
+            if happened["event"] == "ready":
+                self.ready.set()
+                continue
             tell(happened["event"], name=happened["name"])
             if happened["event"] == "stalled":
                 self.stalled.set()
+        self.ready.set()  # where it has failed, `check` tells it
 
     def check(self):
         """Raise UserError where it has failed: nothing would be saved any more."""
@@ -216,5 +216,4 @@ class _SyncProcess:
         """End it at once."""
         self.process.kill()
         self.process.wait()
-        if self.reader.ident:  # else it was not started
-            self.reader.join()
+        self.reader.join()

@@ -116,7 +116,6 @@ class Sync:
 
         uploading.touch()
         uploaded.unlink(missing_ok=True)
-        self.tell("uploading", name)
         try:
             self.s3.upload_file(str(path), self.bucket, self.prefix + name, Callback=count, Config=ONE_BY_ONE)
         except FileNotFoundError:  # deleted meanwhile

@@ -186,10 +186,10 @@ JOBS = {  # when to interrupt, and a training that is long enough for it
 }
 
 
-def simulate(*words, code=0, cwd):
-    """Run the simulator as its user does; return what it prints."""
+def simulate(*words, code=0, cwd, **more):
+    """Run the simulator as its user does, with `more` variables; return what it prints."""
     command = [sys.executable, "-m", "spot", *map(str, words)]
-    variables = environment(PYTHONPATH=str(ROOT))
+    variables = environment(PYTHONPATH=str(ROOT), **more)
     finished = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=600)
     assert finished.returncode == code, finished.stdout + finished.stderr
     assert "Traceback" not in finished.stderr, finished.stderr
@@ -329,9 +329,30 @@ def test_a_wrong_flag_of_the_script_ends_the_simulation(tmp_path):
     assert errors.splitlines()[-1].startswith("error: the training job failed: error: argument --eta")
 
 
+def test_settings_for_another_s3_do_not_matter(tmp_path):
+    settings = {"AWS_DEFAULT_REGION": "eu-west-1", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
+    settings.update(http_proxy="http://127.0.0.1:9", AWS_IGNORE_CONFIGURED_ENDPOINT_URLS="true")
+    output = simulate(ROOT / "xgboost/train.py", "--", "--num-round", 3, cwd=tmp_path, **settings)
+    assert "checkpoints in S3: 3\n" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_simulator_that_is_ended_leaves_no_process(tmp_path, number):
+    command = [sys.executable, "-m", "spot", str(ROOT / "xgboost/train.py"), "--", "--num-round", "100000"]
+    variables = environment(PYTHONPATH=str(ROOT))
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if " is in S3" in line:
+                process.send_signal(number)
+                break
+        process.stdout.read()
+        assert process.wait(30) == 128 + number
+    wait_for(lambda: not processes_below(tmp_path))
+
+
 def test_plan():
     def planned(*words):
-        return plan(parse_args([str(ROOT / "pytorch/train.py"), *words])[0])
+        return plan(parse_args([str(ROOT / "pytorch/train.py"), *words]))
 
     assert planned() == []
     assert planned("--interrupt-after", "20s,upload,2m") == [20, "upload", 120]
