@@ -21,8 +21,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_FOR_EXACTNESS = {
     "pytorch": "        seed(steps.step_seed(args.seed, step))\n",
-    "tensorflow": "        for state in self.seed_states:\n"
-    "            state.assign([state[0], steps.step_seed(self.args.seed, step)])\n",
+    "tensorflow": "        for state in seed_states:\n"
+    "            state.assign([state[0], seed + gpu * 2**20])  # a layer may draw several times in a step\n",
     "mxnet": "        if progress.step % SEED_STEPS == 0:\n"
     "            mx.random.seed(steps.step_seed(args.seed, step))\n",
     "xgboost": '    model["seed_per_iteration"] = True  # row and column samples are a function of (seed, round)\n',

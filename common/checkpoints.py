@@ -6,10 +6,12 @@ finished epochs, and for a checkpoint inside an epoch a hyphen and the number of
 
 import contextlib
 import fcntl
+import io
 import os
 import re
 from pathlib import Path
 
+from common import cluster
 from common.errors import UserError
 from common.files import TEMPORARY
 from common.report import log
@@ -36,7 +38,26 @@ HARMLESS = {
     "--output-data-dir",
     "--hosts",
     "--current-host",
+    "--port",
+    "--join-seconds",
+    "--external-memory",
     "--workers",
+}
+
+
+# Flags that may differ between the workers of a training.
+OWN = {
+    "--device",
+    "--num-gpus",
+    "--train",
+    "--validation",
+    "--checkpoint-path",
+    "--model-dir",
+    "--output-data-dir",
+    "--current-host",
+    "--join-seconds",
+    "--workers",
+    "--log-steps",
 }
 
 
@@ -54,20 +75,40 @@ def find_checkpoints(folder, pattern):
 
 
 def read_newest_checkpoint(folder, pattern, read):
-    """Return (path, `read(path)`) of the newest checkpoint that can be read; None where there is none.
+    """Return (path, `read(file)`) of the newest checkpoint that can be read; None where there is none.
 
-    Damaged ones that are newer are kept for inspection under another name, so that they never count again.
-    Raises UserError when there are checkpoints but not one can be read: starting over in silence would lose them.
+    Of several workers the leader chooses, from its folder, and the others get the file from it. `read` takes a binary
+    file in memory with a `name`. Damaged checkpoints that are newer are kept for inspection under another name, so that
+    they never count again. Raises UserError when there are checkpoints but not one can be read: to start over in
+    silence would lose them.
     """
+    found = find_checkpoints(folder, pattern) if Path(folder).is_dir() else []
+    newest = cluster.gather([*found[0][0], found[0][1].name] if found else [-1, 0, ""])
+    if max(newest) > newest[0]:
+        holder = cluster.names[newest.index(max(newest))]
+        log(f"Warning: {holder} has {max(newest)[2]}, but {cluster.names[0]} leads and has {newest[0][2] or 'nothing'}")
+    path, content, checkpoint = _read_first(folder, found, read) if cluster.leads() else (None, b"", None)
+    name, content = cluster.broadcast(path.name.encode() if path else b"").decode(), cluster.broadcast(content)
+    if not name:
+        return None
+    return Path(folder, name), (checkpoint if cluster.leads() else read(_in_memory(content, name)))
+
+
+def _read_first(folder, found, read):
+    """Return path, content and `read(file)` of the first of the checkpoints `found` that can be read."""
     damaged = []
-    for _, path in find_checkpoints(folder, pattern):
+    for _, path in found:
         try:
-            if path.stat().st_size == 0:
-                raise ValueError("the file is empty")
-            content = read(path)
+            content = path.read_bytes()
         except (OSError, MemoryError) as error:  # this says nothing about the file: it may be whole
             reason = "not enough memory" if isinstance(error, MemoryError) else error.strerror or error
             raise UserError(f"cannot read {path}: {reason}. Mend that, then run the same command again") from error
+        try:
+            if not content:
+                raise ValueError("the file is empty")
+            checkpoint = read(_in_memory(content, path.name))
+        except MemoryError as error:
+            raise UserError(f"cannot read {path}: not enough memory") from error
         except Exception as error:  # each framework has its own errors for a damaged file
             reason = " ".join(str(error).split())[:200]
             log(f"Cannot read {path.name}, trying the one before: {type(error).__name__}: {reason}")
@@ -76,14 +117,20 @@ def read_newest_checkpoint(folder, pattern, read):
         for bad in damaged:
             bad.replace(bad.with_name(bad.name + DAMAGED))
             log(f"Kept for inspection: {bad.name}{DAMAGED}")
-        return path, content
+        return path, content, checkpoint
     if damaged:
         names = ", ".join(path.name for path in damaged)
         raise UserError(
             f"none of the checkpoints in {folder} can be read: {names}. "
             "Delete them to start over, or pass another --checkpoint-path"
         )
-    return None
+    return None, b"", None
+
+
+def _in_memory(content, name):
+    file = io.BytesIO(content)
+    file.name = name
+    return file
 
 
 def describe_run(args, job, framework, threads=None):
@@ -91,16 +138,33 @@ def describe_run(args, job, framework, threads=None):
 
     Args:
         job: what makes a job, such as {"--model": "cnn"}.
-        framework: the framework's module; its version and the CPU threads change the bits of the result, not its worth.
+        framework: the framework's module; its version, the CPU threads and the workers change the bits of the result,
+            not its worth.
         threads: their number where it is known, else what OpenMP and the frameworks take by default.
     """
     wanted = str(threads or os.environ.get("OMP_NUM_THREADS"))
     threads = int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
     return {
         "job": job,
-        "machine": {"CPU threads": threads, framework.__name__: str(framework.__version__)},
+        "machine": {
+            "CPU threads": threads,
+            "number of workers": cluster.size,
+            framework.__name__: str(framework.__version__),
+        },
         "flags": {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()},
     }
+
+
+def check_same_everywhere(run):
+    """Raise UserError where what `describe_run` has returned is another job on another worker."""
+    own = {**run["job"], **{flag: value for flag, value in run["flags"].items() if flag not in OWN}}
+    leaders = cluster.gather(own)[0]
+    different = [f"{key} is {own.get(key)} here" for key in leaders if own.get(key) != leaders[key]]
+    if different:
+        raise UserError(
+            f"{'; '.join(different)}, but not so on {cluster.names[0]}, which leads: all workers need the same flags, "
+            "and all of the data (in SageMaker, channels that are fully replicated)"
+        )
 
 
 def check_same_job(args, path, checkpoint, run):
@@ -145,8 +209,11 @@ def restoring(path):
 def prepare_folder(folder, pattern):
     """Lock the folder for the life of this process, and delete what saves that were killed halfway have left there.
 
-    Waits for the end of another run: after a signal one may still be saving.
+    Waits for the end of another run: after a signal one may still be saving. Of several workers only the leader writes
+    there.
     """
+    if not cluster.leads():
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,13 +250,13 @@ def remove_old_checkpoints(args, pattern, best):
 
 
 def read_best_checkpoint(args, pattern, best, read):
-    """Return (path, `read(path)`) of the best checkpoint, `best` being the number in its name.
+    """Return (path, `read(file)`) of the best checkpoint, `best` being the number in its name.
 
     Raises UserError where it is gone or damaged.
     """
     path = args.checkpoint_path / pattern.format(best)
     try:
-        return path, read(path)
+        return path, read(_in_memory(path.read_bytes(), path.name))
     except Exception as error:  # each framework has its own errors for a damaged file
         raise UserError(
             f"--keep-best: the best checkpoint, {path}, cannot be read ({error}). "

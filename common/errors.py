@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-from common import interruption
-
 
 class UserError(Exception):
     """A mistake in the flags or the data, or a limit of the machine: what happened, what was expected, what to do."""
@@ -36,21 +34,6 @@ def check_choice(flag, value, choices):
     if value not in choices:
         nearest = ", ".join(difflib.get_close_matches(value, choices, n=3, cutoff=0.0))
         raise UserError(f"{flag} {value} is unknown: expected one of {len(choices)} names, the nearest are {nearest}")
-
-
-def run(main, args):
-    """Call `main(args)`; end with one line and exit code 1 for a UserError or OSError, 143 or 130 after a signal."""
-    try:
-        main(args)
-        interruption.check()
-    except interruption.Interrupted as interrupted:
-        interruption.tell(str(interrupted))
-        tell_sagemaker(str(interrupted))
-        sys.exit(interrupted.exit_code)
-    except (UserError, OSError) as error:
-        fail(error)
-    except ImportError as error:
-        fail(f"{error}. Install what is missing with: pip install {error.name}")
 
 
 def fail(message, code=1):

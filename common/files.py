@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-import io
 import os
 import re
 import shutil
 import zipfile
 
+from common import cluster
 from common.errors import UserError
 
 NO_CHECKSUM = "0" * 64  # what stands under "sha256" in a JSON text until `seal` puts the checksum there
@@ -29,28 +29,25 @@ def check_seal(content):
         raise ValueError("its checksum is wrong: the file is damaged")
 
 
-def read_zip(path):
-    """Return the zip archive at `path`, as .pt and .keras files are, as a file in memory.
-
-    Raises ValueError where it is damaged: each member has a checksum.
-    """
-    content = io.BytesIO(path.read_bytes())
+def check_zip(file):
+    """Raise ValueError where the zip archive `file`, as .pt and .keras files are, is damaged: it has checksums."""
     try:
-        with zipfile.ZipFile(content) as archive:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except Exception as error:  # zipfile has no one error for what damage can look like
         raise ValueError(f"the file is damaged: {error}") from error
     if damaged:
         raise ValueError(f"the checksum of its {damaged} is wrong: the file is damaged")
-    content.seek(0)
-    return content
+    file.seek(0)
 
 
 def prepare_folders(args):
     """Create the folders that training writes to and try to write there, before hours of training.
 
-    Raises UserError where a folder cannot be written.
+    Of several workers only the leader writes. Raises UserError where a folder cannot be written.
     """
+    if not cluster.leads():
+        return
     for flag in ("--checkpoint-path", "--model-dir", "--output-data-dir"):
         folder = vars(args)[flag[2:].replace("-", "_")]
         probe = folder / f"write-test{TEMPORARY}"

@@ -29,7 +29,7 @@ def image_flags(framework):
     add("--model", default="cnn", help="cnn (a small network) or a name from the framework's own model zoo, untrained")
     add("--image-size", type=integer(1), help="resize all images to this height and width, in pixels")
     add("--augment", action=_Switch, default=False, help="random crops and horizontal flips of the training images")
-    add("--batch-size", type=integer(1), default=64, help="samples per training step")
+    add("--batch-size", type=integer(1), default=64, help="samples per training step, of all hosts together")
     add("--learning-rate", type=real(0), default=0.01, help="step size of SGD")
     add("--momentum", type=real(0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", type=real(0), default=5e-4, help="weight decay of SGD")
@@ -99,6 +99,12 @@ def xgboost_flags():
     add("--rate-drop", type=real(0, 1), default=0.0, help="share of the earlier trees dropped in a round (dart)")
     add("--skip-drop", type=real(0, 1), default=0.0, help="probability of dropping no tree in a round (dart)")
     add("--nthread", type=integer(0), default=0, help="CPU threads; 0: all")
+    add(
+        "--external-memory",
+        action=_Switch,
+        default=False,
+        help="keep the training data on disk and read it in parts: for data larger than memory",
+    )
     return parser
 
 
@@ -181,8 +187,20 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
         default=env("SM_OUTPUT_DATA_DIR", output / "data"),
         help="folder of metrics.json and history.csv",
     )
-    add("--hosts", type=_hosts, default=env("SM_HOSTS", '["localhost"]'), help="names of all hosts, as a JSON list")
+    add(
+        "--hosts",
+        type=_hosts,
+        default=env("SM_HOSTS", '["localhost"]'),
+        help="names of all hosts that train together, as a JSON list; the first in sorted order leads",
+    )
     add("--current-host", default=env("SM_CURRENT_HOST", "localhost"), help="name of this host")
+    add(
+        "--port",
+        type=integer(0, 65535),
+        default=0,
+        help="port of the leader where the hosts meet; 0: 29400, or under torchrun the one after its own",
+    )
+    add("--join-seconds", type=real(0), default=300, help="seconds to wait for the other hosts to start")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -197,8 +215,6 @@ class _Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(self._explain(unknown[0]))
-        if len(args.hosts) > 1:
-            self.error(f"--hosts names {len(args.hosts)} hosts, but this script trains on one: set instance_count=1")
         if str(args.model_dir).startswith("s3://"):
             # SageMaker's TensorFlow estimator adds this hyperparameter by itself.
             local = self.get_default("model_dir")

@@ -48,7 +48,7 @@ class Dataset(NamedTuple):
     def channel_statistics(self):
         """Return mean and standard deviation of each channel over the training images, as two float32 arrays."""
         count, total, squares = 0, 0.0, 0.0
-        for start in range(0, len(self.train_images), 1000):  # parts: no float copy of all the images
+        for start in range(0, self.train_images.shape[0], 1000):  # parts: no float copy of all the images
             part = self.train_images[start : start + 1000].astype(np.float64)
             count += part[..., 0].size
             total, squares = total + part.sum((0, 1, 2)), squares + (part**2).sum((0, 1, 2))

@@ -7,6 +7,8 @@ import contextlib
 import os
 import signal
 
+from common import cluster
+
 _received = None  # the number of the first signal
 _deferred = False
 
@@ -39,8 +41,14 @@ def defer():
 
 
 def check():
-    """Raise Interrupted where a signal has come. To be called between two steps, when nothing is half done."""
-    if _received is not None:
+    """Raise Interrupted where a signal has come, to this worker or to another one.
+
+    To be called between two steps, when nothing is half done; all workers have to call it equally often.
+    """
+    global _received
+    received = [number for number in cluster.gather(_received) if number]
+    if received:
+        _received = _received or received[0]
         raise Interrupted
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 
-from common import report
+from common import cluster, report
 
 # XGBoost's metrics of which more is better; of all others less is. They may carry a number: ndcg@10.
 RISING = ("accuracy", "auc", "aucpr", "pre", "ndcg", "map", "ams")
@@ -14,8 +14,9 @@ RISING = ("accuracy", "auc", "aucpr", "pre", "ndcg", "map", "ams")
 class Progress:
     """Finished epochs, finished steps of the epoch that is running, and the metrics so far.
 
-    `loss_sum` and `correct` are sums over the `samples` of these steps; they may be scalars on a device.
-    `seconds` is what these steps took. `history` holds what `report.log_epoch` returned, one row per epoch.
+    `samples` counts those of all workers in these steps; `loss_sum` and `correct` are sums over this worker's share of
+    them, and may be scalars on a device. `seconds` is what these steps took. `history` holds what `report.log_epoch`
+    returned, one row per epoch.
     """
 
     epoch: int = 0
@@ -32,7 +33,7 @@ class Progress:
         self._running_since = None
 
     def count_step(self, samples, loss_sum, correct):
-        """Count a finished step: its samples, the sum of their losses, and how many are predicted correctly."""
+        """Count a finished step: its samples, the sum of their losses, how many are predicted correctly (see above)."""
         self.step += 1
         self.samples += samples
         self.loss_sum = self.loss_sum + loss_sum  # not +=, which would change a device's array that was handed out
@@ -48,11 +49,11 @@ class Progress:
         self._running_since = None
 
     def training_metrics(self):
-        """Return mean loss and accuracy over the steps of the epoch; this stops the clock."""
-        samples = max(self.samples, 1)
-        metrics = {"loss": float(self.loss_sum) / samples, "accuracy": int(self.correct) / samples}
+        """Return mean loss and accuracy over the steps of the epoch of all workers; this stops the clock."""
+        loss_sum, correct = cluster.total(self._sums())
         self.stop_clock()
-        return metrics
+        samples = max(self.samples, 1)
+        return {"loss": loss_sum / samples, "accuracy": correct / samples}
 
     def finish_epoch(self, metrics, validation):
         """Log the epoch and begin the next one; both are metrics by name, such as {"loss": 0.1, "accuracy": 0.97}."""
@@ -63,16 +64,32 @@ class Progress:
 
     def save_is_due(self, args, steps):
         """Return whether `--checkpoint-steps` or `--checkpoint-seconds` ask for a checkpoint after so many steps."""
-        seconds = time.monotonic() - self._last_save
-        by_steps = args.checkpoint_steps and steps % args.checkpoint_steps == 0
-        return bool(by_steps or (args.checkpoint_seconds and seconds >= args.checkpoint_seconds))
+        if args.checkpoint_steps and steps % args.checkpoint_steps == 0:
+            return True
+        if not args.checkpoint_seconds:
+            return False
+        due = time.monotonic() - self._last_save >= args.checkpoint_seconds
+        return cluster.broadcast(b"1" if due else b"0") == b"1"  # the workers' clocks may differ
 
     def describe(self):
-        """Return it as plain numbers for a checkpoint; `Progress(**described)` goes on with the same bits."""
+        """Return it as plain numbers for a checkpoint, `loss_sum` and `correct` as lists by worker."""
         self._count_seconds()
         self._last_save = time.monotonic()
         described = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**described, "loss_sum": float(self.loss_sum), "correct": int(self.correct)}
+        loss_sums, correct = zip(*cluster.gather(self._sums()))
+        return {**described, "loss_sum": list(loss_sums), "correct": list(correct)}
+
+    @classmethod
+    def restore(cls, described):
+        """Return this worker's Progress from what `describe` has returned to as many workers, or to another number."""
+        progress = cls(**described)
+        for name in ("loss_sum", "correct"):
+            by_worker = described.get(name, [0])
+            by_worker = by_worker if isinstance(by_worker, list) else [by_worker]  # as it was before there were workers
+            if len(by_worker) != cluster.size:  # the leader takes it all
+                by_worker = [sum(by_worker), *[0] * cluster.size]
+            setattr(progress, name, by_worker[cluster.rank])
+        return progress
 
     def best_epoch(self):
         """Return the epoch with the best validation metric: the accuracy, or else the one that is reported last.
@@ -87,6 +104,9 @@ class Progress:
         values = [(row.get(name, math.nan), row["epoch"]) for row in self.history]
         finite = [(sign * value, -epoch) for value, epoch in values if not math.isnan(value)]
         return -max(finite)[1] if finite else self.epoch
+
+    def _sums(self):
+        return [float(self.loss_sum), int(self.correct)]
 
     def _count_seconds(self):
         if self._running_since is not None:

@@ -9,13 +9,16 @@ import re
 import sys
 import time
 
+from common import cluster
 from common.files import atomic_write
 
 _STARTED = time.time()
 
 
 def log(message):
-    """Print one line, at once."""
+    """Print one line, at once; of several workers only the leader does."""
+    if not cluster.leads():
+        return
     try:
         print(f"{message}\n", end="", flush=True)  # at once: a signal's line must not come into the middle
     except BrokenPipeError:  # nobody reads it any more, which is no reason to lose a training
@@ -84,7 +87,7 @@ class _Lines:
 
 def progress_bar(args, progress, total, batches=()):
     """Return a bar over the `total` batches of an epoch: tqdm's on a terminal, otherwise lines (`--log-steps`)."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not cluster.leads():
         return _Lines(args, progress, total, batches)
     from tqdm import tqdm
 

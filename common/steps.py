@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from common import cluster
+from common.errors import UserError
+
 
 def steps_per_epoch(num_samples, batch_size):
     """Return the number of batches in an epoch; no sample is left out."""
@@ -16,12 +19,16 @@ def steps_per_epoch(num_samples, batch_size):
 
 
 def batch_sizes(num_samples, batch_size):
-    """Return the number of samples in each batch of an epoch."""
-    return [len(part) for part in _split(np.arange(num_samples), batch_size)]
+    """Return the number of samples in this worker's share of each batch of an epoch."""
+    batches = _split(np.arange(num_samples), batch_size)
+    return [len(batch[cluster.share(len(batch))]) for batch in batches]
 
 
 def training_batches(images, labels, args, epoch, first_step=0):
-    """Yield an epoch's shuffled, augmented batches as numpy arrays, without reading those before `first_step`.
+    """Yield (images, labels, batch_size) for each step of an epoch, shuffled and augmented, from `first_step` on.
+
+    Of several workers each gets its share of every batch, as numpy arrays; `batch_size` is the whole batch's, and all
+    that is random is drawn for the whole batch, so that together they train on the same for any number of workers.
 
     Args:
         images: whatever gives (n, height, width, channels) for `images[indices]`, such as an array or a memory map.
@@ -30,44 +37,51 @@ def training_batches(images, labels, args, epoch, first_step=0):
     """
 
     def load(step, indices):
-        batch = images[indices]
+        share = cluster.share(len(indices))
+        batch = images[indices[share]]
         if args.augment:
-            batch = random_crop_flip(batch, _generator(args.seed, epoch, step + 1))
-        return batch, labels[indices]
+            draws = draw_crops_and_flips(images.shape, len(indices), _generator(args.seed, epoch, step + 1))
+            batch = crop_and_flip(batch, *(drawn[share] for drawn in draws))
+        return batch, labels[indices[share]], len(indices)
 
     order = _generator(args.seed, epoch, 0).permutation(len(labels))
     return _prefetch(load, _split(order, args.batch_size), args.workers, first_step)
 
 
 def validation_batches(images, labels, args):
-    """Yield all samples once, in order and unchanged, as batches like those of `training_batches`."""
+    """Yield (images, labels): all samples once, in order and unchanged; of several workers each gets its share."""
     order = np.arange(len(labels))
 
     def load(step, indices):
-        return images[indices], labels[indices]
+        mine = indices[cluster.share(len(indices))]
+        return images[mine], labels[mine]
 
     return _prefetch(load, _split(order, args.batch_size), args.workers)
 
 
-def random_crop_flip(images, generator):
-    """Shift each image by up to an eighth of its size, black moving in, and mirror every second one at random.
+def draw_crops_and_flips(shape, count, generator):
+    """Return what `crop_and_flip` takes for `count` images of shape (n, height, width, channels): 3 arrays (count,).
 
-    The crop-and-flip augmentation of "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385.
+    Each image is to be shifted by up to an eighth of its size, and every second one to be mirrored. The augmentation of
+    "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385.
     """
+    top, left = (generator.integers(0, 2 * _margin(size) + 1, count) for size in shape[1:3])
+    return top, left, generator.integers(0, 2, count).astype(bool)
+
+
+def crop_and_flip(images, top, left, flip):
+    """Return the images (n, height, width, channels) shifted, black moving in, and mirrored where `flip` says so."""
     count, height, width, _ = images.shape
-    pad = max(1, height // 8), max(1, width // 8)
-    padded = np.pad(images, ((0, 0), (pad[0], pad[0]), (pad[1], pad[1]), (0, 0)))
+    padded = np.pad(images, ((0, 0), (_margin(height),) * 2, (_margin(width),) * 2, (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
-    top, left = (generator.integers(0, 2 * size + 1, count) for size in pad)
     cropped = windows[np.arange(count), top, left].transpose(0, 2, 3, 1)
-    flip = generator.integers(0, 2, count).astype(bool)
     cropped[flip] = cropped[flip, :, ::-1]
     return np.ascontiguousarray(cropped)
 
 
 def step_seed(seed, step):
-    """Return the 32-bit seed of the framework's own randomness (dropout) in one training step."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    """Return the 32-bit seed of the framework's own randomness (dropout) in one training step of this worker."""
+    return int(np.random.SeedSequence((seed, step, cluster.rank)).generate_state(1)[0])
 
 
 def learning_rate(args, step, total_steps):
@@ -79,13 +93,23 @@ def learning_rate(args, step, total_steps):
     return args.learning_rate * factor
 
 
+def _margin(size):
+    return max(1, size // 8)
+
+
 def _generator(seed, epoch, stream):
     return np.random.default_rng((seed, epoch, stream))
 
 
 def _split(order, batch_size):
     # Even parts rather than a small rest: batch normalisation learns badly from a few samples, and nothing from one.
-    return np.array_split(order, steps_per_epoch(len(order), batch_size))
+    parts = np.array_split(order, steps_per_epoch(len(order), batch_size))
+    if len(parts[-1]) < cluster.size:
+        raise UserError(
+            f"{len(order)} samples in batches of --batch-size {batch_size} make batches of {len(parts[-1])}, but there "
+            f"are {cluster.size} workers: expected a sample for each; raise --batch-size or use fewer workers"
+        )
+    return parts
 
 
 def _prefetch(load, parts, workers, first_step=0):

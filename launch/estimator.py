@@ -39,6 +39,8 @@ def main(args):
     estimator_class, options = ESTIMATORS[args.what]
     if args.image_uri:  # any image with SageMaker's training toolkit
         estimator_class, options = Estimator, {"image_uri": args.image_uri}
+    if args.torchrun:
+        options = {**options, "distribution": {"torch_distributed": {"enabled": True}}}
     estimator = estimator_class(
         entry_point="train.py",
         source_dir=args.source_dir,  # its link to common/ is uploaded as real files

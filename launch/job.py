@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = ("pytorch", "tensorflow", "mxnet", "xgboost")
 CHECKPOINT_PATH = "/opt/ml/checkpoints"  # where the scripts keep them in a SageMaker container
 SET_BY_SAGEMAKER = ("train", "validation", "checkpoint-path", "model-dir", "output-data-dir", "hosts", "current-host")
+GPU_INSTANCE = r"ml\.[gp]\d.*"
 
 
 def make_parser(description, choices, instance_type):
@@ -92,8 +93,6 @@ def parse_script_args(description):
     """Return the flags of a launcher of our scripts; those behind `--` are checked by the script's own parser."""
     parser = make_parser(description, FRAMEWORKS, instance_type="ml.m5.xlarge")
     args = parse_args(parser)
-    if args.instance_count != 1:
-        parser.error(f"--instance-count {args.instance_count}: the scripts train on one machine")
     for name in args.hyperparameters:
         if name in SET_BY_SAGEMAKER:
             parser.error(f"--{name} cannot stand behind `--`: in the cloud SageMaker sets it")
@@ -101,6 +100,8 @@ def parse_script_args(description):
     script = flags.xgboost_flags() if args.what == "xgboost" else flags.image_flags(args.what)
     script.parse_args(args.script_flags)
     args.source_dir = str(ROOT / args.what)
+    # One process for each GPU; elsewhere the scripts find the other machines by themselves.
+    args.torchrun = args.what == "pytorch" and not args.image_uri and re.fullmatch(GPU_INSTANCE, args.instance_type)
     # SageMaker takes its own XGBoost image for an algorithm whose metrics are not ours to define, even when it runs a
     # script: https://github.com/aws/sagemaker-xgboost-container/issues/121. A copy in your own registry is free of it.
     fixed_metrics = args.what == "xgboost" and not args.image_uri

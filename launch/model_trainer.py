@@ -30,6 +30,7 @@ with errors.framework("version 3 of SageMaker's Python SDK", 'Install it with: p
     )
     from sagemaker.core.utils.exceptions import SageMakerCoreError
     from sagemaker.train import ModelTrainer
+    from sagemaker.train.distributed import Torchrun
 
 IMAGES = {
     "pytorch": {"version": "2.9.0", "py_version": "py312"},
@@ -56,6 +57,7 @@ def main(args):
     trainer = ModelTrainer(
         training_image=image_uri,
         source_code=SourceCode(source_dir=args.source_dir, entry_script="train.py"),
+        distributed=Torchrun() if args.torchrun else None,
         hyperparameters=args.hyperparameters,
         role=args.role,
         compute=Compute(

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from common import checkpoints, errors, files, flags, images, interruption, report, steps
+from common import checkpoints, cluster, errors, files, flags, images, interruption, report, script, steps
 from common.progress import Progress
 
 CHECKPOINT = "checkpoint-{}.params"  # the number of finished epochs; inside an epoch also that of its finished steps
@@ -39,6 +39,8 @@ with errors.framework("MXNet", "It exists for Linux on x86-64 and Python up to 3
     from mxnet.contrib import amp
     from mxnet.gluon import nn
 
+    import parameter_servers
+
 
 def choose_device(args):
     """Return the contexts to compute on; they change the speed, never which data or how many epochs."""
@@ -47,10 +49,12 @@ def choose_device(args):
         raise errors.UserError("--device cuda: MXNet finds no GPU here; use --device auto or cpu")
     if args.precision == "fp16" and not gpus:
         raise errors.UserError("--precision fp16: MXNet has it on GPUs only; use --precision bf16 or fp32")
-    report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision})")
+    workers = cluster.describe(args.batch_size, "samples of a batch")
+    report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision}){workers}")
     os.environ.setdefault("MXNET_ENFORCE_DETERMINISM", str(int(args.deterministic)))  # concerns GPUs
     if args.precision != "fp32":
         amp.init({"bf16": "bfloat16", "fp16": "float16"}[args.precision])
+    parameter_servers.start()
     return gpus or [mx.cpu()]
 
 
@@ -96,16 +100,13 @@ class Normalize(gluon.HybridBlock):
 
     def __init__(self, data, num_channels=None):
         super().__init__()
-        mean, deviation = data.channel_statistics()
-        self.repeats = num_channels // len(mean) if num_channels else 1  # grey is repeated for the zoo's networks
-        # Not get_constant(), which writes a memory address into the exported model.
-        for name, values in (("mean", mean), ("deviation", deviation)):
-            init = mx.init.Constant(values.reshape(1, -1, 1, 1))
+        for name, values in zip(("mean", "deviation"), data.channel_statistics()):
+            init = mx.init.Constant(np.resize(values, (1, num_channels or len(values), 1, 1)))  # repeats grey
+            # Not get_constant(), which writes a memory address into the exported model.
             setattr(self, name, self.params.get(name, shape=init.value.shape, init=init, grad_req="null"))
 
     def hybrid_forward(self, F, pixels, mean, deviation):
-        outputs = F.broadcast_div(F.broadcast_sub(F.cast(pixels, "float32"), mean), deviation)
-        return F.tile(outputs, (1, self.repeats, 1, 1))
+        return F.broadcast_div(F.broadcast_sub(F.cast(pixels, "float32"), mean), deviation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,14 +117,13 @@ class Normalize(gluon.HybridBlock):
 def save_checkpoint(args, data, model, optimizer, progress):
     """Write the training state, unless its file is there already; return the file's name."""
     path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
-    if path.exists():
+    described = progress.describe()  # by all workers
+    if path.exists() or not cluster.leads():
         return path.name
     mx.nd.waitall()  # with static memory the statistics of batch normalisation would be those of an earlier step
-    checkpoint = {
-        "scaler": vars(optimizer._amp_loss_scaler) if args.precision == "fp16" else {},
-        "progress": progress.describe(),
-        **checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx),
-    }
+    run = checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx)
+    scaler = vars(optimizer._amp_loss_scaler) if args.precision == "fp16" else {}
+    checkpoint = {"scaler": scaler, "progress": described, **run}
     # Not MXNet's own format, which does not notice a full disk, nor its save_states(): loading a pickle executes code.
     arrays = {f"model/{name}": parameter._reduce().asnumpy() for name, parameter in model.collect_params().items()}
     states = optimizer._updaters[0].states
@@ -138,16 +138,16 @@ def save_checkpoint(args, data, model, optimizer, progress):
 
 def load_checkpoint(args, data, model, optimizer):
     """Restore the newest checkpoint and return its Progress: that of a fresh start where there is none."""
+    run = checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx)
+    checkpoints.check_same_everywhere(run)
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return Progress()
     path, (arrays, checkpoint) = found
-    run = checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx)
     checkpoints.check_same_job(args, path, checkpoint, run)
-    progress = Progress(**checkpoint["progress"])
+    progress = Progress.restore(checkpoint["progress"])
     replay_draws(args, data, model, optimizer._contexts, progress)
     load_model(path, arrays, model)
-    optimizer._init_kvstore()
     for updater, device in zip(optimizer._updaters, optimizer._contexts):
         for name in [name for name in arrays if name.startswith("optimizer/")]:
             index, state = int(name.split("/")[1]), mx.nd.array(arrays[name], device, arrays[name].dtype)
@@ -169,10 +169,10 @@ def replay_draws(args, data, model, devices, progress):
     mx.nd.waitall()
 
 
-def read_checkpoint(path):
+def read_checkpoint(file):
     """Return what `save_checkpoint` has written: the arrays, and the dictionary; nothing in the file is executed."""
-    with np.load(files.read_zip(path), allow_pickle=False) as archive:
-        arrays = dict(archive)
+    files.check_zip(file)
+    arrays = dict(np.load(file, allow_pickle=False))
     return arrays, json.loads(str(arrays.pop("json")))
 
 
@@ -194,6 +194,7 @@ def train(args, data, model, devices):
     optimizer = gluon.Trainer(model.collect_params(), "sgd", settings, update_on_kvstore=False)
     if args.precision == "fp16":
         amp.init_trainer(optimizer)
+    parameter_servers.broadcast(model.collect_params())  # nobody begins with weights of his own
     progress = load_checkpoint(args, data, model, optimizer)
     report.log_start(progress, args.epochs)
     interruption.defer()
@@ -214,19 +215,21 @@ def train_epoch(args, data, model, devices, optimizer, progress):
     batches = steps.training_batches(data.train_images, data.train_labels, args, progress.epoch + 1, progress.step)
     progress.loss_sum = mx.np.array([progress.loss_sum])
     progress.start_clock()
-    for pixels, labels in report.progress_bar(args, progress, steps_per_epoch, batches):
+    for pixels, labels, batch_size in report.progress_bar(args, progress, steps_per_epoch, batches):
         interruption.check()
         step = progress.epoch * steps_per_epoch + progress.step
         if progress.step % SEED_STEPS == 0:
             mx.random.seed(steps.step_seed(args.seed, step))
         optimizer.set_learning_rate(steps.learning_rate(args, step, args.epochs * steps_per_epoch))
         with autograd.record():
-            losses, hits = forward(model, devices, pixels, labels)
+            losses, loss_sum, hits = forward(model, devices, pixels, labels)
             with amp.scale_loss(losses, optimizer) if args.precision == "fp16" else nullcontext(losses) as scaled:
                 autograd.backward(scaled)
-        optimizer.step(len(labels))
+        optimizer.allreduce_grads()  # over the devices of this worker; then over all workers
+        parameter_servers.add_up([weights.list_grad() for weights in optimizer._params if weights.grad_req != "null"])
+        optimizer.update(batch_size)
         progress.loss_sum.wait_to_read()  # MXNet computes in the background: let it lag by one step, not by an epoch
-        progress.count_step(len(labels), total(losses), total(hits))
+        progress.count_step(batch_size, loss_sum, hits)
         if progress.step < steps_per_epoch and progress.save_is_due(args, progress.step):
             save_checkpoint(args, data, model, optimizer, progress)
     return progress.training_metrics()
@@ -234,30 +237,28 @@ def train_epoch(args, data, model, devices, optimizer, progress):
 
 def evaluate(args, data, model, devices):
     """Return loss and accuracy over all validation samples, each counted once."""
+    mx.nd.waitall()  # as for a checkpoint
+    parameter_servers.broadcast(model.collect_params(".*running"))  # batch normalisation's statistics: the leader's
     loss_sum = correct = 0
     for pixels, labels in steps.validation_batches(data.validation_images, data.validation_labels, args):
         interruption.check()
-        losses, hits = forward(model, devices, pixels, labels)
-        loss_sum, correct = loss_sum + total(losses), correct + total(hits)
-    num_samples = len(data.validation_labels)
-    return {"loss": float(loss_sum) / num_samples, "accuracy": float(correct) / num_samples}
+        _, loss, hits = forward(model, devices, pixels, labels)
+        loss_sum, correct = loss_sum + loss, correct + hits
+    loss_sum, correct = cluster.total([float(loss_sum), int(correct)])
+    return {"loss": loss_sum / len(data.validation_labels), "accuracy": correct / len(data.validation_labels)}
 
 
 def forward(model, devices, pixels, labels):
-    """Return, for each device, the losses of its samples and which of them are predicted correctly."""
+    """Return the losses on each device, their sum, and the number of correct predictions."""
     devices = devices[: len(labels)]  # a small batch does not reach all of them
-    pixels = mx.nd.array(pixels.transpose(0, 3, 1, 2), dtype=pixels.dtype)
-    pixels = gluon.utils.split_and_load(pixels, devices, even_split=False)
-    labels = gluon.utils.split_and_load(mx.nd.array(labels), devices, even_split=False)
+    arrays = [mx.nd.array(pixels.transpose(0, 3, 1, 2), dtype=pixels.dtype), mx.nd.array(labels)]
+    pixels, labels = (gluon.utils.split_and_load(array, devices, even_split=False) for array in arrays)
     logits = [model(part).astype("float32") for part in pixels]
-    cross_entropy = gluon.loss.SoftmaxCrossEntropyLoss()
-    losses = [cross_entropy(part, wanted) for part, wanted in zip(logits, labels)]
-    return losses, [part.argmax(axis=1) == wanted for part, wanted in zip(logits, labels)]
-
-
-def total(parts):
-    """Return the sum over the arrays of all devices, on the CPU."""
-    return sum(part.sum().as_in_context(mx.cpu()) for part in parts).as_np_ndarray()  # the kind that float() takes
+    losses = [gluon.loss.SoftmaxCrossEntropyLoss()(part, wanted) for part, wanted in zip(logits, labels)]
+    with autograd.pause():  # what follows has no part in the gradients
+        hits = [part.argmax(axis=1) == wanted for part, wanted in zip(logits, labels)]
+        sums = [sum(part.sum().as_in_context(mx.cpu()) for part in parts) for parts in (losses, hits)]
+    return (losses, *(array.as_np_ndarray() for array in sums))  # the kind that float() takes
 
 
 def export_model(args, data, model, progress):
@@ -265,22 +266,21 @@ def export_model(args, data, model, progress):
     if args.keep_best:
         path, found = checkpoints.read_best_checkpoint(args, CHECKPOINT, progress.best_epoch(), read_checkpoint)
         load_model(path, found[0], model)
-    height, width, channels = data.image_shape
-    model(mx.nd.zeros((1, channels, height, width), ctx=model.collect_params().list_ctx()[0]))  # traces the network
-    shapes = [{"name": "data", "shape": [1, channels, height, width]}]
+    shape = (1, data.image_shape[2], *data.image_shape[:2])
+    model(mx.nd.zeros(shape, ctx=model.collect_params().list_ctx()[0]))  # traces the network
     try:
         with files.atomic_export(args.model_dir) as folder:
             model.export(str(folder / "model"), epoch=0)
             mx.nd.load(str(folder / "model-0000.params"))  # MXNet does not notice when the last bytes find no room
-            (folder / "model-shapes.json").write_text(json.dumps(shapes))
+            (folder / "model-shapes.json").write_text(json.dumps([{"name": "data", "shape": shape}]))
     except mx.base.MXNetError as error:
-        reason = str(error).splitlines()[-1]
-        raise errors.UserError(f"cannot write the model to --model-dir {args.model_dir}: {reason}") from error
+        raise errors.UserError(f"cannot write --model-dir {args.model_dir}: {str(error).splitlines()[-1]}") from error
     report.log(f"Model: {args.model_dir / 'model-symbol.json'} and model-0000.params")
 
 
 def main(args):
     """Train and write the model and its metrics."""
+    cluster.join(args)
     files.prepare_folders(args)
     checkpoints.prepare_folder(args.checkpoint_path, CHECKPOINT)
     mx.random.seed(args.seed)
@@ -291,9 +291,10 @@ def main(args):
     static = len(devices) == 1  # with several, batch normalisation would validate with stale statistics
     model.hybridize(static_alloc=static, static_shape=static)
     progress = train(args, data, model, devices)
-    export_model(args, data, model, progress)
-    report.write_results(args, progress, class_names=data.class_names)
+    if cluster.leads():
+        export_model(args, data, model, progress)
+        report.write_results(args, progress, class_names=data.class_names)
 
 
 if __name__ == "__main__":
-    errors.run(main, args)
+    script.run(main, args)

@@ -2,6 +2,7 @@
 
 Train:      python pytorch/train.py
 Resume:     python pytorch/train.py                (the same command: the newest checkpoint is found)
+Two GPUs:   torchrun --standalone --nproc-per-node 2 pytorch/train.py
 SageMaker:  PyTorch(entry_point="train.py", source_dir="pytorch", checkpoint_s3_uri="s3://...", ...)
 
 Reads class folders of images or arrays (--train, --validation); writes checkpoints (--checkpoint-path), the trained
@@ -10,8 +11,9 @@ model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flag
 
 import io
 import os
+import warnings
 
-from common import checkpoints, errors, files, flags, images, interruption, report, steps
+from common import checkpoints, cluster, errors, files, flags, images, interruption, report, script, steps
 from common.progress import Progress
 
 CHECKPOINT = "checkpoint-{}.pt"  # the number of finished epochs; inside an epoch also that of its finished steps
@@ -31,7 +33,7 @@ with errors.framework("PyTorch and torchvision", "Install them with: pip install
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has the same bits in each run only with it
     import torch
     import torchvision
-    from torch import nn
+    from torch import distributed, nn
 
 
 def choose_device(args):
@@ -39,11 +41,26 @@ def choose_device(args):
     available = torch.cuda.is_available() and args.num_gpus != 0
     if args.device == "cuda" and not available:
         raise errors.UserError("--device cuda: PyTorch finds no GPU here; use --device auto or cpu")
-    device = torch.device("cuda" if available and args.device != "cpu" else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's number of this process on this host
+    device = torch.device(f"cuda:{local_rank}" if available and args.device != "cpu" else "cpu")
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in debugging that costs time
-    report.log(f"Device: {device} ({args.precision})")
+    report.log(f"Device: {device} ({args.precision}){cluster.describe(args.batch_size, 'samples of a batch')}")
+    if cluster.size > 1:
+        connect_workers(device)
     return device
+
+
+def connect_workers(device):
+    """Start PyTorch's own engine, which sums gradients: NCCL between GPUs, else Gloo."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if os.environ.get("SM_NETWORK_INTERFACE_NAME"):
+            os.environ.setdefault(name, os.environ["SM_NETWORK_INTERFACE_NAME"])
+    store = distributed.TCPStore(cluster.address, 0, is_master=True) if cluster.leads() else None
+    port = cluster.gather(store and store.port)[0]
+    store = store or distributed.TCPStore(cluster.leader_address, port)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=cluster.rank, world_size=cluster.size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,13 +119,14 @@ class Normalize(nn.Module):
 def save_checkpoint(args, data, model, optimizer, scaler, progress):
     """Write the training state, unless its file is there already; return the file's name."""
     path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
-    if path.exists():
+    described = progress.describe()  # by all workers
+    if path.exists() or not cluster.leads():
         return path.name
     checkpoint = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        "progress": progress.describe(),
+        "progress": described,
         **describe_run(args, data, optimizer),
     }
     with files.atomic_write(path) as file:
@@ -131,11 +149,13 @@ def to_bytes(state):
 
 def load_checkpoint(args, data, model, optimizer, scaler):
     """Restore the newest checkpoint and return its Progress: that of a fresh start where there is none."""
+    run = describe_run(args, data, optimizer)
+    checkpoints.check_same_everywhere(run)
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return Progress()
     path, checkpoint = found
-    checkpoints.check_same_job(args, path, checkpoint, describe_run(args, data, optimizer))
+    checkpoints.check_same_job(args, path, checkpoint, run)
     with checkpoints.restoring(path):
         model.load_state_dict(checkpoint["model"])
         settings = optimizer.state_dict()["param_groups"]  # from the flags of this run
@@ -143,12 +163,13 @@ def load_checkpoint(args, data, model, optimizer, scaler):
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     report.log(f"Resuming training from {path.name}")
-    return Progress(**checkpoint["progress"])
+    return Progress.restore(checkpoint["progress"])
 
 
-def read_checkpoint(path):
+def read_checkpoint(file):
     """Return what `save_checkpoint` has written; nothing in the file is executed."""
-    checkpoint = torch.load(files.read_zip(path), map_location="cpu", weights_only=True)
+    files.check_zip(file)
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or "job" not in checkpoint:
         raise ValueError("it is not a checkpoint of this script")
     return checkpoint
@@ -165,12 +186,13 @@ def train(args, data, model, device):
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    network = distribute(data, model, device)
     progress = load_checkpoint(args, data, model, optimizer, scaler)
     report.log_start(progress, args.epochs)
     interruption.defer()
     try:
         while progress.epoch < args.epochs:
-            metrics = train_epoch(args, data, model, device, optimizer, scaler, progress)
+            metrics = train_epoch(args, data, model, network, device, optimizer, scaler, progress)
             progress.finish_epoch(metrics, evaluate(args, data, model, device))
             save_checkpoint(args, data, model, optimizer, scaler, progress)
     except interruption.Interrupted as interrupted:
@@ -179,7 +201,19 @@ def train(args, data, model, device):
     return progress
 
 
-def train_epoch(args, data, model, device, optimizer, scaler, progress):
+def distribute(data, model, device):
+    """Return the network to train with: the model itself, or around it what averages the gradients of all workers."""
+    if cluster.size == 1:
+        return model
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # costs nothing with so small a network
+    network = nn.parallel.DistributedDataParallel(model.eval())
+    # The first step decides on the order in which gradients are summed, which rounds: take it here, before any counts.
+    height, width, channels = data.image_shape
+    network(torch.zeros(1, channels, height, width, device=device)).sum().backward()
+    return network
+
+
+def train_epoch(args, data, model, network, device, optimizer, scaler, progress):
     """Train the rest of the epoch that `progress` is in; return the metrics of the whole epoch."""
     steps_per_epoch = steps.steps_per_epoch(len(data.train_labels), args.batch_size)
     batches = steps.training_batches(data.train_images, data.train_labels, args, progress.epoch + 1, progress.step)
@@ -187,18 +221,18 @@ def train_epoch(args, data, model, device, optimizer, scaler, progress):
     seed = torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed
     model.train()
     progress.start_clock()
-    for pixels, labels in report.progress_bar(args, progress, steps_per_epoch, batches):
+    for pixels, labels, batch_size in report.progress_bar(args, progress, steps_per_epoch, batches):
         interruption.check()
         step = progress.epoch * steps_per_epoch + progress.step
         seed(steps.step_seed(args.seed, step))
         for group in optimizer.param_groups:
             group["lr"] = steps.learning_rate(args, step, args.epochs * steps_per_epoch)
         optimizer.zero_grad()
-        loss, hits = forward(args, model, device, pixels, labels)
-        scaler.scale(loss / len(labels)).backward()
+        loss, hits = forward(args, network, device, pixels, labels)
+        scaler.scale(loss / batch_size * cluster.size).backward()  # the workers' gradients are averaged
         scaler.step(optimizer)
         scaler.update()
-        progress.count_step(len(labels), loss.detach(), hits)
+        progress.count_step(batch_size, loss.detach(), hits)
         if progress.step < steps_per_epoch and progress.save_is_due(args, progress.step):
             save_checkpoint(args, data, model, optimizer, scaler, progress)
     return progress.training_metrics()
@@ -208,13 +242,16 @@ def evaluate(args, data, model, device):
     """Return loss and accuracy over all validation samples, each counted once."""
     loss_sum = correct = 0
     model.eval()
+    for buffer in model.buffers() if cluster.size > 1 else ():  # of batch normalisation the leader's statistics count
+        distributed.broadcast(buffer, 0)
     with torch.no_grad():
         for pixels, labels in steps.validation_batches(data.validation_images, data.validation_labels, args):
             interruption.check()
             loss, hits = forward(args, model, device, pixels, labels)
             loss_sum, correct = loss_sum + loss, correct + hits
+    loss_sum, correct = cluster.total([float(loss_sum), int(correct)])
     num_samples = len(data.validation_labels)
-    return {"loss": float(loss_sum) / num_samples, "accuracy": float(correct) / num_samples}
+    return {"loss": loss_sum / num_samples, "accuracy": correct / num_samples}
 
 
 def forward(args, model, device, pixels, labels):
@@ -241,6 +278,7 @@ def export_model(args, data, model, progress):
 
 def main(args):
     """Train and write the model and its metrics."""
+    cluster.join(args)
     files.prepare_folders(args)
     checkpoints.prepare_folder(args.checkpoint_path, CHECKPOINT)
     torch.manual_seed(args.seed)
@@ -248,9 +286,10 @@ def main(args):
     data = load_data(args)
     model = build_model(args, data).to(device)
     progress = train(args, data, model, device)
-    export_model(args, data, model, progress)
-    report.write_results(args, progress, class_names=data.class_names)
+    if cluster.leads():
+        export_model(args, data, model, progress)
+        report.write_results(args, progress, class_names=data.class_names)
 
 
 if __name__ == "__main__":
-    errors.run(main, args)
+    script.run(main, args)

@@ -215,6 +215,8 @@ if __name__ == "__main__":
         signal.signal(ending, end)
     args = parse_args()
     try:
-        errors.run(main, args)
+        main(args)
+    except (errors.UserError, OSError) as error:
+        errors.fail(error)
     except (Boto3Error, BotoCoreError, ClientError) as error:
         errors.fail(f"S3 does not answer as it should: {error}")

@@ -11,11 +11,14 @@ model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flag
 import inspect
 import json
 import os
+import socket
 import tempfile
 import zipfile
 from pathlib import Path
 
-from common import checkpoints, errors, files, flags, images, interruption, report, steps
+import numpy as np
+
+from common import checkpoints, cluster, errors, files, flags, images, interruption, report, script, steps
 from common.progress import Progress
 
 CHECKPOINT = "checkpoint-{}.keras"  # the number of finished epochs; inside an epoch also that of its finished steps
@@ -44,13 +47,30 @@ def choose_device(args):
         raise errors.UserError("--device cuda: TensorFlow finds no GPU here; use --device auto or cpu")
     if args.precision == "fp16" and not gpus:
         raise errors.UserError("--precision fp16: TensorFlow has it on GPUs only; use --precision bf16 or fp32")
+    gpus = gpus[: max(1, args.batch_size // 2 // cluster.size)]  # each needs a sample, and a batch may be half full
     tf.config.set_visible_devices(gpus, "GPU")
     if args.deterministic:
         tf.config.experimental.enable_op_determinism()
-    report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision})")
+    workers = cluster.describe(args.batch_size, "samples of a batch")
+    report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision}){workers}")
     policies = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
     keras.mixed_precision.set_dtype_policy(policies[args.precision])
+    if cluster.size > 1:
+        return connect_workers(len(gpus))
     return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
+
+
+def connect_workers(num_gpus):
+    """Start TensorFlow's own engine, which sums gradients over all workers; each of them has `num_gpus` GPUs."""
+    with socket.create_server((cluster.address, 0)) as free:
+        workers, gpus = zip(*cluster.gather([f"{cluster.address}:{free.getsockname()[1]}", num_gpus]))
+    if len(set(gpus)) > 1:
+        raise errors.UserError(f"the workers have {gpus} GPUs, but TensorFlow needs equally many: use --num-gpus")
+    task = {"type": "worker", "index": cluster.rank}
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": task})
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    interruption.install()  # again: TensorFlow has taken over SIGTERM
+    return strategy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,13 +124,10 @@ def build_model(args, data):
 def save_checkpoint(args, data, model, progress):
     """Write the training state, unless its file is there already; return the file's name."""
     path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
-    if path.exists():
+    described = progress.describe()  # by all workers
+    if path.exists() or not cluster.leads():
         return path.name
-    checkpoint = {
-        # The rest of the .keras archive: the model, the optimizer and its loss scaler.
-        "progress": progress.describe(),
-        **describe_run(args, data, model),
-    }
+    checkpoint = {"progress": described, **describe_run(args, data, model)}  # Keras adds model and optimizer
     with files.atomic_write(path) as file, tempfile.TemporaryDirectory() as folder:
         archive = Path(folder, "model.keras")
         archive.symlink_to(Path(file.name).resolve())  # Keras takes no name with another ending
@@ -129,22 +146,27 @@ def describe_run(args, data, model):
 
 def load_checkpoint(args, data, model):
     """Restore the newest checkpoint and return its Progress: that of a fresh start where there is none."""
+    run = describe_run(args, data, model)
+    checkpoints.check_same_everywhere(run)
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return Progress()
     path, checkpoint = found
-    checkpoints.check_same_job(args, path, checkpoint, describe_run(args, data, model))
-    with checkpoints.restoring(path):
-        model.optimizer.build(model.trainable_variables)  # before that there is nothing to load its state into
+    checkpoints.check_same_job(args, path, checkpoint, run)
+    with checkpoints.restoring(path), tempfile.TemporaryDirectory() as folder:
+        if not cluster.leads():  # it came over the wire, and Keras takes no file in memory
+            path = Path(folder, path.name)
+            path.write_bytes(checkpoint["archive"])
         model.load_weights(path)  # the weights and the optimizer's state; nothing in the file is executed
     report.log(f"Resuming training from {path.name}")
-    return Progress(**checkpoint["progress"])
+    return Progress.restore(checkpoint["progress"])
 
 
-def read_checkpoint(path):
-    """Return what `save_checkpoint` has written beside the weights; nothing in the file is executed."""
-    with zipfile.ZipFile(files.read_zip(path)) as archive:
-        return json.loads(archive.read("checkpoint.json"))
+def read_checkpoint(file):
+    """Return what `save_checkpoint` has written beside the weights, and the archive; nothing in it is executed."""
+    files.check_zip(file)
+    with zipfile.ZipFile(file) as archive:
+        return {**json.loads(archive.read("checkpoint.json")), "archive": file.getvalue()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,22 +177,16 @@ def read_checkpoint(path):
 def train(args, data, model, strategy):
     """Train up to `--epochs` in total and return the Progress; a signal ends it after a step, with a checkpoint."""
     with strategy.scope():
-        optimizer = keras.optimizers.SGD(args.learning_rate, args.momentum, weight_decay=args.weight_decay or None)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        metrics = [keras.metrics.SparseCategoricalCrossentropy("cross_entropy", from_logits=True)]
-        metrics += [keras.metrics.SparseCategoricalAccuracy("accuracy")]
-        model.compile(optimizer, loss, metrics=metrics)
-        if strategy.num_replicas_in_sync > 1:
-            # Left to itself, Keras 3.15 fails where the first batch cannot be split evenly over the GPUs.
-            model._symbolic_build(data_batch=(data.train_images[:1], data.train_labels[:1]))
-            model._maybe_symbolic_build = lambda **_: None
+        model.compile(keras.optimizers.SGD(args.learning_rate, args.momentum, weight_decay=args.weight_decay or None))
+        model.optimizer.build(model.trainable_variables)  # before that there is nothing to load its state into
     progress = load_checkpoint(args, data, model)
+    training_step, validation_step = compile_steps(args, data, model, strategy)
     report.log_start(progress, args.epochs)
     interruption.defer()
     try:
         while progress.epoch < args.epochs:
-            averages = train_epoch(args, data, model, metrics, progress)
-            progress.finish_epoch(averages, evaluate(args, data, model))
+            metrics = train_epoch(args, data, model, training_step, progress)
+            progress.finish_epoch(metrics, evaluate(args, data, model, validation_step))
             save_checkpoint(args, data, model, progress)
     except interruption.Interrupted as interrupted:
         interrupted.saved = save_checkpoint(args, data, model, progress)
@@ -178,87 +194,74 @@ def train(args, data, model, strategy):
     return progress
 
 
-def train_epoch(args, data, model, metrics, progress):
+def train_epoch(args, data, model, training_step, progress):
     """Train the rest of the epoch that `progress` is in; return the metrics of the whole epoch."""
     steps_per_epoch = steps.steps_per_epoch(len(data.train_labels), args.batch_size)
-    epoch, first_step = progress.epoch, progress.step
-
-    def batches():
-        return steps.training_batches(data.train_images, data.train_labels, args, epoch + 1, first_step)
-
-    if first_step < steps_per_epoch:
-        steps_callback = Steps(args, data, metrics, progress, steps_per_epoch)
-        try:
-            model.fit(
-                make_dataset(data, batches),
-                initial_epoch=epoch,
-                epochs=epoch + 1,
-                steps_per_epoch=steps_per_epoch - first_step,
-                callbacks=[steps_callback],
-                shuffle=False,
-                verbose=0,
-            )
-        finally:
-            steps_callback.bar.close()
-            steps_callback.read_metrics()
+    batches = steps.training_batches(data.train_images, data.train_labels, args, progress.epoch + 1, progress.step)
+    progress.start_clock()
+    for pixels, labels, batch_size in report.progress_bar(args, progress, steps_per_epoch, batches):
+        interruption.check()
+        step = progress.epoch * steps_per_epoch + progress.step
+        learning_rate = steps.learning_rate(args, step, args.epochs * steps_per_epoch)
+        loss, hits = training_step(pixels, labels, batch_size, learning_rate, steps.step_seed(args.seed, step))
+        progress.count_step(batch_size, loss, hits)
+        if progress.step < steps_per_epoch and progress.save_is_due(args, progress.step):
+            save_checkpoint(args, data, model, progress)
     return progress.training_metrics()
 
 
-class Steps(keras.callbacks.Callback):
-    """Makes each step a function of (seed, step), and counts it; saves inside an epoch."""
-
-    def __init__(self, args, data, metrics, progress, steps_per_epoch):
-        super().__init__()
-        self.args, self.data, self.metrics, self.progress = args, data, metrics, progress
-        self.bar, self.steps_per_epoch = report.progress_bar(args, progress, steps_per_epoch), steps_per_epoch
-
-    def on_epoch_begin(self, epoch, logs=None):
-        for metric, total in zip(self.metrics, (self.progress.loss_sum, self.progress.correct)):
-            metric.total.assign(total)
-            metric.count.assign(self.progress.samples)
-        self.seed_states = seed_states(self.model)
-        self.progress.start_clock()
-
-    def on_train_batch_begin(self, batch, logs=None):
-        interruption.check()
-        step = self.progress.epoch * self.steps_per_epoch + self.progress.step
-        for state in self.seed_states:
-            state.assign([state[0], steps.step_seed(self.args.seed, step)])
-        total_steps = self.args.epochs * self.steps_per_epoch
-        self.model.optimizer.learning_rate = steps.learning_rate(self.args, step, total_steps)
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.progress.step += 1
-        self.bar.update()
-        if self.progress.step < self.steps_per_epoch and self.progress.save_is_due(self.args, self.progress.step):
-            self.read_metrics()
-            save_checkpoint(self.args, self.data, self.model, self.progress)
-
-    def read_metrics(self):
-        loss, accuracy = self.metrics
-        self.progress.loss_sum, self.progress.correct = float(loss.total), int(accuracy.total)
-        self.progress.samples = int(accuracy.count)
-
-
-def evaluate(args, data, model):
+def evaluate(args, data, model, validation_step):
     """Return loss and accuracy over all validation samples, each counted once."""
-    batches = make_dataset(data, lambda: steps.validation_batches(data.validation_images, data.validation_labels, args))
-    num_steps = steps.steps_per_epoch(len(data.validation_labels), args.batch_size)
-    stop = keras.callbacks.LambdaCallback(on_test_batch_begin=lambda batch, logs: interruption.check())
-    metrics = model.evaluate(batches, steps=num_steps, callbacks=[stop], verbose=0, return_dict=True)
-    return {"loss": metrics["cross_entropy"], "accuracy": metrics["accuracy"]}
+    for state in model.non_trainable_variables:  # of batch normalisation the leader's statistics count
+        state.assign(np.frombuffer(cluster.broadcast(state.numpy().tobytes()), state.dtype).reshape(state.shape))
+    loss_sum = correct = 0
+    for pixels, labels in steps.validation_batches(data.validation_images, data.validation_labels, args):
+        interruption.check()
+        loss, hits = validation_step(pixels, labels)
+        loss_sum, correct = loss_sum + loss, correct + hits
+    loss_sum, correct = cluster.total([float(loss_sum), int(correct)])
+    return {"loss": loss_sum / len(data.validation_labels), "accuracy": correct / len(data.validation_labels)}
 
 
-def seed_states(model):
-    """Return the variables that dropout draws from: two numbers each, the seed and a counter."""
-    return [variable for variable in model.variables if "seed_generator_state" in variable.path]
+def compile_steps(args, data, model, strategy):
+    """Return a training and a validation step of this worker: functions that return summed loss and number of hits."""
+    num_gpus = strategy.num_replicas_in_sync // cluster.size  # of this worker; each is a replica of the strategy
+    numbers = strategy.experimental_distribute_values_from_function(lambda gpu: gpu.replica_id_in_sync_group % num_gpus)
+    seed_states = [variable for variable in model.variables if "seed_generator_state" in variable.path]  # of dropout
 
+    def forward(gpu, pixels, labels, training=False):
+        if num_gpus > 1:
+            first, end = tf.size(labels) * gpu // num_gpus, tf.size(labels) * (gpu + 1) // num_gpus
+            with tf.device("CPU:0"):  # a GPU gets its part only
+                pixels, labels = pixels[first:end], labels[first:end]
+        logits = tf.cast(model(pixels, training=training), tf.float32)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        return tf.reduce_sum(losses), tf.math.count_nonzero(tf.argmax(logits, 1) == labels)
 
-def make_dataset(data, batches):
-    """Return the batches that the function `batches` yields as a `tf.data.Dataset`."""
-    image_spec = tf.TensorSpec([None, *data.image_shape], data.train_images.dtype)
-    label_spec = tf.TensorSpec([None], tf.int64)
-    return tf.data.Dataset.from_generator(batches, output_signature=(image_spec, label_spec)).prefetch(2)
+    def train_step(gpu, pixels, labels, batch_size, learning_rate, seed):
+        model.optimizer.learning_rate.assign(learning_rate)
+        for state in seed_states:
+            state.assign([state[0], seed + gpu * 2**20])  # a layer may draw several times in a step
+        with tf.GradientTape() as tape:
+            loss, hits = forward(gpu, pixels, labels, training=True)
+            layers_losses = sum(model.losses) / strategy.num_replicas_in_sync  # such as those of regularizers
+            scaled_loss = model.optimizer.scale_loss(loss / batch_size + layers_losses)
+        gradients = tape.gradient(scaled_loss, model.trainable_variables)
+        if args.precision == "fp16":  # an overflow on one replica makes all of them skip the step
+            overflow = tf.add_n([tf.reduce_sum(0 * gradient) for gradient in gradients])  # 0, or else not a number
+            overflow = tf.distribute.get_replica_context().all_reduce("SUM", overflow)
+            gradients = [gradient + overflow for gradient in gradients]
+        model.optimizer.apply(gradients, model.trainable_variables)  # adds them up over all replicas
+        return loss, hits
+
+    def compiled(step, *scalars):
+        def run(*inputs):
+            return [tf.add_n(strategy.experimental_local_results(x)) for x in strategy.run(step, (numbers, *inputs))]
+
+        batch = [tf.TensorSpec([None, *data.image_shape], data.train_images.dtype), tf.TensorSpec([None], tf.int64)]
+        return tf.function(run, [*batch, *(tf.TensorSpec([], dtype) for dtype in scalars)], autograph=False)
+
+    return compiled(train_step, tf.float32, tf.float32, tf.int64), compiled(forward)
 
 
 def export_model(args, data, model, progress):
@@ -267,7 +270,7 @@ def export_model(args, data, model, progress):
         path, _ = checkpoints.read_best_checkpoint(args, CHECKPOINT, progress.best_epoch(), read_checkpoint)
         with checkpoints.restoring(path):
             model.load_weights(path)
-    for state in seed_states(model):
+    for state in (variable for variable in model.variables if "seed_generator_state" in variable.path):
         state.assign([state[0], 0])  # what the last step left there is not part of the model
     try:
         with files.atomic_export(args.model_dir) as folder:
@@ -279,6 +282,7 @@ def export_model(args, data, model, progress):
 
 def main(args):
     """Train and write the model and its metrics."""
+    cluster.join(args)
     files.prepare_folders(args)
     checkpoints.prepare_folder(args.checkpoint_path, CHECKPOINT)
     keras.utils.set_random_seed(args.seed)
@@ -287,9 +291,10 @@ def main(args):
     with strategy.scope():
         model = build_model(args, data)
     progress = train(args, data, model, strategy)
-    export_model(args, data, model, progress)
-    report.write_results(args, progress, class_names=data.class_names)
+    if cluster.leads():
+        export_model(args, data, model, progress)
+        report.write_results(args, progress, class_names=data.class_names)
 
 
 if __name__ == "__main__":
-    errors.run(main, args)
+    script.run(main, args)

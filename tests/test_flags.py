@@ -78,6 +78,7 @@ def test_every_flag_with_a_hyphen_is_taken_with_underscores_and_values_keep_thei
                         "max_bin": "2",
                         "resume_anyway": "True",
                         "keep_best": "True",
+                        "external_memory": "True",
                         "hosts": '["a_b"]',
                     }
                     parser.parse_args(["--" + option[2:].replace("-", "_"), values.get(action.dest, "1")])
@@ -136,7 +137,7 @@ def test_an_s3_address_as_model_dir_is_logged_and_not_used(monkeypatch, capsys):
         (["--device", "tpu"], ["--device", "'tpu'", "cuda"]),
         (["--augment", "maybe"], ["--augment", "True or False", "'maybe'"]),
         (["--checkpoint-path", "s3://bucket/job"], ["--checkpoint-path", "a local folder", "s3://bucket/job"]),
-        (["--hosts", '["algo-1", "algo-2"]'], ["--hosts", "2 hosts", "instance_count=1"]),
+        (["--port", "65536"], ["--port", "from 0 to 65535", "'65536'"]),
         (["--hosts", "algo-1"], ["--hosts", "a JSON list", "'algo-1'"]),
         (["--hosts", "5"], ["--hosts", "a JSON list", "'5'"]),
         (["--seed", "4294967296"], ["--seed", "from 0 to 4294967295", "'4294967296'"]),

@@ -223,6 +223,21 @@ def test_several_machines_share_the_files_of_xgboost(launch):
 
 
 @pytest.mark.parametrize("launcher", OURS)
+@pytest.mark.parametrize(
+    ("framework", "instance", "torchrun"),
+    [("pytorch", "ml.g5.12xlarge", True), ("pytorch", "ml.m5.xlarge", False), ("mxnet", "ml.g5.xlarge", False)],
+)
+def test_several_machines_train_together(launch, launcher, framework, instance, torchrun):
+    """With GPUs PyTorch has a process for each, which torchrun starts; otherwise the scripts need no launcher."""
+    flags = ("--instance-count", "2", "--instance-type", instance)
+    request = printed_request(dry_run(launch, launcher, framework, *flags))
+    assert request["ResourceConfig"]["InstanceCount"] == 2
+    assert request["AlgorithmSpecification"]["ContainerEntrypoint"][3] == "forward-sigterm"
+    if launcher == "estimator":
+        assert request["HyperParameters"].get("sagemaker_torch_distributed_enabled") == ("true" if torchrun else None)
+
+
+@pytest.mark.parametrize("launcher", OURS)
 @pytest.mark.parametrize("framework", ["pytorch", "xgboost"])
 def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, launcher, framework):
     flags = ("--bucket", "my-bucket", "--spot", "--no-wait", *DATA)
@@ -272,6 +287,15 @@ def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, l
     assert len(os.listdir(tmp_path / "checkpoints")) == 1
 
 
+@pytest.mark.parametrize(("instance", "driver"), [("ml.g5.12xlarge", "torchrun_driver"), ("ml.m5.xlarge", "basic_sc")])
+def test_sdk_v3_is_told_of_torchrun_in_what_it_uploads(launch, aws, tmp_path, instance, driver):
+    flags = ("--bucket", "my-bucket", "--no-wait", "--instance-type", instance)
+    launch("model_trainer", *flags_of("model_trainer", "pytorch", *flags), **aws.variables)
+    channels = {channel["ChannelName"]: channel for channel in aws.requests[-1]["InputDataConfig"]}
+    aws.download(channels["sm_drivers"]["DataSource"]["S3DataSource"]["S3Uri"], tmp_path)
+    assert driver in (tmp_path / "sm_train.sh").read_text()
+
+
 @pytest.mark.parametrize("launcher", SDK)
 def test_a_second_job_goes_on_from_the_checkpoints_of_the_first(launch, aws, launcher):
     what = "xgboost"
@@ -313,7 +337,6 @@ def test_a_job_that_never_started_has_no_savings(capsys):
         (["--spot", "--max-run", "600", "--max-wait", "599"], "--max-wait 599 is less than --max-run 600"),
         (["--max-wait", "599"], "--max-wait is for Spot instances: add --spot"),
         (["--max-run", "0"], "argument --max-run: expected a whole number of at least 1, got '0'"),
-        (["--instance-count", "2"], "--instance-count 2: the scripts train on one machine"),
         (["--checkpoints", "/opt/ml"], "expected an address such as s3://bucket/folder/, got '/opt/ml'"),
         (["--checkpoints", "s3://abc/1", "--resume-from", "s3://abc/2"], "not allowed with argument --checkpoints"),
         (["--role", "SageMaker"], "expected the ARN of a role such as arn:aws:iam::123456789012:role/SageMaker"),

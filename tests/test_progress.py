@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 
+from common import cluster
 from common.progress import Progress
 
 
@@ -21,10 +22,24 @@ def test_what_a_checkpoint_keeps_is_plain_and_goes_on_with_the_same_numbers():
     progress.count_step(64, 1.25, 3)
     progress.count_step(60, 0.1, 4)
     described = json.loads(json.dumps(progress.describe()))
-    resumed = Progress(**described)
+    resumed = Progress.restore(described)
     assert (resumed.epoch, resumed.initial_epoch, resumed.step, resumed.samples) == (1, 1, 2, 124)
     assert (resumed.loss_sum, resumed.correct, resumed.history) == (1.25 + 0.1, 7, progress.history)
     assert resumed.training_metrics() == {"loss": 1.35 / 124, "accuracy": 7 / 124}
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, [0.75]), (2, [0.25, 0.5]), (3, [0.75, 0, 0])])
+def test_each_worker_goes_on_with_its_own_sums_and_none_is_lost_with_another_number(monkeypatch, size, expected):
+    described = Progress(step=2, samples=100, loss_sum=0.25, correct=60).describe()
+    described.update(loss_sum=[0.25, 0.5], correct=[60, 40])
+    monkeypatch.setattr(cluster, "size", size)
+    restored = []
+    for rank in range(size):
+        monkeypatch.setattr(cluster, "rank", rank)
+        restored.append(Progress.restore(described))
+    assert [progress.loss_sum for progress in restored] == expected
+    assert sum(progress.correct for progress in restored) == 100
+    assert {progress.samples for progress in restored} == {100}
 
 
 def test_the_seconds_of_an_epoch_are_those_of_its_steps_also_over_a_restart(monkeypatch):
@@ -38,7 +53,7 @@ def test_the_seconds_of_an_epoch_are_those_of_its_steps_also_over_a_restart(monk
     wait(50)  # the first batch is being made
     progress.start_clock()
     wait(3)
-    resumed = Progress(**progress.describe())
+    resumed = Progress.restore(progress.describe())
     wait(50)
     resumed.start_clock()
     wait(4)
@@ -54,7 +69,7 @@ def test_a_finished_epoch_is_logged_and_the_next_one_begins_at_zero(capsys):
     assert capsys.readouterr().out == line + "seconds=2.00 samples_per_second=500\n"
     described = progress.describe()
     assert [row["epoch"] for row in described.pop("history")] == [3]
-    empty = {"step": 0, "samples": 0, "correct": 0, "loss_sum": 0.0, "seconds": 0.0}
+    empty = {"step": 0, "samples": 0, "correct": [0], "loss_sum": [0.0], "seconds": 0.0}
     assert described == {"epoch": 3, **empty}
 
 

@@ -85,7 +85,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(clone):
         ["bash", "-c", script], cwd=clone, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 6
+    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 8
     assert "Resuming training from checkpoint-5.pt\nStarting training from epoch: 6\n" in finished.stdout
     assert finished.stdout.count('"EnableManagedSpotTraining": true') == 3
     assert finished.stdout.count("Managed Spot Training savings: 70.0%\n") == 2

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import steps
+from common import cluster, steps
+from common.errors import UserError
 
 
 def flags(**changes):
@@ -25,9 +26,10 @@ def numbered(count):
 def test_an_epoch_has_each_sample_once_in_batches_of_almost_equal_size(count, batch_size, workers, epoch):
     images, labels = numbered(count)
     batches = list(steps.training_batches(images, labels, flags(batch_size=batch_size, workers=workers), epoch))
-    assert sorted(np.concatenate([batch for _, batch in batches])) == list(range(count))
-    assert all((pixels[:, 0, 0, 0] == batch).all() for pixels, batch in batches)
-    sizes = [len(batch) for _, batch in batches]
+    assert sorted(np.concatenate([batch for _, batch, _ in batches])) == list(range(count))
+    assert all((pixels[:, 0, 0, 0] == batch).all() for pixels, batch, _ in batches)
+    sizes = [len(batch) for _, batch, _ in batches]
+    assert sizes == [batch_size for *_, batch_size in batches]
     assert len(batches) == steps.steps_per_epoch(count, batch_size)
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
@@ -38,7 +40,7 @@ def test_workers_change_nothing():
     for epoch in (1, 2):
         runs = [list(steps.training_batches(images, labels, flags(workers=n, augment=True), epoch)) for n in (0, 1, 4)]
         for other in runs[1:]:
-            for (images_a, labels_a), (images_b, labels_b) in zip(runs[0], other):
+            for (images_a, labels_a, _), (images_b, labels_b, _) in zip(runs[0], other):
                 np.testing.assert_array_equal(images_a, images_b)
                 np.testing.assert_array_equal(labels_a, labels_b)
 
@@ -47,7 +49,7 @@ class Counted:
     """Images that count how often each is read."""
 
     def __init__(self, images):
-        self.images, self.reads = images, np.zeros(len(images), int)
+        self.images, self.shape, self.reads = images, images.shape, np.zeros(len(images), int)
 
     def __getitem__(self, indices):
         self.reads[indices] += 1
@@ -59,22 +61,49 @@ def test_an_epoch_goes_on_from_any_step_without_reading_what_is_done(count, batc
     images, labels = numbered(count)
     args = flags(batch_size=batch_size, workers=workers, augment=True)
     whole = list(steps.training_batches(images, labels, args, 1))
-    assert [len(batch) for _, batch in whole] == steps.batch_sizes(count, batch_size)
+    assert [len(batch) for _, batch, _ in whole] == steps.batch_sizes(count, batch_size)
     first_step = data.draw(st.integers(0, len(whole)))
     counted = Counted(images)
     rest = list(steps.training_batches(counted, labels, args, 1, first_step))
     assert len(rest) == len(whole) - first_step
-    for (pixels, batch), (expected_pixels, expected) in zip(rest, whole[first_step:]):
+    for (pixels, batch, _), (expected_pixels, expected, _) in zip(rest, whole[first_step:]):
         np.testing.assert_array_equal(pixels, expected_pixels)
         np.testing.assert_array_equal(batch, expected)
-    assert counted.reads.sum() == sum(len(batch) for _, batch in rest)
+    assert counted.reads.sum() == sum(len(batch) for _, batch, _ in rest)
+
+
+@given(st.integers(20, 200), st.integers(10, 50), st.integers(1, 4), st.booleans())
+def test_the_shares_of_all_workers_are_the_batches_of_one(count, batch_size, size, augment):
+    images, labels = numbered(count)
+    args = flags(batch_size=batch_size, augment=augment)
+    alone = list(steps.training_batches(images, labels, args, 3))
+    validation = list(steps.validation_batches(images, labels, args))
+    parts, validation_parts = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "size", size)
+        for rank in range(size):
+            patch.setattr(cluster, "rank", rank)
+            parts.append(list(steps.training_batches(images, labels, args, 3)))
+            validation_parts.append(list(steps.validation_batches(images, labels, args)))
+            assert [len(batch) for _, batch, _ in parts[-1]] == steps.batch_sizes(count, batch_size)
+    for whole, shares in [*zip(alone, zip(*parts)), *zip(validation, zip(*validation_parts))]:
+        assert max(len(share[1]) for share in shares) - min(len(share[1]) for share in shares) <= 1
+        np.testing.assert_array_equal(np.concatenate([share[0] for share in shares]), whole[0])
+        np.testing.assert_array_equal(np.concatenate([share[1] for share in shares]), whole[1])
+        assert {share[2:] for share in shares} == {whole[2:]}
+
+
+def test_a_batch_without_a_sample_for_each_worker_is_refused(monkeypatch):
+    monkeypatch.setattr(cluster, "size", 4)
+    with pytest.raises(UserError, match="make batches of 3, but there are 4 workers"):
+        next(steps.training_batches(*numbered(7), flags(batch_size=4), 1))
 
 
 def test_each_epoch_and_each_seed_has_its_own_order():
     images, labels = numbered(100)
 
     def order(seed, epoch):
-        return tuple(np.concatenate([b for _, b in steps.training_batches(images, labels, flags(seed=seed), epoch)]))
+        return tuple(np.concatenate([b for _, b, _ in steps.training_batches(images, labels, flags(seed=seed), epoch)]))
 
     assert order(1, 1) == order(1, 1)
     assert len({order(seed, epoch) for seed in (1, 2, 3) for epoch in (1, 2, 3)}) == 9
@@ -101,7 +130,7 @@ def test_a_failure_in_a_worker_is_a_failure_of_the_run():
 def test_every_augmented_image_is_a_shifted_or_mirrored_copy():
     generator = np.random.default_rng(0)
     images = generator.integers(1, 255, (200, 16, 16, 3)).astype(np.uint8)
-    augmented = steps.random_crop_flip(images, generator)
+    augmented = steps.crop_and_flip(images, *steps.draw_crops_and_flips(images.shape, 200, generator))
     assert augmented.shape == images.shape
     assert augmented.dtype == images.dtype
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -129,7 +158,10 @@ def test_the_learning_rate_is_constant_or_falls_along_half_a_cosine():
     assert cosine[-1] > 0
 
 
-def test_step_seeds_differ():
-    seeds = {steps.step_seed(seed, step) for seed in range(3) for step in range(1000)}
-    assert len(seeds) == 3000
+def test_step_seeds_differ_also_between_workers(monkeypatch):
+    seeds = set()
+    for rank in range(3):
+        monkeypatch.setattr(cluster, "rank", rank)
+        seeds |= {steps.step_seed(seed, step) for seed in range(3) for step in range(1000)}
+    assert len(seeds) == 9000
     assert all(0 <= seed < 2**32 for seed in seeds)

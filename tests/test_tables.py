@@ -1,5 +1,13 @@
 """Reading CSV, LIBSVM and Parquet files, and one clear line for each mistake in them."""
 
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
 import numpy as np
 import pyarrow
 import pytest
@@ -7,8 +15,9 @@ from pyarrow import parquet
 from scipy import sparse
 from sklearn.datasets import dump_svmlight_file, load_digits
 
-from common import flags, tables
+from common import cluster, flags, tables
 from common.errors import UserError
+from conftest import ROOT, environment
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +159,105 @@ def test_validation_must_be_as_wide_as_the_training_data(tmp_path, rows):
         UserError, match=r"has 65 columns .* and .*validation/a.csv has 64 .*: expected the same in every file"
     ):
         load(train=tmp_path / "train", validation=tmp_path / "validation")
+
+
+def in_parts(table):
+    parts = [dense(tables.Table(*part)) for part in table.parts()]
+    return len(parts), np.concatenate(parts)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_on_the_disk_are_the_same_rows_as_in_memory(tmp_path, monkeypatch, rows, suffix, held_out):
+    monkeypatch.setattr(tables, "PART", 20_000)
+    monkeypatch.setattr(tables, "_temporary_folder", lambda: Path(tempfile.mkdtemp(dir=tmp_path)))
+    for index, part in enumerate(np.array_split(rows, 3)):
+        WRITERS[suffix](tmp_path / "train" / f"{index}.{suffix}", part[:, : None if suffix != "libsvm" else 65 - index])
+    WRITERS[suffix](tmp_path / "validation" / f"all.{suffix}", rows[:100])
+    folders = {"train": tmp_path / "train", "validation": None if held_out else tmp_path / "validation"}
+    memory, disk = load(**folders), load(**folders, external_memory=True)
+    for name in ("train", "validation"):
+        expected, table = getattr(memory, name), getattr(disk, name)
+        count, found = in_parts(table)
+        np.testing.assert_array_equal(found, dense(expected))
+        assert count > 3 or name == "validation"
+        assert table.features.shape == expected.features.shape
+        assert max(len(labels) for _, labels in table.parts()) < len(rows) / 6
+        np.testing.assert_array_equal(in_parts(table.rows(slice(1, None, 3)))[1], found[1::3])
+
+
+def test_the_digits_can_be_on_the_disk_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_temporary_folder", lambda: tmp_path)
+    np.testing.assert_array_equal(in_parts(load(external_memory=True).train)[1], dense(load().train))
+
+
+@pytest.mark.parametrize("external_memory", [False, True])
+def test_each_row_belongs_to_one_worker(tmp_path, monkeypatch, external_memory):
+    monkeypatch.setattr(tables, "_temporary_folder", lambda: tmp_path)
+    data = load(external_memory=external_memory)
+    shares = []
+    monkeypatch.setattr(cluster, "size", 4)
+    for rank in range(4):
+        monkeypatch.setattr(cluster, "rank", rank)
+        shares.append([in_parts(table)[1] for table in data.shares()])
+    for table, parts in zip(data, zip(*shares)):
+        together, whole = np.concatenate(parts), in_parts(table)[1]
+        np.testing.assert_array_equal(together[np.lexsort(together.T)], whole[np.lexsort(whole.T)])
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_fewer_rows_than_workers(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("0,1\n1,2\n" * 10)
+    monkeypatch.setattr(cluster, "size", 3)
+    with pytest.raises(UserError, match="2 training or validation rows are too few for 3 workers"):
+        load(train=tmp_path).shares()
+
+
+@pytest.mark.parametrize("line", ["1,2,3", "0," * 64 + "red"])
+def test_a_mistake_in_a_later_part_is_told_with_its_line(tmp_path, monkeypatch, rows, line):
+    monkeypatch.setattr(tables, "PART", 20_000)
+    write_csv(tmp_path / "a.csv", rows)
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write(f"\n\n{line}\n")
+    with pytest.raises(UserError, match=rf"a.csv, line {len(rows) + 3}: .*(got 3|'red')"):
+        load(train=tmp_path)
+
+
+def test_numbers_may_have_another_form_in_a_later_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "PART", 100)
+    (tmp_path / "a.csv").write_text("0,1\n" * 100 + "1,0.5\n1,\n1,1e3\n")
+    (tmp_path / "b.csv").write_text("0,\n" * 10)
+    features = load(train=tmp_path, validation=tmp_path).train.features
+    np.testing.assert_array_equal(features[99:, 0], [1, 0.5, np.nan, 1000, *[np.nan] * 10])
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_temporary_folder", lambda: tmp_path)
+    usage = tables.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(tables.shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
+    with pytest.raises(UserError, match=r"0 MB are left for XGBoost.* make room, or name another folder .* TMPDIR"):
+        load(external_memory=True)
+
+    def full(file, features):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"--external-memory: cannot write to .*: No space left on device"):
+        load(external_memory=True)
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "os._exit(3)", "os.kill(os.getpid(), 9)", "time.sleep(60)"])
+def test_nothing_is_left_of_it_however_the_process_ends(tmp_path, end):
+    code = f"import os, time; from common import tables; folder = tables._temporary_folder(); {{}}; {end or 'pass'}"
+    code = code.format("(folder / 'part').write_bytes(bytes(1000)); print(folder, flush=True)")
+    command = [sys.executable, "-c", code]
+    env = environment(TMPDIR=str(tmp_path))
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert Path(process.stdout.readline().decode().strip()).parent == tmp_path
+        if "sleep" in end:
+            os.killpg(process.pid, signal.SIGTERM)
+    for _ in range(0 if end in ("", "raise SystemExit(3)") else 100):
+        if not any(tmp_path.iterdir()):
+            break
+        time.sleep(0.05)
+    assert not any(tmp_path.iterdir())

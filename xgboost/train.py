@@ -8,11 +8,12 @@ An epoch is one boosting round. Reads CSV, LIBSVM or Parquet files (--train, --v
 (--checkpoint-path), the trained model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flags.
 """
 
+import contextlib
 import json
 import os
 import re
 
-from common import checkpoints, errors, files, flags, interruption, report, tables
+from common import checkpoints, cluster, errors, files, flags, interruption, report, script, tables
 from common.progress import Progress
 
 CHECKPOINT = "xgboost-checkpoint.{}"  # the last boosting round, counted from 0, as in SageMaker's own XGBoost container
@@ -31,6 +32,7 @@ with errors.framework("XGBoost", "Install it with: pip install xgboost"):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to the others
     import numpy as np
     import xgboost as xgb
+    from xgboost.tracker import RabitTracker
 
 
 def choose_device(args):
@@ -42,8 +44,26 @@ def choose_device(args):
         device = json.loads(probe.save_config())["learner"]["generic_param"]["device"].split(":")[0]
     if args.device == "cuda" and device != "cuda":
         raise errors.UserError("--device cuda: XGBoost finds no GPU here; use --device auto or cpu")
+    in_memory = not args.external_memory and (args.tree_method == "approx" or cluster.size == 1)
+    if args.tree_method not in ("auto", "hist") and not in_memory:
+        raise errors.UserError(f"--tree-method {args.tree_method} needs all rows in one memory here: use hist")
     report.log(f"Device: {device}")
     return device
+
+
+def connect_workers():
+    """Let XGBoost's own engine compute with the rows of all workers until what this returns is closed."""
+    stack = contextlib.ExitStack()
+    if cluster.size > 1:
+        tracker = RabitTracker(cluster.size, cluster.leader_address, sortby="task") if cluster.leads() else None
+        if tracker:
+            tracker.start()
+            stack.callback(tracker.wait_for)
+        address = cluster.gather(tracker and tracker.worker_args())[0]
+        # Its ranks follow the order of the names. Its patience is a week: cluster.py watches over the others.
+        names = {"dmlc_task_id": f"{cluster.rank:06d}", "dmlc_timeout": 7 * 24 * 3600}
+        stack.enter_context(xgb.collective.CommunicatorContext(**address, **names))
+    return stack
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,8 +107,7 @@ def build_model(args, data):
         model["num_class"] = num_classes
     if kind == "binary":
         model["scale_pos_weight"] = args.scale_pos_weight
-    metrics = {"multi": "mlogloss,merror", "binary": "logloss,error", "reg": "rmse"}
-    wanted = args.eval_metric or metrics.get(kind, "")
+    wanted = args.eval_metric or {"multi": "mlogloss,merror", "binary": "logloss,error", "reg": "rmse"}.get(kind, "")
     model["eval_metric"] = [metric.strip() for metric in wanted.split(",") if metric.strip()]
     described = " ".join(f"{key}={model[key]}" for key in ("objective", "num_class", "eval_metric") if key in model)
     report.log(f"Labels: {len(classes)} values from {classes[0]:g} to {classes[-1]:g}; {described}")
@@ -101,27 +120,20 @@ def build_model(args, data):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def describe_job(args, data, model):
-    """Return what a checkpoint must have in common with the run that resumes from it."""
-    return {
-        "--booster": args.booster,
-        "--objective": model["objective"],
-        "--seed": args.seed,
-        "number of classes": model.get("num_class", 0),
-        "number of columns": data.train.features.shape[1],
-        "number of training rows": data.train.features.shape[0],
-    }
+def describe_run(args, data, model):
+    """Return what the next run compares itself with."""
+    return checkpoints.describe_run(args, data.describe_job(args, model), xgb, args.nthread)
 
 
 def save_checkpoint(args, data, model, booster, progress):
     """Write the training state after the last boosting round, unless its file is there; return the file's name."""
     path = args.checkpoint_path / CHECKPOINT.format(progress.epoch - 1)
-    if path.exists():
+    described = progress.describe()  # by all workers
+    if path.exists() or not cluster.leads():
         return path.name
     checkpoint = {
-        # The rest of the file: the trees, the objective and its parameters.
-        "progress": progress.describe(),
-        **checkpoints.describe_run(args, describe_job(args, data, model), xgb, args.nthread),
+        "progress": described,  # beside the trees, the objective and its parameters
+        **describe_run(args, data, model),
         "sha256": files.NO_CHECKSUM,  # because a damaged file can crash XGBoost while it is read
     }
     booster.set_attr(checkpoint=json.dumps(checkpoint))
@@ -133,38 +145,36 @@ def save_checkpoint(args, data, model, booster, progress):
 
 def load_checkpoint(args, data, model):
     """Return the booster of the newest checkpoint and its Progress: None and that of a fresh start without one."""
+    run = describe_run(args, data, model)
+    checkpoints.check_same_everywhere(run)
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return None, Progress()
     path, (booster, checkpoint) = found
     learner = json.loads(booster.save_config())["learner"]
-    checkpoint["job"].update(
-        {
-            "--objective": learner["objective"]["name"],
-            "number of classes": int(learner["learner_model_param"]["num_class"]),
-            "number of columns": booster.num_features(),
-        }
-    )
-    job = {key: value for key, value in describe_job(args, data, model).items() if key in checkpoint["job"]}
-    checkpoints.check_same_job(args, path, checkpoint, checkpoints.describe_run(args, job, xgb, args.nthread))
+    checkpoint["job"]["--objective"] = learner["objective"]["name"]
+    checkpoint["job"]["number of classes"] = int(learner["learner_model_param"]["num_class"])
+    checkpoint["job"]["number of columns"] = booster.num_features()
+    run["job"] = {key: value for key, value in run["job"].items() if key in checkpoint["job"]}
+    checkpoints.check_same_job(args, path, checkpoint, run)
     sampling = min(args.subsample, args.colsample_bytree, args.colsample_bylevel, args.colsample_bynode) < 1
     if (sampling or args.booster == "dart") and tuple(map(int, xgb.__version__.split(".")[:2])) < (3, 4):
         report.log("Warning: before XGBoost 3.4 row and column samples and dropped trees are others after a restart")
     report.log(f"Resuming training from {path.name}")
-    return booster, Progress(**{**checkpoint["progress"], "epoch": booster.num_boosted_rounds()})
+    return booster, Progress.restore({**checkpoint["progress"], "epoch": booster.num_boosted_rounds()})
 
 
-def read_checkpoint(path):
+def read_checkpoint(file):
     """Return what `save_checkpoint` or SageMaker's own container has written: the booster, and the dictionary."""
-    content = path.read_bytes()
+    content = file.read()
     epoch = re.search(rb'"progress": {"epoch": (\d+),', content)
-    continued = epoch and int(epoch[1]) != int(path.suffix[1:]) + 1  # by a program that copied our attribute
+    continued = epoch and int(epoch[1]) != int(file.name.split(".")[-1]) + 1  # by a program that copied our attribute
     if b'"sha256": "' in content and not continued:
         files.check_seal(content)
     if not content.endswith(b"}"):
         raise ValueError("the file is cut off")
     booster = xgb.Booster(model_file=bytearray(content))
-    if CHECKPOINT.format(booster.num_boosted_rounds() - 1) != path.name:
+    if CHECKPOINT.format(booster.num_boosted_rounds() - 1) != file.name:
         raise ValueError(f"it holds {booster.num_boosted_rounds()} rounds, which its name denies")
     # The container's files have only what XGBoost itself has written.
     checkpoint = json.loads(booster.attr("checkpoint") or "{}")
@@ -180,12 +190,10 @@ class Rounds(xgb.callback.TrainingCallback):
     """Logs each boosting round, saves a checkpoint after it, and obeys a signal."""
 
     def __init__(self, args, data, model, progress):
-        super().__init__()
         self.args, self.data, self.model, self.progress = args, data, model, progress
 
     def before_iteration(self, model, epoch, evals_log):
         self.progress.start_clock()
-        return False
 
     def after_iteration(self, model, epoch, evals_log):
         args, progress = self.args, self.progress
@@ -197,10 +205,8 @@ class Rounds(xgb.callback.TrainingCallback):
             save_checkpoint(args, self.data, self.model, model, progress)
         try:
             interruption.check()
-        except interruption.Interrupted as interrupted:
-            interrupted.saved = save_checkpoint(args, self.data, self.model, model, progress)
-            raise
-        return False  # True would end the training
+        except interruption.Interrupted:
+            return True  # this ends the training
 
 
 def train(args, data, model, device):
@@ -211,36 +217,58 @@ def train(args, data, model, device):
         interruption.defer()
         return booster, progress
     try:
-        if args.tree_method in ("auto", "hist"):
-            options = {"max_bin": args.max_bin, "nthread": args.nthread or None}
-            training = xgb.QuantileDMatrix(*data.train, **options)
-            validation = xgb.QuantileDMatrix(*data.validation, **options, ref=training)
-        else:
-            training, validation = (xgb.DMatrix(*table, nthread=args.nthread or None) for table in data)
+        connection = connect_workers()
+        training, validation = build_matrices(args, data)
+        options = {"evals": [(training, "train"), (validation, "validation")], "verbose_eval": False}
+        options.update(callbacks=[Rounds(args, data, model, progress)], num_boost_round=args.epochs - progress.epoch)
         interruption.defer()
-        booster = xgb.train(
-            {**model, "device": device},
-            training,
-            num_boost_round=args.epochs - progress.epoch,
-            evals=[(training, "train"), (validation, "validation")],
-            xgb_model=booster,
-            callbacks=[Rounds(args, data, model, progress)],
-            verbose_eval=False,
-        )
+        booster = xgb.train({**model, "device": device}, training, xgb_model=booster, **options)
+        connection.close()  # not after an error: it waits for all workers
+        interruption.check()
+    except interruption.Interrupted as interrupted:
+        interrupted.saved = save_checkpoint(args, data, model, booster, progress)
+        raise
     except xgb.core.XGBoostError as error:
+        cluster.end_if_another_failed()
         reason = re.sub(r"^\[.*?\] \S+: ", "", str(error).splitlines()[0])  # without the place in XGBoost's source
         chosen = f"--objective {model['objective']} --eval-metric {','.join(model['eval_metric'])}"
         raise errors.UserError(f"XGBoost cannot train with {chosen} and this data: {reason}") from error
     return booster, progress
 
 
+class Batches(xgb.DataIter):
+    """Gives XGBoost a table part by part; what XGBoost makes of parts on the disk goes there too."""
+
+    def __init__(self, table):
+        super().__init__(cache_prefix=getattr(table.features, "cache", None))
+        self.table = table
+
+    def reset(self):
+        self.parts = self.table.parts()
+
+    def next(self, input_data):
+        for features, labels in self.parts:
+            input_data(data=features, label=labels)
+            return True
+        return False
+
+
+def build_matrices(args, data):
+    """Return what XGBoost makes of this worker's training and validation rows."""
+    train, validation = shares = data.shares()
+    options = {"nthread": args.nthread or None}
+    if args.tree_method not in ("auto", "hist"):
+        return [xgb.DMatrix(*table, **options) for table in shares]
+    matrix = xgb.ExtMemQuantileDMatrix if args.external_memory else xgb.QuantileDMatrix
+    training = matrix(Batches(train), max_bin=args.max_bin, **options)
+    return training, matrix(Batches(validation), max_bin=args.max_bin, ref=training, **options)
+
+
 def evaluate(metrics):
     """Return the newest value of each of XGBoost's metrics, under the names that all the scripts use."""
-    newest = {name: values[-1] for name, values in metrics.items()}
     names = {"logloss": "loss", "mlogloss": "loss", "error": "accuracy", "merror": "accuracy"}
-    return {
-        names.get(name, name): 1 - value if names.get(name) == "accuracy" else value for name, value in newest.items()
-    }
+    newest = {names.get(name, name): values[-1] for name, values in metrics.items()}
+    return {name: 1 - value if name == "accuracy" else value for name, value in newest.items()}
 
 
 def export_model(args, booster, progress):
@@ -255,15 +283,17 @@ def export_model(args, booster, progress):
 
 def main(args):
     """Train and write the model and its metrics."""
+    cluster.join(args)
     files.prepare_folders(args)
     checkpoints.prepare_folder(args.checkpoint_path, CHECKPOINT)
     device = choose_device(args)
     data = load_data(args)
     model = build_model(args, data)
     booster, progress = train(args, data, model, device)
-    export_model(args, booster, progress)
-    report.write_results(args, progress)
+    if cluster.leads():
+        export_model(args, booster, progress)
+        report.write_results(args, progress)
 
 
 if __name__ == "__main__":
-    errors.run(main, args)
+    script.run(main, args)
