@@ -45,22 +45,6 @@ HARMLESS = {
 }
 
 
-# Flags that may differ between the workers of a training.
-OWN = {
-    "--device",
-    "--num-gpus",
-    "--train",
-    "--validation",
-    "--checkpoint-path",
-    "--model-dir",
-    "--output-data-dir",
-    "--current-host",
-    "--join-seconds",
-    "--workers",
-    "--log-steps",
-}
-
-
 def name_of(pattern, progress):
     """Return the name of the checkpoint that holds this Progress: `checkpoint-3.pt`, or `checkpoint-3-117.pt`."""
     return pattern.format(f"{progress.epoch}-{progress.step}" if progress.step else progress.epoch)
@@ -153,18 +137,6 @@ def describe_run(args, job, framework, threads=None):
         },
         "flags": {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()},
     }
-
-
-def check_same_everywhere(run):
-    """Raise UserError where what `describe_run` has returned is another job on another worker."""
-    own = {**run["job"], **{flag: value for flag, value in run["flags"].items() if flag not in OWN}}
-    leaders = cluster.gather(own)[0]
-    different = [f"{key} is {own.get(key)} here" for key in leaders if own.get(key) != leaders[key]]
-    if different:
-        raise UserError(
-            f"{'; '.join(different)}, but not so on {cluster.names[0]}, which leads: all workers need the same flags, "
-            "and all of the data (in SageMaker, channels that are fully replicated)"
-        )
 
 
 def check_same_job(args, path, checkpoint, run):

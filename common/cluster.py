@@ -7,6 +7,7 @@ function returns at once.
 """
 
 import contextlib
+import errno
 import json
 import os
 import queue
@@ -19,7 +20,24 @@ import time
 from common.errors import UserError, tell_sagemaker
 
 PORT = 29400  # where the workers meet, at the leader's address
+AGAIN = "To resume, run the same command on all hosts again"
 SILENCE = 30  # seconds without an answer after which a machine counts as gone
+
+# Flags that may differ between the workers.
+OWN = {
+    "--device",
+    "--num-gpus",
+    "--train",
+    "--validation",
+    "--checkpoint-path",
+    "--model-dir",
+    "--output-data-dir",
+    "--hosts",
+    "--current-host",
+    "--join-seconds",
+    "--workers",
+    "--log-steps",
+}
 
 rank = 0  # of this worker; rank 0 leads
 size = 1  # number of workers: the world size
@@ -27,29 +45,36 @@ names = ["localhost"]  # of all workers, by rank
 address = leader_address = "127.0.0.1"  # of this worker and of the leader, as they see each other
 
 _peers = {}  # by rank: the leader has all others here, they only the leader
-_ending = threading.Lock()  # held by whoever ends this process, so that one reason is told, the first
+_ending = threading.Lock()  # held by the thread that ends this process, so that one reason is told, the first
 
 _HEADER = struct.Struct(">cQ")  # kind and length of a message
-_VALUE, _BYE, _FAILED = b"V", b"B", b"F"
+_VALUE, _BYE, _END = b"V", b"B", b"E"
 
 
 def join(args):
     """Find out which worker this is, and wait for all others; from then on the end of one is the end of all.
 
     The workers are those that torchrun has started, otherwise one on each of `--hosts`, ranked by their sorted names.
-    Raises UserError where someone is missing after `--join-seconds`, naming who.
+    Raises UserError where someone is missing after `--join-seconds`, naming who, or has other flags.
     """
     global rank, size, names, address, leader_address
-    rank, names, leader, port = _role(args)
+    rank, names, leader, port, local = _role(args)
     if len(names) == 1:
         return
     deadline = time.monotonic() + args.join_seconds
-    (_wait_for_workers if rank == 0 else _find_leader)(leader, port, args.join_seconds, deadline)
+    if rank == 0:
+        # On one machine alone nobody else needs to see the port.
+        _wait_for_workers(socket.gethostbyname(leader) if local else "", port, args.join_seconds, deadline)
+    else:
+        _find_leader(leader, port, args.join_seconds, deadline)
     connection = next(iter(_peers.values())).socket
     address = connection.getsockname()[0]
     leader_address = address if rank == 0 else connection.getpeername()[0]
     size = len(names)
-    gather(None)  # nobody begins before all are there
+    given = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()}
+    check_same({flag: value for flag, value in given.items() if flag not in OWN})  # nobody begins before all are there
+    if not leads():
+        print(f"Worker {rank + 1} of {size}, led by {names[0]}: the log is there", flush=True)
 
 
 def leads():
@@ -102,6 +127,17 @@ def broadcast(content=b""):
     return content
 
 
+def check_same(facts):
+    """Raise UserError where a dictionary of facts is not that of the leader."""
+    leaders = gather(facts)[0]
+    for name in leaders:
+        if facts.get(name) != leaders[name]:
+            raise UserError(
+                f"{name} is {facts.get(name)} here, but {leaders[name]} on {names[0]}, which leads: all workers need "
+                "the same flags, the same kind of device, and all of the data (SageMaker's FullyReplicated)"
+            )
+
+
 def leave():
     """Wait until everyone is done, so that whoever fails at the very end still fails all."""
     if size == 1:
@@ -115,9 +151,17 @@ def leave():
 
 
 def fail(reason):
-    """Tell the others why this worker ends; what they may say from now on does not matter any more."""
+    """Tell the others why this worker ends, so that they end too; it does not return where that has begun already."""
+    if _peers:
+        if not _ending.acquire(blocking=False):
+            threading.Event().wait()  # for the thread that ends this process
+        _send_end(1, f"error: {names[rank]} has failed: {reason}. {AGAIN}")
+
+
+def stop(code, reason):
+    """Tell the others that a signal ends this worker before the training, so that they end with the same exit code."""
     if _peers and _ending.acquire(blocking=False):
-        _send_all(_FAILED, f"{names[rank]} has failed: {reason}".encode())
+        _send_end(code, reason)
 
 
 def end_if_another_failed():
@@ -127,22 +171,31 @@ def end_if_another_failed():
 
 
 def _role(args):
-    """Return the rank of this worker, the names of all, and the leader's host and port."""
+    """Return this worker's rank, the names of all, the leader's host and port, and whether all are on this machine."""
     env = os.environ
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):  # what torchrun sets
         workers = [f"rank {number}" for number in range(int(env["WORLD_SIZE"]))]
-        return int(env["RANK"]), workers, env["MASTER_ADDR"], args.port or int(env["MASTER_PORT"]) + 1
+        leader, local = env["MASTER_ADDR"], env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+        return int(env["RANK"]), workers, leader, args.port or int(env["MASTER_PORT"]) + 1, local
     hosts = sorted(args.hosts)
     if len(set(hosts)) < len(hosts) or args.current_host not in hosts:
         raise UserError(
             f"--current-host {args.current_host}: expected one of --hosts, which are {', '.join(hosts)}, each once"
         )
-    return hosts.index(args.current_host), hosts, hosts[0], args.port or PORT
+    local = len(hosts) > 1 and all(_is_loopback(host) for host in hosts)
+    return hosts.index(args.current_host), hosts, hosts[0], args.port or PORT, local
 
 
-def _wait_for_workers(leader, port, seconds, deadline):
-    """Let all others connect to this worker, the leader."""
-    with _listen(leader, port, deadline) as server:
+def _is_loopback(host):
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return False
+
+
+def _wait_for_workers(host, port, seconds, deadline):
+    """Let all others connect to this worker, the leader, at an address of it or, where that is empty, at all."""
+    with _listen(host, port, deadline) as server:
         while len(_peers) < len(names) - 1:
             missing = [number for number in range(1, len(names)) if number not in _peers]
             server.settimeout(max(0.001, deadline - time.monotonic()))
@@ -156,16 +209,14 @@ def _wait_for_workers(leader, port, seconds, deadline):
             _admit(connection, missing)
 
 
-def _listen(leader, port, deadline):
+def _listen(host, port, deadline):
     """Return the leader's listening socket."""
-    with contextlib.suppress(OSError):
-        leader = socket.gethostbyname(leader)
-    host = leader if leader.startswith("127.") else ""  # on one machine alone nobody else needs to see the port
     while True:
         try:
             return socket.create_server((host, port))
-        except OSError as error:  # it may be that of an earlier run, which is ending
-            if time.monotonic() > deadline:
+        except OSError as error:
+            # The port may be that of an earlier run, which is ending.
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise UserError(
                     f"the workers cannot meet at port {port}: {error.strerror}. Pass another --port to all of them"
                 ) from error
@@ -175,17 +226,18 @@ def _listen(leader, port, deadline):
 def _admit(connection, missing):
     """Take whoever has connected as one of the missing workers, or send him away."""
     try:
-        connection.settimeout(10)
+        connection.settimeout(2)
         _, length = _HEADER.unpack(_read(connection, _HEADER.size))
-        hello = json.loads(_read(connection, min(length, 1 << 20)))
+        hello = json.loads(_read(connection, min(length, 1 << 16)))
         if hello["names"] == names and hello["rank"] in missing:
             _peers[hello["rank"]] = _Peer(hello["rank"], connection)
             _peers[hello["rank"]].send(_VALUE, b"")
             return
-        reason = f"{names[0]} waits for {', '.join(names[number] for number in missing)} of {', '.join(names)}"
-        connection.sendall(_HEADER.pack(_FAILED, len(reason)) + reason.encode())
-    except (OSError, EOFError, struct.error, ValueError, LookupError, TypeError):
-        pass  # not one of us
+        reason = f"error: {names[0]} waits for {', '.join(names[number] for number in missing)} of {', '.join(names)}"
+        content = json.dumps([1, reason]).encode()
+        connection.sendall(_HEADER.pack(_END, len(content)) + content)
+    except Exception:  # noqa: S110 - whatever a stranger sends, it must not end the training
+        pass
     connection.close()
 
 
@@ -194,6 +246,9 @@ def _find_leader(leader, port, seconds, deadline):
     while True:
         try:
             connection = socket.create_connection((leader, port), max(0.1, deadline - time.monotonic()))
+            if connection.getsockname() == connection.getpeername():  # so TCP does now and then where nobody listens
+                connection.close()
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
             _peers[0] = _Peer(0, connection)
             _peers[0].send(_VALUE, json.dumps({"rank": rank, "names": names}).encode())
             _peers[0].inbox.get(timeout=max(0.1, deadline - time.monotonic()))
@@ -227,11 +282,16 @@ class _Peer:
             connection.setsockopt(level, option, value)
         threading.Thread(target=self._read_all, daemon=True).start()
 
-    def send(self, kind, content):
-        """Send a message; where the other is gone, the thread that reads from it knows why, and ends this process."""
-        with self.lock, contextlib.suppress(OSError):
-            self.socket.sendall(_HEADER.pack(kind, len(content)))
-            self.socket.sendall(content)
+    def send(self, kind, content, patience=-1):
+        """Send a message, unless another is still being sent after `patience` seconds.
+
+        Where the other is gone, the thread that reads from it knows why, and ends this process.
+        """
+        if self.lock.acquire(timeout=patience):
+            with contextlib.suppress(OSError):
+                self.socket.sendall(_HEADER.pack(kind, len(content)))
+                self.socket.sendall(content)
+            self.lock.release()
 
     def _read_all(self):
         try:
@@ -239,13 +299,15 @@ class _Peer:
             while kind != _BYE:
                 kind, length = _HEADER.unpack(_read(self.socket, _HEADER.size))
                 content = _read(self.socket, length)
-                if kind == _FAILED:
-                    _end(content.decode())
+                if kind == _END:
+                    _end(*json.loads(content))
                 self.inbox.put(content)
-        except (OSError, EOFError) as error:
+        except BaseException as error:  # a thread that ends in silence would leave this process waiting for ever
             time.sleep(1)  # a signal that has ended the other may reach this process too, and then it is the reason
-            cause = f" ({error.strerror})" if isinstance(error, OSError) else ""
-            _end(f"{self.name} has ended without a word{cause}: see its log")
+            cause = f" ({error.strerror or error})" if isinstance(error, OSError) else ""
+            known = isinstance(error, (OSError, EOFError))
+            happened = f"has ended without a word{cause}: see its log" if known else f"cannot be understood: {error!r}"
+            _end(1, f"error: {self.name} {happened}. {AGAIN}")
 
 
 def _read(connection, length):
@@ -265,11 +327,18 @@ def _send_all(kind, content):
         peer.send(kind, content)
 
 
-def _end(reason):
-    """End this process, whatever its main thread is waiting for."""
+def _send_end(code, message):
+    content = json.dumps([code, message]).encode()
+    for peer in list(_peers.values()):
+        peer.send(_END, content, patience=1)  # whoever is not told sees the end of the connection
+
+
+def _end(code, message):
+    """End this process and the others, whatever its main thread is waiting for."""
     if _ending.acquire(blocking=False):
-        message = f"error: {reason}. To resume, run the same command on all hosts again"
-        tell_sagemaker(message)
-        print(message, file=sys.stderr, flush=True)
-        _send_all(_FAILED, reason.encode())
-        os._exit(1)
+        try:
+            _send_end(code, message)
+            tell_sagemaker(message)
+            print(message, file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)

@@ -200,7 +200,7 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
         default=0,
         help="port of the leader where the hosts meet; 0: 29400, or under torchrun the one after its own",
     )
-    add("--join-seconds", type=real(0), default=300, help="seconds to wait for the other hosts to start")
+    add("--join-seconds", type=real(0), default=600, help="seconds to wait for the other hosts to start")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,12 +4,14 @@ import contextlib
 import os
 import tempfile
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from common import cluster
 from common.errors import UserError
 from common.report import log
 
@@ -56,6 +58,15 @@ class Dataset(NamedTuple):
         deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
         return mean.astype(np.float32), np.where(deviation > 0, deviation, 1).astype(np.float32)
 
+    def describe_content(self):
+        """Return facts, as plain values, that are the same on all workers where all have the same data."""
+        facts = {"class names": self.class_names}
+        for name, images, labels in (("training", *self[:2]), ("validation", *self[2:4])):
+            facts[f"shape of the {name} images"] = list(images.shape)
+            facts[f"checksum of the {name} labels"] = zlib.crc32(np.ascontiguousarray(labels))
+            facts[f"checksum of the first {name} images"] = zlib.crc32(np.ascontiguousarray(images[:16]))
+        return facts
+
     def describe_job(self, args, optimizer):
         """Return what a checkpoint must have in common with the run that resumes from it."""
         return {
@@ -92,6 +103,10 @@ def load_images(args):
         data = Dataset(images, labels, *_read_validation(args, images.shape, class_names), class_names)
     num_images = len(data.train_labels) + len(data.validation_labels)
     megabytes = num_images * images[0].nbytes / 1e6
+    if len(data.validation_labels) < cluster.size:
+        raise UserError(
+            f"{len(data.validation_labels)} validation samples for {cluster.size} workers: expected one for each"
+        )
     log(
         f"Data: {len(data.train_labels)} training and {len(data.validation_labels)} validation images of shape "
         f"{data.image_shape}, {len(class_names)} classes, {megabytes:.1f} MB of {images.dtype} "

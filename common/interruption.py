@@ -35,8 +35,9 @@ def install():
 
 
 def defer():
-    """Let a signal wait from now on until `check` is called."""
+    """Let a signal wait from now on until `check` is called; all workers begin that together."""
     global _deferred
+    cluster.gather(None)
     _deferred = True
 
 
@@ -68,4 +69,5 @@ def _receive(number, frame):
         tell(f"{name} received: finishing the running step and saving")
     else:
         tell(str(Interrupted()))
+        cluster.stop(128 + number, str(Interrupted()))
         os._exit(128 + number)  # not an exception: a framework that is being imported might swallow it

@@ -17,9 +17,9 @@ def run(main, args):
         interruption.check()
         cluster.leave()
     except interruption.Interrupted as interrupted:
+        cluster.leave()  # after the leader has saved
         interruption.tell(str(interrupted))
         errors.tell_sagemaker(str(interrupted))
-        cluster.leave()
         sys.exit(interrupted.exit_code)
     except Exception as error:
         if not isinstance(error, errors.UserError):
@@ -29,7 +29,6 @@ def run(main, args):
             _fail(error)
         finally:
             if cluster.size > 1:  # do not wait for the threads of an engine that wait for the other workers
-                sys.stdout.flush()
                 os._exit(1)
 
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple, Tuple
 
@@ -68,6 +69,14 @@ class Dataset(NamedTuple):
 
     train: Table
     validation: Table
+
+    def describe_content(self):
+        """Return facts, as plain values, that are the same on all workers where all have the same data."""
+        facts = {}
+        for name, table in zip(("training", "validation"), self):
+            facts[f"shape of the {name} rows"] = [int(size) for size in table.features.shape]
+            facts[f"checksum of the {name} labels"] = zlib.crc32(np.ascontiguousarray(table.labels))
+        return facts
 
     def describe_job(self, args, model):
         """Return what a checkpoint must have in common with the run that resumes from it."""

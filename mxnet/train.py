@@ -138,12 +138,11 @@ def save_checkpoint(args, data, model, optimizer, progress):
 
 def load_checkpoint(args, data, model, optimizer):
     """Restore the newest checkpoint and return its Progress: that of a fresh start where there is none."""
-    run = checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx)
-    checkpoints.check_same_everywhere(run)
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return Progress()
     path, (arrays, checkpoint) = found
+    run = checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx)
     checkpoints.check_same_job(args, path, checkpoint, run)
     progress = Progress.restore(checkpoint["progress"])
     replay_draws(args, data, model, optimizer._contexts, progress)
@@ -286,6 +285,7 @@ def main(args):
     mx.random.seed(args.seed)
     devices = choose_device(args)
     data = load_data(args)
+    cluster.check_same(data.describe_content())
     model = build_model(args, data)
     model.collect_params().reset_ctx(devices)
     static = len(devices) == 1  # with several, batch normalisation would validate with stale statistics

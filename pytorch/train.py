@@ -43,6 +43,8 @@ def choose_device(args):
         raise errors.UserError("--device cuda: PyTorch finds no GPU here; use --device auto or cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's number of this process on this host
     device = torch.device(f"cuda:{local_rank}" if available and args.device != "cpu" else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # also the one whose random numbers are seeded
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in debugging that costs time
     report.log(f"Device: {device} ({args.precision}){cluster.describe(args.batch_size, 'samples of a batch')}")
@@ -53,6 +55,7 @@ def choose_device(args):
 
 def connect_workers(device):
     """Start PyTorch's own engine, which sums gradients: NCCL between GPUs, else Gloo."""
+    cluster.check_same({"device": device.type})
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if os.environ.get("SM_NETWORK_INTERFACE_NAME"):
             os.environ.setdefault(name, os.environ["SM_NETWORK_INTERFACE_NAME"])
@@ -149,13 +152,11 @@ def to_bytes(state):
 
 def load_checkpoint(args, data, model, optimizer, scaler):
     """Restore the newest checkpoint and return its Progress: that of a fresh start where there is none."""
-    run = describe_run(args, data, optimizer)
-    checkpoints.check_same_everywhere(run)
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return Progress()
     path, checkpoint = found
-    checkpoints.check_same_job(args, path, checkpoint, run)
+    checkpoints.check_same_job(args, path, checkpoint, describe_run(args, data, optimizer))
     with checkpoints.restoring(path):
         model.load_state_dict(checkpoint["model"])
         settings = optimizer.state_dict()["param_groups"]  # from the flags of this run
@@ -284,6 +285,7 @@ def main(args):
     torch.manual_seed(args.seed)
     device = choose_device(args)
     data = load_data(args)
+    cluster.check_same(data.describe_content())
     model = build_model(args, data).to(device)
     progress = train(args, data, model, device)
     if cluster.leads():

@@ -146,13 +146,11 @@ def describe_run(args, data, model):
 
 def load_checkpoint(args, data, model):
     """Restore the newest checkpoint and return its Progress: that of a fresh start where there is none."""
-    run = describe_run(args, data, model)
-    checkpoints.check_same_everywhere(run)
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return Progress()
     path, checkpoint = found
-    checkpoints.check_same_job(args, path, checkpoint, run)
+    checkpoints.check_same_job(args, path, checkpoint, describe_run(args, data, model))
     with checkpoints.restoring(path), tempfile.TemporaryDirectory() as folder:
         if not cluster.leads():  # it came over the wire, and Keras takes no file in memory
             path = Path(folder, path.name)
@@ -288,6 +286,7 @@ def main(args):
     keras.utils.set_random_seed(args.seed)
     strategy = choose_device(args)
     data = load_data(args)
+    cluster.check_same(data.describe_content())
     with strategy.scope():
         model = build_model(args, data)
     progress = train(args, data, model, strategy)

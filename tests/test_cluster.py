@@ -89,8 +89,9 @@ def train(framework, size, *flags, folder, script=None):
     """Train on so many workers to the end; return the leader's Result."""
     script = script or ROOT / framework / "train.py"
     results = Workers(script, size, *flags, folder=folder).finish()
-    for result in results[1:]:  # only the leader has something to say, and XGBoost itself
-        assert not re.sub(r"^\[.*\] Task \d+ got rank \d+\n", "", result.output)
+    for rank, result in enumerate(results[1:], start=1):  # the others have one line to say, and XGBoost another one
+        own = re.sub(r"^\[.*\] Task \d+ got rank \d+\n", "", result.output, flags=re.MULTILINE)
+        assert own == f"Worker {rank + 1} of {size}, led by 127.0.0.1: the log is there\n"
     return results[0]
 
 
@@ -176,19 +177,23 @@ PLAIN = {  # without dropout and batch normalisation, which see only their worke
 """,
 }
 RECORDING = '''
+    import signal
+
     import numpy as np
 
-
     class Recorded:
-        """The digits; writes down which of them are read for training."""
+        """The digits; writes down which of them are read for training, and interrupts it once."""
 
         def __init__(self, array):
-            self.array, self.shape, self.dtype = array, array.shape, array.dtype
+            self.array, self.shape, self.dtype, self.reads = array, array.shape, array.dtype, 0
 
         def __getitem__(self, key):
             if not isinstance(key, slice):
+                self.reads += 1
                 with open("indices", "a") as file:
                     file.write(" ".join(map(str, key)) + "\\n")
+                if self.reads == int(os.environ.get("INTERRUPT_AT", 0)) and not cluster.leads():
+                    os.kill(os.getpid(), signal.SIGTERM)
             return np.asarray(self.array[key])
 
     data = images.load_images(args)
@@ -271,14 +276,13 @@ def test_another_number_of_workers_continues_the_same_sequence_of_batches(image_
     script = own_copy(image_framework, tmp_path, load_data=RECORDING)
     flags = ["--epochs", 3, "--batch-size", 128, "--workers", 0]
     folder = tmp_path / "run"
-    workers = Workers(script, 2, *flags, folder=folder)
-    workers.wait_for("epoch=1 ")
-    workers.processes[1].send_signal(signal.SIGTERM)
-    workers.finish(143)
-    (epoch, step), _ = checkpoints.find_checkpoints(
-        folder / f"1/output/{image_framework}/checkpoints", CHECKPOINTS[image_framework]
-    )[0]
-    trained = [batches(folder / worker)[: epoch * STEPS + step] for worker in ("1", "2")]
+    Workers(script, 2, *flags, folder=folder, INTERRUPT_AT=str(STEPS + 6)).finish(143)
+    pattern = CHECKPOINTS[image_framework]
+    (position, _), *_ = checkpoints.find_checkpoints(folder / f"1/output/{image_framework}/checkpoints", pattern)
+    assert position == (1, 5)
+    trained = [batches(folder / worker) for worker in ("1", "2")]
+    assert {len(read) for read in trained} == {STEPS + 6}  # the last one was read, but not trained on
+    trained = [read[: STEPS + 5] for read in trained]
     for worker in ("1", "2"):
         (folder / worker / "indices").unlink()
     result = train(image_framework, 4, *flags, folder=folder, script=script)
@@ -291,6 +295,8 @@ def test_another_number_of_workers_continues_the_same_sequence_of_batches(image_
     for ours, theirs in zip(together, batches(alone / "1")):
         assert np.array_equal(ours, theirs)
     assert len(together) == 3 * STEPS
+    curves = [[float(row["train_loss"]) for row in history(path / "1", image_framework)] for path in (folder, alone)]
+    np.testing.assert_allclose(*curves, rtol=2e-3)
     for number in range(3):
         assert len(np.unique(np.concatenate(together[number * STEPS : (number + 1) * STEPS]))) == 1618
 
@@ -368,8 +374,8 @@ def test_who_is_missing_is_named(tmp_path):
     [
         (["--current-host", "127.0.0.9"], "--current-host 127.0.0.9: expected one of --hosts, which are 127.0.0.1, "),
         (["--train", "nowhere"], "--train nowhere is not a folder"),
-        (["--epochs", 3], "--epochs is 3 here, but not so on 127.0.0.1, which leads"),
-        (["--seed", 3], "--seed is 3 here, but not so on 127.0.0.1, which leads"),
+        (["--epochs", 3], "--epochs is 3 here, but "),
+        (["--seed", 3], "--seed is 3 here, but 42 on 127.0.0.1, which leads: all workers need the same flags"),
     ],
 )
 def test_when_one_worker_fails_all_end_with_its_reason(framework, tmp_path, flags, reason):
@@ -395,6 +401,53 @@ def test_when_one_worker_fails_all_end_with_its_reason(framework, tmp_path, flag
         assert reason in (folder / "failure").read_text()
 
 
+@pytest.mark.parametrize("framework", ["pytorch", "xgboost"])
+def test_all_workers_need_all_of_the_data(framework, tmp_path):
+    """Each has a part of the same size, as SageMaker's ShardedByS3Key would hand it out."""
+    generator = np.random.default_rng(0)
+    for part in ("1", "2"):
+        folder = tmp_path / part / "data"
+        folder.mkdir(parents=True)
+        labels = generator.integers(0, 3, 60)
+        if framework == "xgboost":
+            np.savetxt(folder / "part.csv", np.column_stack([labels, generator.normal(size=(60, 4))]), delimiter=",")
+        else:
+            np.savez(folder / "part.npz", x=generator.integers(0, 256, (60, 8, 8, 1)).astype(np.uint8), y=labels)
+    results = Workers(ROOT / framework / "train.py", 2, "--train", "data", folder=tmp_path).finish(1)
+    assert "labels is " in results[1].error_line
+    assert "all workers need the same flags, the same kind of device, and all of the data" in results[0].error_line
+
+
+def test_a_signal_before_the_training_ends_all_with_nothing_to_save(framework, tmp_path):
+    workers = Workers(ROOT / framework / "train.py", 2, folder=tmp_path)
+    workers.wait_for("Data: ")
+    workers.processes[1].send_signal(signal.SIGTERM)
+    for result in workers.finish(143, seconds=60):
+        assert "Interrupted: " in result.output + result.errors
+        assert "error: " not in result.errors
+    assert not list((tmp_path / "2").iterdir())
+
+
+def test_strangers_at_the_port_do_not_matter(tmp_path):
+    workers = Workers(ROOT / "xgboost/train.py", 1, folder=tmp_path)
+    workers.finish()
+    workers.hosts = ["127.0.0.1", "127.0.0.2"]
+    leader = workers.start("127.0.0.1")
+    port = int(workers.flags[-1])
+    for sent in (b"GET / HTTP/1.1\r\n\r\n", b"V" + bytes(8), b"V" + (60000).to_bytes(8, "big") + b"[" * 60000, b""):
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", port)) as connection:
+                    connection.sendall(sent)
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    workers.processes = [leader, workers.start("127.0.0.2")]
+    assert workers.finish()[0].output.count("epoch=") == 0  # it was trained above: nothing is left
+
+
 def test_there_must_be_a_sample_for_each_worker(image_framework, tmp_path):
     for result in Workers(ROOT / image_framework / "train.py", 2, "--batch-size", 1, folder=tmp_path).finish(1):
         assert "there are 2 workers: expected a sample for each; raise --batch-size or use fewer workers" in (
@@ -407,16 +460,8 @@ def test_there_must_be_a_sample_for_each_worker(image_framework, tmp_path):
 
 def test_torchrun_starts_the_same_training(tmp_path, whole):
     """Interrupted by SIGTERM, as a scheduler sends it to torchrun, and started again."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--master-port",
-        str(free_port()),
-        "--nproc-per-node",
-        "2",
-    ]
-    command += ["--master-addr", "127.0.0.1", str(ROOT / "pytorch/train.py"), *map(str, FLAGS)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(free_port()), str(ROOT / "pytorch/train.py"), *map(str, FLAGS)]
     folder = tmp_path / "1"
     folder.mkdir()
     options = {"cwd": folder, "env": worker_environment(), "stdout": subprocess.PIPE, "text": True}
@@ -430,7 +475,7 @@ def test_torchrun_starts_the_same_training(tmp_path, whole):
     saved = set(re.findall(r"Interrupted: saved (\S+), run the same command to resume", output))
     assert len(saved) == 1
     output = subprocess.run(command, stderr=subprocess.PIPE, check=True, **options).stdout
-    assert ", 2 workers: rank 0, rank 1\n" in output
+    assert ", 2 workers: rank 0, rank 1; each gets 64 of the 128 samples of a batch\n" in output
     assert f"Resuming training from {saved.pop()}\n" in output
     assert_same_bits(tmp_path, whole("pytorch", 2), "pytorch")
 

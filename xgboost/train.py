@@ -145,8 +145,6 @@ def save_checkpoint(args, data, model, booster, progress):
 
 def load_checkpoint(args, data, model):
     """Return the booster of the newest checkpoint and its Progress: None and that of a fresh start without one."""
-    run = describe_run(args, data, model)
-    checkpoints.check_same_everywhere(run)
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return None, Progress()
@@ -155,6 +153,7 @@ def load_checkpoint(args, data, model):
     checkpoint["job"]["--objective"] = learner["objective"]["name"]
     checkpoint["job"]["number of classes"] = int(learner["learner_model_param"]["num_class"])
     checkpoint["job"]["number of columns"] = booster.num_features()
+    run = describe_run(args, data, model)
     run["job"] = {key: value for key, value in run["job"].items() if key in checkpoint["job"]}
     checkpoints.check_same_job(args, path, checkpoint, run)
     sampling = min(args.subsample, args.colsample_bytree, args.colsample_bylevel, args.colsample_bynode) < 1
@@ -288,6 +287,7 @@ def main(args):
     checkpoints.prepare_folder(args.checkpoint_path, CHECKPOINT)
     device = choose_device(args)
     data = load_data(args)
+    cluster.check_same({"device": device, **data.describe_content()})
     model = build_model(args, data)
     booster, progress = train(args, data, model, device)
     if cluster.leads():
