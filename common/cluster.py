@@ -133,8 +133,8 @@ def check_same(facts):
     for name in leaders:
         if facts.get(name) != leaders[name]:
             raise UserError(
-                f"{name} is {facts.get(name)} here, but {leaders[name]} on {names[0]}, which leads: all workers need "
-                "the same flags, the same kind of device, and all of the data (SageMaker's FullyReplicated)"
+                f"{name} is {facts.get(name)!s:.100} here, but {leaders[name]!s:.100} on {names[0]}, which leads: "
+                "all workers need the same flags, the same kind of device, and all of the data (FullyReplicated)"
             )
 
 

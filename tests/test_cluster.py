@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,6 +19,7 @@ import pytest
 
 from common import checkpoints
 from conftest import CHECKPOINTS, ROOT, Result, checkpoint_name, environment
+from spot import compare
 from test_scripts import files, history, metrics, model_bytes, names
 
 FLAGS = ["--epochs", 4, "--batch-size", 128, "--augment"]
@@ -233,9 +235,11 @@ def test_the_loss_curves_of_one_two_and_four_workers_agree(framework, tmp_path):
 # Interruptions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_worker_is_killed_all_stop_and_a_restart_ends_with_the_same_bits(framework, tmp_path, whole, victim):
-    flags = [*flags_of(framework), *([] if framework == "xgboost" else ["--checkpoint-steps", 5])]
+@pytest.mark.parametrize(("victim", "often"), [(0, ["--checkpoint-steps", 5]), (1, ["--checkpoint-seconds", 0.02])])
+def test_when_one_worker_is_killed_all_stop_and_a_restart_ends_with_the_same_bits(
+    framework, tmp_path, whole, victim, often
+):
+    flags = [*flags_of(framework), *([] if framework == "xgboost" else often)]
     workers = Workers(ROOT / framework / "train.py", 2, *flags, folder=tmp_path)
     workers.wait_for("epoch=2 ")
     workers.processes[victim].kill()
@@ -269,6 +273,20 @@ def test_after_sigterm_all_save_at_the_same_step_and_a_restart_ends_with_the_sam
     assert f"Resuming training from {saved}\n" in result.output
     assert "Warning" not in result.output
     assert_same_bits(tmp_path, whole(framework, size), framework)
+
+
+def test_a_signal_during_the_validation_and_a_run_with_nothing_left(image_framework, tmp_path):
+    script = own_copy(image_framework, tmp_path, load_data=RECORDING.replace("train_images", "validation_images"))
+    flags = ["--epochs", 2, "--batch-size", 128, "--workers", 0]
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    results = Workers(script, 2, *flags, folder=run, INTERRUPT_AT="1").finish(143)
+    assert f"Interrupted: saved checkpoint-0-{STEPS}." in results[0].output
+    assert train(image_framework, 2, *flags, folder=run, script=script).epochs == [1, 2]
+    assert "Nothing left to train" in train(image_framework, 2, *flags, folder=run, script=script).output
+    train(image_framework, 2, *flags, folder=unbroken, script=script)
+    assert history(run / "1", image_framework) == history(unbroken / "1", image_framework)
+    models = [compare.read_model(folder / "1/output" / image_framework / "model") for folder in (run, unbroken)]
+    assert models[0] == models[1]
 
 
 def test_another_number_of_workers_continues_the_same_sequence_of_batches(image_framework, tmp_path):
@@ -478,6 +496,35 @@ def test_torchrun_starts_the_same_training(tmp_path, whole):
     assert ", 2 workers: rank 0, rank 1; each gets 64 of the 128 samples of a batch\n" in output
     assert f"Resuming training from {saved.pop()}\n" in output
     assert_same_bits(tmp_path, whole("pytorch", 2), "pytorch")
+
+
+def test_sagemakers_toolkit_starts_the_same_training(tmp_path, whole):
+    """Two containers of one job, as `train` of sagemaker-training finds them laid out by the service."""
+    hosts, port = ["127.0.0.1", "127.0.0.2"], free_port()
+    flags = {"epochs": 4, "batch-size": 128, "augment": True, "port": port}
+    program = {"sagemaker_program": "train.py", "sagemaker_submit_directory": str(ROOT / "pytorch")}
+    documents = {
+        "hyperparameters.json": {name: json.dumps(value) for name, value in {**program, **flags}.items()},
+        "inputdataconfig.json": {},
+    }
+    processes = []
+    for host in hosts:
+        base = tmp_path / host
+        for name in ("model", "output/data", "checkpoints", "input/config", "input/data", "code"):
+            (base / name).mkdir(parents=True)
+        resources = {"current_host": host, "hosts": hosts, "network_interface_name": "lo"}
+        for name, document in {**documents, "resourceconfig.json": resources}.items():
+            (base / "input/config" / name).write_text(json.dumps(document))
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = {**worker_environment(), "SAGEMAKER_BASE_DIR": str(base), "PATH": path}
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(["train"], cwd=base, env=env, **output))
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert compare.read_model(tmp_path / hosts[0] / "model") == model_bytes(whole("pytorch", 2) / "1", "pytorch")
+    assert len(os.listdir(tmp_path / hosts[0] / "checkpoints")) == 4
+    for folder in ("checkpoints", "model", "output/data"):
+        assert not os.listdir(tmp_path / hosts[1] / folder)
 
 
 @pytest.fixture
