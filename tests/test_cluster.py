@@ -377,9 +377,9 @@ def test_who_is_missing_is_named(tmp_path):
     workers.finish()
     hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"]
     workers.hosts = hosts
-    workers.processes = [workers.start(host, ["--join-seconds", 4]) for host in (hosts[0], hosts[2])]
-    results = workers.finish(1, seconds=30)
-    reason = "waited 4 seconds for 127.0.0.2, 127.0.0.4: only 2 of 4 workers are here"
+    workers.processes = [workers.start(host, ["--join-seconds", 12]) for host in (hosts[0], hosts[2])]
+    results = workers.finish(1, seconds=60)
+    reason = "waited 12 seconds for 127.0.0.2, 127.0.0.4: only 2 of 4 workers are here"
     assert results[0].error_line.startswith(f"error: {reason}")
     assert results[1].error_line.startswith(f"error: 127.0.0.1 has failed: {reason}")
     workers.processes = [workers.start("127.0.0.2", ["--join-seconds", 1])]

@@ -179,9 +179,9 @@ def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
 # The simulator --------------------------------------------------------------------------------------------------------
 
 JOBS = {  # when to interrupt, and a training that is long enough for it
-    "pytorch": ("6s,upload,upload", ["--epochs", "16", "--batch-size", "16", "--augment"]),
-    "tensorflow": ("9s,upload,upload", ["--epochs", "10", "--batch-size", "16", "--augment"]),
-    "mxnet": ("5s,upload,upload", ["--epochs", "16", "--batch-size", "16", "--augment"]),
+    "pytorch": ("6s,upload,upload", ["--epochs", "20", "--batch-size", "16", "--augment"]),
+    "tensorflow": ("9s,upload,upload", ["--epochs", "16", "--batch-size", "16", "--augment"]),
+    "mxnet": ("5s,upload,upload", ["--epochs", "28", "--batch-size", "16", "--augment"]),
     "xgboost": ("3s,upload,upload", ["--num-round", "1000", "--subsample", "0.7", "--checkpoint-steps", "25"]),
 }
 
