@@ -20,28 +20,16 @@ DAMAGED = ".damaged"
 
 _restored = set()  # names of the checkpoints that SageMaker has copied from S3 before the start
 
-# Flags that do not change what is learned.
-HARMLESS = {
+# Flags that do not change what is learned: those that may differ between workers, and these.
+HARMLESS = cluster.OWN | {
     "--epochs",
-    "--device",
-    "--num-gpus",
-    "--train",
-    "--validation",
-    "--checkpoint-path",
     "--checkpoint-seconds",
     "--checkpoint-steps",
     "--keep-checkpoints",
     "--keep-best",
-    "--log-steps",
     "--resume-anyway",
-    "--model-dir",
-    "--output-data-dir",
-    "--hosts",
-    "--current-host",
     "--port",
-    "--join-seconds",
     "--external-memory",
-    "--workers",
 }
 
 

@@ -101,12 +101,12 @@ def load_images(args):
         data = Dataset(Rows(images, kept), labels[kept], Rows(images, held_out), labels[held_out], class_names)
     else:
         data = Dataset(images, labels, *_read_validation(args, images.shape, class_names), class_names)
-    num_images = len(data.train_labels) + len(data.validation_labels)
-    megabytes = num_images * images[0].nbytes / 1e6
     if len(data.validation_labels) < cluster.size:
         raise UserError(
             f"{len(data.validation_labels)} validation samples for {cluster.size} workers: expected one for each"
         )
+    num_images = len(data.train_labels) + len(data.validation_labels)
+    megabytes = num_images * images[0].nbytes / 1e6
     log(
         f"Data: {len(data.train_labels)} training and {len(data.validation_labels)} validation images of shape "
         f"{data.image_shape}, {len(class_names)} classes, {megabytes:.1f} MB of {images.dtype} "

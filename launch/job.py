@@ -101,7 +101,8 @@ def parse_script_args(description):
     script.parse_args(args.script_flags)
     args.source_dir = str(ROOT / args.what)
     # One process for each GPU; elsewhere the scripts find the other machines by themselves.
-    args.torchrun = args.what == "pytorch" and not args.image_uri and re.fullmatch(GPU_INSTANCE, args.instance_type)
+    on_gpus = bool(re.fullmatch(GPU_INSTANCE, args.instance_type))
+    args.torchrun = on_gpus and args.what == "pytorch" and not args.image_uri
     # SageMaker takes its own XGBoost image for an algorithm whose metrics are not ours to define, even when it runs a
     # script: https://github.com/aws/sagemaker-xgboost-container/issues/121. A copy in your own registry is free of it.
     fixed_metrics = args.what == "xgboost" and not args.image_uri
