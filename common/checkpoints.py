@@ -6,18 +6,20 @@ finished epochs, and for a checkpoint inside an epoch a hyphen and the number of
 
 import contextlib
 import fcntl
-import io
+import functools
 import os
 import re
+import tempfile
 from pathlib import Path
 
-from common import cluster
+from common import cluster, saving
 from common.errors import UserError
 from common.files import TEMPORARY
 from common.report import log
 
 DAMAGED = ".damaged"
 
+_received = []  # the temporary folder with the leader's checkpoint
 _restored = set()  # names of the checkpoints that SageMaker has copied from S3 before the start
 
 # Flags that do not change what is learned: those that may differ between workers, and these.
@@ -41,16 +43,18 @@ def name_of(pattern, progress):
 def find_checkpoints(folder, pattern):
     """Return the checkpoints in `folder` as a list of ((epoch, step), path), the newest first, found by name alone."""
     name = re.compile(re.escape(pattern).replace(r"\{\}", "(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?"))
-    matches = ((name.fullmatch(path.name), path) for path in Path(folder).iterdir() if path.is_file())
-    found = (((int(match[1]), int(match[2] or 0)), path) for match, path in matches if match)
-    return sorted(found, reverse=True)
+    with os.scandir(folder) as entries:
+        matches = [(name.fullmatch(entry.name), entry) for entry in entries]
+    found = [((int(match[1]), int(match[2] or 0)), entry) for match, entry in matches if match and entry.is_file()]
+    found.sort(key=lambda pair: pair[0], reverse=True)
+    return [(position, Path(entry.path)) for position, entry in found]
 
 
 def read_newest_checkpoint(folder, pattern, read):
     """Return (path, `read(file)`) of the newest checkpoint that can be read; None where there is none.
 
-    Of several workers the leader chooses, from its folder, and the others get the file from it. `read` takes a binary
-    file in memory with a `name`. Damaged checkpoints that are newer are kept for inspection under another name, so that
+    Of several workers the leader chooses, from its folder, and the others get a copy of the file from it. `read` takes
+    a binary file. Damaged checkpoints that are newer are kept for inspection under another name, so that
     they never count again. Raises UserError when there are checkpoints but not one can be read: to start over in
     silence would lose them.
     """
@@ -59,29 +63,38 @@ def read_newest_checkpoint(folder, pattern, read):
     if max(newest) > newest[0]:
         holder = cluster.names[newest.index(max(newest))]
         log(f"Warning: {holder} has {max(newest)[2]}, but {cluster.names[0]} leads and has {newest[0][2] or 'nothing'}")
-    path, content, checkpoint = _read_first(folder, found, read) if cluster.leads() else (None, b"", None)
-    name, content = cluster.broadcast(path.name.encode() if path else b"").decode(), cluster.broadcast(content)
+    path, checkpoint = _read_first(folder, found, read) if cluster.leads() else (None, None)
+    name = cluster.broadcast(path.name.encode() if path else b"").decode()
     if not name:
         return None
-    return Path(folder, name), (checkpoint if cluster.leads() else read(_in_memory(content, name)))
+    if cluster.size > 1:
+        content = cluster.broadcast(path.read_bytes() if path else b"")
+        if not cluster.leads():
+            _received.append(tempfile.TemporaryDirectory())
+            path = Path(_received[-1].name, name)
+            path.write_bytes(content)
+            checkpoint = _read(path, read)
+    return path, checkpoint
+
+
+def _read(path, read):
+    with open(path, "rb") as file:
+        if not file.read(1):
+            raise ValueError("the file is empty")
+        file.seek(0)
+        return read(file)
 
 
 def _read_first(folder, found, read):
-    """Return path, content and `read(file)` of the first of the checkpoints `found` that can be read."""
+    """Return path and `read(file)` of the first of the checkpoints `found` that can be read."""
     damaged = []
     for _, path in found:
         try:
-            content = path.read_bytes()
-        except (OSError, MemoryError) as error:  # this says nothing about the file: it may be whole
-            reason = "not enough memory" if isinstance(error, MemoryError) else error.strerror or error
-            raise UserError(f"cannot read {path}: {reason}. Mend that, then run the same command again") from error
-        try:
-            if not content:
-                raise ValueError("the file is empty")
-            checkpoint = read(_in_memory(content, path.name))
-        except MemoryError as error:
-            raise UserError(f"cannot read {path}: not enough memory") from error
+            checkpoint = _read(path, read)
         except Exception as error:  # each framework has its own errors for a damaged file
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):  # the file may be whole
+                reason = "not enough memory" if isinstance(error, MemoryError) else error.strerror
+                raise UserError(f"cannot read {path}: {reason}. Mend that, then run the same command again") from error
             reason = " ".join(str(error).split())[:200]
             log(f"Cannot read {path.name}, trying the one before: {type(error).__name__}: {reason}")
             damaged.append(path)
@@ -89,20 +102,19 @@ def _read_first(folder, found, read):
         for bad in damaged:
             bad.replace(bad.with_name(bad.name + DAMAGED))
             log(f"Kept for inspection: {bad.name}{DAMAGED}")
-        return path, content, checkpoint
+        return path, checkpoint
     if damaged:
         names = ", ".join(path.name for path in damaged)
         raise UserError(
             f"none of the checkpoints in {folder} can be read: {names}. "
             "Delete them to start over, or pass another --checkpoint-path"
         )
-    return None, b"", None
+    return None, None
 
 
-def _in_memory(content, name):
-    file = io.BytesIO(content)
-    file.name = name
-    return file
+def write(args, pattern, path, best, write):
+    """Write the checkpoint `path` in the background, with `write(file)`; see `remove_old_checkpoints` for the rest."""
+    saving.start(path, write, functools.partial(remove_old_checkpoints, args, pattern, best))
 
 
 def describe_run(args, job, framework, threads=None):
@@ -128,7 +140,7 @@ def describe_run(args, job, framework, threads=None):
 
 
 def check_same_job(args, path, checkpoint, run):
-    """Log what has changed between the run that saved `checkpoint` and `run`, both as `describe_run` returns them.
+    """Log the resuming, and what differs between the run that saved `checkpoint` and `run`, see `describe_run`.
 
     Raises UserError where the checkpoint at `path` belongs to another job, unless `--resume-anyway` is there.
     """
@@ -151,6 +163,7 @@ def check_same_job(args, path, checkpoint, run):
     other_machine = [text for key, text in changes("machine") if key in checkpoint["machine"]]
     if other_machine:
         log(f"Warning: {'; '.join(other_machine)}: the result will be equally good but not bit-identical")
+    log(f"Resuming training from {path.name}")
 
 
 @contextlib.contextmanager
@@ -216,7 +229,7 @@ def read_best_checkpoint(args, pattern, best, read):
     """
     path = args.checkpoint_path / pattern.format(best)
     try:
-        return path, read(_in_memory(path.read_bytes(), path.name))
+        return path, _read(path, read)
     except Exception as error:  # each framework has its own errors for a damaged file
         raise UserError(
             f"--keep-best: the best checkpoint, {path}, cannot be read ({error}). "

@@ -20,6 +20,14 @@ def framework(name, hint):
         fail(f"this script needs {name}, which cannot be imported here ({error}). {hint}")
 
 
+def check_device(args, name, gpus):
+    """Raise UserError where the flags need a GPU and the framework, by its name, finds none."""
+    if args.device == "cuda" and not gpus:
+        raise UserError(f"--device cuda: {name} finds no GPU here; use --device auto or cpu")
+    if not gpus and name in ("TensorFlow", "MXNet") and args.precision == "fp16":
+        raise UserError(f"--precision fp16: {name} has it on GPUs only; use --precision bf16 or fp32")
+
+
 def unfit_images(args, data, reason):
     """Return the UserError for images that the model cannot take, mostly because they are too small."""
     height, width, channels = data.image_shape

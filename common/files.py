@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -16,8 +17,10 @@ TEMPORARY = ".sagemaker-ignore"  # SageMaker does not copy files to S3 whose nam
 
 
 def seal(content):
-    """Return the bytes `content` with their SHA-256 in place of `NO_CHECKSUM`, which must stand in them once."""
-    return content.replace(UNSEALED, UNSEALED[:-65] + hashlib.sha256(content).hexdigest().encode() + b'"')
+    """Return the bytearray `content`, its SHA-256 put in the place of `NO_CHECKSUM`, which must stand in it once."""
+    end = content.index(UNSEALED) + len(UNSEALED) - 1
+    content[end - len(NO_CHECKSUM) : end] = hashlib.sha256(content).hexdigest().encode()
+    return content
 
 
 def check_seal(content):
@@ -70,9 +73,12 @@ def atomic_write(path):
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        with open(temporary, "wb") as file:
+        raw = _File(temporary, "wb")
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
+            if raw.error:
+                raise raw.error
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _flush_folder(path.parent)
@@ -84,6 +90,21 @@ def atomic_write(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+class _File(io.FileIO):
+    """A file that keeps a failed write's error to itself, in `error`: not every library passes it on as it is."""
+
+    error = None
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.error = self.error or error
+            num_bytes = memoryview(content).nbytes
+            self.seek(num_bytes, os.SEEK_CUR)  # as if it had been written
+            return num_bytes
 
 
 @contextlib.contextmanager

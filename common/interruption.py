@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 
-from common import cluster
+from common import cluster, saving
 
 _received = None  # the number of the first signal
 _deferred = False
@@ -42,11 +42,12 @@ def defer():
 
 
 def check():
-    """Raise Interrupted where a signal has come, to this worker or to another one.
+    """Raise Interrupted where a signal has come, to this worker or to another one, or a failed save's error.
 
     To be called between two steps, when nothing is half done; all workers have to call it equally often.
     """
     global _received
+    saving.raise_error()
     received = [number for number in cluster.gather(_received) if number]
     if received:
         _received = _received or received[0]

@@ -10,6 +10,12 @@ from common import cluster, report
 RISING = ("accuracy", "auc", "aucpr", "pre", "ndcg", "map", "ams")
 
 
+def mean_metrics(loss_sum, correct, num_samples):
+    """Return loss and accuracy from this worker's sums, which may be on a device, over the samples of all workers."""
+    loss_sum, correct = cluster.total([float(loss_sum), int(correct)])
+    return {"loss": loss_sum / num_samples, "accuracy": correct / num_samples}
+
+
 @dataclasses.dataclass
 class Progress:
     """Finished epochs, finished steps of the epoch that is running, and the metrics so far.
@@ -50,10 +56,9 @@ class Progress:
 
     def training_metrics(self):
         """Return mean loss and accuracy over the steps of the epoch of all workers; this stops the clock."""
-        loss_sum, correct = cluster.total(self._sums())
+        metrics = mean_metrics(*self._sums(), max(self.samples, 1))
         self.stop_clock()
-        samples = max(self.samples, 1)
-        return {"loss": loss_sum / samples, "accuracy": correct / samples}
+        return metrics
 
     def finish_epoch(self, metrics, validation):
         """Log the epoch and begin the next one; both are metrics by name, such as {"loss": 0.1, "accuracy": 0.97}."""

@@ -25,6 +25,11 @@ def log(message):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def log_device(args, device):
+    """Say where the network is computed, and which share of a batch each worker gets."""
+    log(f"Device: {device} ({args.precision}){cluster.describe(args.batch_size, 'samples of a batch')}")
+
+
 def log_start(progress, epochs):
     """Say where training starts, or that nothing is left to train."""
     if progress.epoch < epochs:

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-from common import cluster, errors, interruption
+from common import cluster, errors, interruption, saving
 
 
 def run(main, args):
@@ -13,7 +13,10 @@ def run(main, args):
     Where several workers train one model, the end of one is the end of all.
     """
     try:
-        main(args)
+        try:
+            main(args)
+        finally:
+            saving.wait()
         interruption.check()
         cluster.leave()
     except interruption.Interrupted as interrupted:

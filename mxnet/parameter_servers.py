@@ -53,6 +53,8 @@ def start():
 
 def broadcast(parameters):
     """Give each of Gluon's `parameters` the leader's values, and on each device the same, the mean of all devices."""
+    if cluster.size == 1 and all(len(parameter.list_ctx()) == 1 for parameter in parameters.values()):
+        return
     for parameter in parameters.values():
         values = cluster.broadcast(parameter._reduce().asnumpy().tobytes())
         parameter.set_data(mx.nd.array(np.frombuffer(values, parameter.dtype).reshape(parameter.shape)))

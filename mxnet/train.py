@@ -8,15 +8,14 @@ Reads class folders of images or arrays (--train, --validation); writes checkpoi
 model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flags.
 """
 
-import io
 import json
 import os
 from contextlib import nullcontext
 
 import numpy as np
 
-from common import checkpoints, cluster, errors, files, flags, images, interruption, report, script, steps
-from common.progress import Progress
+from common import checkpoints, cluster, errors, files, flags, images, interruption, report, saving, script, steps
+from common.progress import Progress, mean_metrics
 
 CHECKPOINT = "checkpoint-{}.params"  # the number of finished epochs; inside an epoch also that of its finished steps
 SEED_STEPS = 16  # steps from one seeding to the next: on a CPU it takes a millisecond, as long as a small step
@@ -45,12 +44,8 @@ with errors.framework("MXNet", "It exists for Linux on x86-64 and Python up to 3
 def choose_device(args):
     """Return the contexts to compute on; they change the speed, never which data or how many epochs."""
     gpus = [] if args.device == "cpu" else [mx.gpu(i) for i in range(mx.context.num_gpus())][: args.num_gpus]
-    if args.device == "cuda" and not gpus:
-        raise errors.UserError("--device cuda: MXNet finds no GPU here; use --device auto or cpu")
-    if args.precision == "fp16" and not gpus:
-        raise errors.UserError("--precision fp16: MXNet has it on GPUs only; use --precision bf16 or fp32")
-    workers = cluster.describe(args.batch_size, "samples of a batch")
-    report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision}){workers}")
+    errors.check_device(args, "MXNet", gpus)
+    report.log_device(args, f"{len(gpus)} GPU" if gpus else "cpu")
     os.environ.setdefault("MXNET_ENFORCE_DETERMINISM", str(int(args.deterministic)))  # concerns GPUs
     if args.precision != "fp32":
         amp.init({"bf16": "bfloat16", "fp16": "float16"}[args.precision])
@@ -115,25 +110,26 @@ class Normalize(gluon.HybridBlock):
 
 
 def save_checkpoint(args, data, model, optimizer, progress):
-    """Write the training state, unless its file is there already; return the file's name."""
+    """Copy the training state and write it in the background, unless its file is there; return the file's name."""
     path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
     described = progress.describe()  # by all workers
-    if path.exists() or not cluster.leads():
-        return path.name
-    mx.nd.waitall()  # with static memory the statistics of batch normalisation would be those of an earlier step
-    run = checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx)
-    scaler = vars(optimizer._amp_loss_scaler) if args.precision == "fp16" else {}
-    checkpoint = {"scaler": scaler, "progress": described, **run}
-    # Not MXNet's own format, which does not notice a full disk, nor its save_states(): loading a pickle executes code.
-    arrays = {f"model/{name}": parameter._reduce().asnumpy() for name, parameter in model.collect_params().items()}
-    states = optimizer._updaters[0].states
-    arrays.update({f"optimizer/{index}": state.asnumpy() for index, state in states.items() if state is not None})
-    content = io.BytesIO()
-    np.savez(content, **arrays, json=np.array(json.dumps(checkpoint)))
-    with files.atomic_write(path) as file:
-        file.write(content.getbuffer())
-    checkpoints.remove_old_checkpoints(args, CHECKPOINT, progress.best_epoch())
+    if saving.is_wanted(path):
+        run = checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx)
+        scaler = vars(optimizer._amp_loss_scaler) if args.precision == "fp16" else {}
+        checkpoint = np.array(json.dumps({"scaler": scaler, "progress": described, **run}))
+        arrays, best = copy_state(model, optimizer), progress.best_epoch()
+        # Not MXNet's own format, which does not notice a full disk, nor save_states(): loading a pickle executes code.
+        checkpoints.write(args, CHECKPOINT, path, best, lambda file: np.savez(file, **arrays, json=checkpoint))
     return path.name
+
+
+def copy_state(model, optimizer):
+    """Return the weights and the optimizer's state as numpy arrays by name."""
+    mx.nd.waitall()  # with static memory the statistics of batch normalisation would be those of an earlier step
+    weights = gluon.Parameter._reduce if len(optimizer._contexts) > 1 else gluon.Parameter.data
+    arrays = {f"model/{name}": weights(parameter).asnumpy() for name, parameter in model.collect_params().items()}
+    states = optimizer._updaters[0].states
+    return {**arrays, **{f"optimizer/{i}": state.asnumpy() for i, state in states.items() if state is not None}}
 
 
 def load_checkpoint(args, data, model, optimizer):
@@ -153,7 +149,6 @@ def load_checkpoint(args, data, model, optimizer):
             updater.states[index], updater.states_synced[index] = state, True
     if args.precision == "fp16" and checkpoint["scaler"]:
         vars(optimizer._amp_loss_scaler).update(checkpoint["scaler"])
-    report.log(f"Resuming training from {path.name}")
     return progress
 
 
@@ -243,8 +238,7 @@ def evaluate(args, data, model, devices):
         interruption.check()
         _, loss, hits = forward(model, devices, pixels, labels)
         loss_sum, correct = loss_sum + loss, correct + hits
-    loss_sum, correct = cluster.total([float(loss_sum), int(correct)])
-    return {"loss": loss_sum / len(data.validation_labels), "accuracy": correct / len(data.validation_labels)}
+    return mean_metrics(loss_sum, correct, len(data.validation_labels))
 
 
 def forward(model, devices, pixels, labels):
@@ -291,6 +285,7 @@ def main(args):
     static = len(devices) == 1  # with several, batch normalisation would validate with stale statistics
     model.hybridize(static_alloc=static, static_shape=static)
     progress = train(args, data, model, devices)
+    saving.wait()
     if cluster.leads():
         export_model(args, data, model, progress)
         report.write_results(args, progress, class_names=data.class_names)

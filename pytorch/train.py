@@ -9,12 +9,11 @@ Reads class folders of images or arrays (--train, --validation); writes checkpoi
 model (--model-dir) and its metrics (--output-data-dir). `--help` lists all flags.
 """
 
-import io
 import os
 import warnings
 
-from common import checkpoints, cluster, errors, files, flags, images, interruption, report, script, steps
-from common.progress import Progress
+from common import checkpoints, cluster, errors, files, flags, images, interruption, report, saving, script, steps
+from common.progress import Progress, mean_metrics
 
 CHECKPOINT = "checkpoint-{}.pt"  # the number of finished epochs; inside an epoch also that of its finished steps
 
@@ -39,15 +38,14 @@ with errors.framework("PyTorch and torchvision", "Install them with: pip install
 def choose_device(args):
     """Return where to compute; it changes the speed, never which data or how many epochs."""
     available = torch.cuda.is_available() and args.num_gpus != 0
-    if args.device == "cuda" and not available:
-        raise errors.UserError("--device cuda: PyTorch finds no GPU here; use --device auto or cpu")
+    errors.check_device(args, "PyTorch", available)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's number of this process on this host
     device = torch.device(f"cuda:{local_rank}" if available and args.device != "cpu" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # also the one whose random numbers are seeded
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in debugging that costs time
-    report.log(f"Device: {device} ({args.precision}){cluster.describe(args.batch_size, 'samples of a batch')}")
+    report.log_device(args, device)
     if cluster.size > 1:
         connect_workers(device)
     return device
@@ -120,34 +118,33 @@ class Normalize(nn.Module):
 
 
 def save_checkpoint(args, data, model, optimizer, scaler, progress):
-    """Write the training state, unless its file is there already; return the file's name."""
+    """Copy the training state and write it in the background, unless its file is there; return the file's name."""
     path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
     described = progress.describe()  # by all workers
-    if path.exists() or not cluster.leads():
-        return path.name
-    checkpoint = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "progress": described,
-        **describe_run(args, data, optimizer),
-    }
-    with files.atomic_write(path) as file:
-        file.write(to_bytes(checkpoint))
-    checkpoints.remove_old_checkpoints(args, CHECKPOINT, progress.best_epoch())
+    if saving.is_wanted(path):
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        checkpoint = {**copy_to_cpu(state), "progress": described, **describe_run(args, data, optimizer)}
+        best = progress.best_epoch()
+        checkpoints.write(args, CHECKPOINT, path, best, lambda file: torch.save(checkpoint, file))
     return path.name
+
+
+def copy_to_cpu(state, name=()):
+    """Return `state` with copies of its tensors, in memory that is used again for the next save."""
+    if isinstance(state, dict):
+        return {key: copy_to_cpu(value, (*name, key)) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [copy_to_cpu(value, (*name, index)) for index, value in enumerate(state)]
+    if not isinstance(state, torch.Tensor):
+        return state
+    if name not in saving.memory:
+        saving.memory[name] = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+    return saving.memory[name].copy_(state)
 
 
 def describe_run(args, data, optimizer):
     """Return what the next run compares itself with."""
     return checkpoints.describe_run(args, data.describe_job(args, optimizer), torch, torch.get_num_threads())
-
-
-def to_bytes(state):
-    """Return what `torch.save` writes; a full disk is noticed where Python writes it, not always by PyTorch."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    return content.getbuffer()
 
 
 def load_checkpoint(args, data, model, optimizer, scaler):
@@ -163,7 +160,6 @@ def load_checkpoint(args, data, model, optimizer, scaler):
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": settings})
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
-    report.log(f"Resuming training from {path.name}")
     return Progress.restore(checkpoint["progress"])
 
 
@@ -250,9 +246,7 @@ def evaluate(args, data, model, device):
             interruption.check()
             loss, hits = forward(args, model, device, pixels, labels)
             loss_sum, correct = loss_sum + loss, correct + hits
-    loss_sum, correct = cluster.total([float(loss_sum), int(correct)])
-    num_samples = len(data.validation_labels)
-    return {"loss": loss_sum / num_samples, "accuracy": correct / num_samples}
+    return mean_metrics(loss_sum, correct, len(data.validation_labels))
 
 
 def forward(args, model, device, pixels, labels):
@@ -273,7 +267,7 @@ def export_model(args, data, model, progress):
         with checkpoints.restoring(path):
             model.load_state_dict(checkpoint["model"])
     with files.atomic_write(args.model_dir / "model.pth") as file:
-        file.write(to_bytes(model.state_dict()))
+        torch.save(model.state_dict(), file)
     report.log(f"Model: {args.model_dir / 'model.pth'}")
 
 
@@ -288,6 +282,7 @@ def main(args):
     cluster.check_same(data.describe_content())
     model = build_model(args, data).to(device)
     progress = train(args, data, model, device)
+    saving.wait()
     if cluster.leads():
         export_model(args, data, model, progress)
         report.write_results(args, progress, class_names=data.class_names)

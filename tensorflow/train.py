@@ -14,12 +14,11 @@ import os
 import socket
 import tempfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 
-from common import checkpoints, cluster, errors, files, flags, images, interruption, report, script, steps
-from common.progress import Progress
+from common import checkpoints, cluster, errors, files, flags, images, interruption, report, saving, script, steps
+from common.progress import Progress, mean_metrics
 
 CHECKPOINT = "checkpoint-{}.keras"  # the number of finished epochs; inside an epoch also that of its finished steps
 
@@ -43,18 +42,12 @@ with errors.framework("TensorFlow", "Install it with: pip install tensorflow"):
 def choose_device(args):
     """Return the strategy that says where to compute; it changes the speed, never which data or how many epochs."""
     gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")[: args.num_gpus]
-    if args.device == "cuda" and not gpus:
-        raise errors.UserError("--device cuda: TensorFlow finds no GPU here; use --device auto or cpu")
-    if args.precision == "fp16" and not gpus:
-        raise errors.UserError("--precision fp16: TensorFlow has it on GPUs only; use --precision bf16 or fp32")
+    errors.check_device(args, "TensorFlow", gpus)
     gpus = gpus[: max(1, args.batch_size // 2 // cluster.size)]  # each needs a sample, and a batch may be half full
     tf.config.set_visible_devices(gpus, "GPU")
     if args.deterministic:
         tf.config.experimental.enable_op_determinism()
-    workers = cluster.describe(args.batch_size, "samples of a batch")
-    report.log(f"Device: {f'{len(gpus)} GPU' if gpus else 'cpu'} ({args.precision}){workers}")
-    policies = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
-    keras.mixed_precision.set_dtype_policy(policies[args.precision])
+    report.log_device(args, f"{len(gpus)} GPU" if gpus else "cpu")
     if cluster.size > 1:
         return connect_workers(len(gpus))
     return tf.distribute.MirroredStrategy() if len(gpus) > 1 else tf.distribute.get_strategy()
@@ -63,11 +56,10 @@ def choose_device(args):
 def connect_workers(num_gpus):
     """Start TensorFlow's own engine, which sums gradients over all workers; each of them has `num_gpus` GPUs."""
     with socket.create_server((cluster.address, 0)) as free:
-        workers, gpus = zip(*cluster.gather([f"{cluster.address}:{free.getsockname()[1]}", num_gpus]))
-    if len(set(gpus)) > 1:
-        raise errors.UserError(f"the workers have {gpus} GPUs, but TensorFlow needs equally many: use --num-gpus")
-    task = {"type": "worker", "index": cluster.rank}
-    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": task})
+        workers = cluster.gather(f"{cluster.address}:{free.getsockname()[1]}")
+    cluster.check_same({"number of GPUs (--num-gpus)": num_gpus})
+    config = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": cluster.rank}}
+    os.environ["TF_CONFIG"] = json.dumps(config)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     interruption.install()  # again: TensorFlow has taken over SIGTERM
     return strategy
@@ -104,16 +96,25 @@ def build_model(args, data):
             if channels == 1:  # the zoo's networks want three: grey is repeated
                 outputs = layers.Concatenate()([outputs] * 3)
             build = getattr(keras.applications, args.model)
-            options = {"weights": None, "input_shape": (height, width, 3), "classes": num_classes}
-            options["classifier_activation"] = None
+            options = {"input_shape": (height, width, 3), "classes": num_classes, "classifier_activation": None}
             if "include_preprocessing" in inspect.signature(build).parameters:
                 options["include_preprocessing"] = False
             elif args.model.startswith("EfficientNet"):
                 outputs = layers.Rescaling(255.0)(outputs)  # the network itself divides by it
-            outputs = layers.Activation("linear", dtype="float32")(build(**options)(outputs))
+            outputs = layers.Activation("linear", dtype="float32")(build(weights=None, **options)(outputs))
     except ValueError as error:
         raise errors.unfit_images(args, data, error) from error
     return keras.Model(pixels, outputs)
+
+
+def compile_model(args, data):
+    """Return the network with its optimizer."""
+    policy = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}[args.precision]
+    keras.mixed_precision.set_dtype_policy(policy)  # of this thread
+    model = build_model(args, data)
+    model.compile(keras.optimizers.SGD(args.learning_rate, args.momentum, weight_decay=args.weight_decay or None))
+    model.optimizer.build(model.trainable_variables)  # before that there is nothing to load its state into
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,20 +123,28 @@ def build_model(args, data):
 
 
 def save_checkpoint(args, data, model, progress):
-    """Write the training state, unless its file is there already; return the file's name."""
+    """Copy the training state and write it in the background, unless its file is there; return the file's name."""
     path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
     described = progress.describe()  # by all workers
-    if path.exists() or not cluster.leads():
-        return path.name
-    checkpoint = {"progress": described, **describe_run(args, data, model)}  # Keras adds model and optimizer
-    with files.atomic_write(path) as file, tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder, "model.keras")
-        archive.symlink_to(Path(file.name).resolve())  # Keras takes no name with another ending
+    if saving.is_wanted(path):
+        best, checkpoint = progress.best_epoch(), {"progress": described, **describe_run(args, data, model)}
+        # TensorFlow itself makes the copy: a step does not write to memory that somebody else holds.
+        state = [tf.convert_to_tensor(variable) for variable in model.variables + model.optimizer.variables]
+        checkpoints.write(args, CHECKPOINT, path, best, lambda file: write_state(args, data, state, checkpoint, file))
+    return path.name
+
+
+def write_state(args, data, state, checkpoint, file):
+    """Write a Keras archive, which `keras.saving.load_model` reads too, with `state` as the values of the variables."""
+    model = saving.memory["model"] = saving.memory.get("model") or compile_model(args, data)  # Keras saves models only
+    for variable, value in zip(model.variables + model.optimizer.variables, state):
+        variable.assign(value)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = f"{folder}/model.keras"
+        os.symlink(os.path.abspath(file.name), archive)  # Keras takes no name with another ending
         model.save(archive)
         with zipfile.ZipFile(archive, "a") as members:
             members.writestr("checkpoint.json", json.dumps(checkpoint))
-    checkpoints.remove_old_checkpoints(args, CHECKPOINT, progress.best_epoch())
-    return path.name
 
 
 def describe_run(args, data, model):
@@ -151,20 +160,15 @@ def load_checkpoint(args, data, model):
         return Progress()
     path, checkpoint = found
     checkpoints.check_same_job(args, path, checkpoint, describe_run(args, data, model))
-    with checkpoints.restoring(path), tempfile.TemporaryDirectory() as folder:
-        if not cluster.leads():  # it came over the wire, and Keras takes no file in memory
-            path = Path(folder, path.name)
-            path.write_bytes(checkpoint["archive"])
+    with checkpoints.restoring(path):
         model.load_weights(path)  # the weights and the optimizer's state; nothing in the file is executed
-    report.log(f"Resuming training from {path.name}")
     return Progress.restore(checkpoint["progress"])
 
 
 def read_checkpoint(file):
-    """Return what `save_checkpoint` has written beside the weights, and the archive; nothing in it is executed."""
+    """Return what `save_checkpoint` has written beside the weights; nothing in the file is executed."""
     files.check_zip(file)
-    with zipfile.ZipFile(file) as archive:
-        return {**json.loads(archive.read("checkpoint.json")), "archive": file.getvalue()}
+    return json.loads(zipfile.ZipFile(file).read("checkpoint.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,9 +178,6 @@ def read_checkpoint(file):
 
 def train(args, data, model, strategy):
     """Train up to `--epochs` in total and return the Progress; a signal ends it after a step, with a checkpoint."""
-    with strategy.scope():
-        model.compile(keras.optimizers.SGD(args.learning_rate, args.momentum, weight_decay=args.weight_decay or None))
-        model.optimizer.build(model.trainable_variables)  # before that there is nothing to load its state into
     progress = load_checkpoint(args, data, model)
     training_step, validation_step = compile_steps(args, data, model, strategy)
     report.log_start(progress, args.epochs)
@@ -217,8 +218,7 @@ def evaluate(args, data, model, validation_step):
         interruption.check()
         loss, hits = validation_step(pixels, labels)
         loss_sum, correct = loss_sum + loss, correct + hits
-    loss_sum, correct = cluster.total([float(loss_sum), int(correct)])
-    return {"loss": loss_sum / len(data.validation_labels), "accuracy": correct / len(data.validation_labels)}
+    return mean_metrics(loss_sum, correct, len(data.validation_labels))
 
 
 def compile_steps(args, data, model, strategy):
@@ -288,8 +288,9 @@ def main(args):
     data = load_data(args)
     cluster.check_same(data.describe_content())
     with strategy.scope():
-        model = build_model(args, data)
+        model = compile_model(args, data)
     progress = train(args, data, model, strategy)
+    saving.wait()
     if cluster.leads():
         export_model(args, data, model, progress)
         report.write_results(args, progress, class_names=data.class_names)

@@ -95,7 +95,7 @@ SMALL = st.tuples(st.integers(0, 9), st.integers(0, 3))
 def read_good(file):
     if file.read() != b"good":
         raise RuntimeError("damaged")
-    return file.name
+    return Path(file.name).name
 
 
 @given(st.dictionaries(SMALL, st.sampled_from([b"good", b"bad", b""]), max_size=8), st.sets(FOREIGN, max_size=4))
@@ -138,22 +138,17 @@ def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [PermissionError(errno.EACCES, "Permission denied"), OSError("bad block"), MemoryError()]
+    "error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "bad block"), MemoryError()]
 )
-def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, error):
+def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(tmp_path, error):
     write(tmp_path, "checkpoint-2.pt", "checkpoint-1.pt")
 
     def fail(_):
         raise error
 
     expected = r"cannot read .*checkpoint-2.pt: (Permission denied|bad block|not enough memory)"
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", fail)
-        with pytest.raises(UserError, match=expected):
-            checkpoints.read_newest_checkpoint(tmp_path, PATTERN, read_good)
-    if isinstance(error, MemoryError):  # while the content is taken apart
-        with pytest.raises(UserError, match=expected):
-            checkpoints.read_newest_checkpoint(tmp_path, PATTERN, fail)
+    with pytest.raises(UserError, match=expected):
+        checkpoints.read_newest_checkpoint(tmp_path, PATTERN, fail)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1.pt", "checkpoint-2.pt"]
 
 
@@ -289,7 +284,9 @@ def test_another_job_is_refused_and_changed_flags_are_logged(capsys):
 
     def check(args, job, version="1.0", threads=2):
         checkpoints.check_same_job(args, path, saved, checkpoints.describe_run(args, job, os_like(version), threads))
-        return capsys.readouterr().out
+        *changes, resuming = capsys.readouterr().out.splitlines(keepends=True)
+        assert resuming == "Resuming training from checkpoint-5.pt\n"
+        return "".join(changes)
 
     args.new_flag = 1
     assert check(args, job) == ""
@@ -326,7 +323,7 @@ def test_the_number_of_threads_is_that_of_openmp_or_of_the_cpus(monkeypatch):
 
 @given(st.binary(), st.binary(), st.data())
 def test_any_damage_to_a_sealed_content_is_found(before, after, data):
-    content = files.seal(before + files.UNSEALED + after)
+    content = files.seal(bytearray(before + files.UNSEALED + after))
     files.check_seal(content)
     damaged = flip_a_bit(content, data)
     if damaged[: len(before)] != before or damaged[len(content) - len(after) :] != after:

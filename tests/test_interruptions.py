@@ -111,10 +111,9 @@ def test_sigterm_inside_an_epoch_loses_not_one_step(image_framework, tmp_path, w
     assert result.epochs == []
 
     result = interrupt('at_call(os, "replace", 1, lambda: send(signal.SIGTERM))')
-    assert result.epochs == [1]
-    saved = checkpoint_name(image_framework, 1)
-    assert last_line(result) == f"Interrupted: saved {saved}, run the same command to resume"
-    assert files(tmp_path, image_framework) == [saved]  # the one inside the epoch is outdated
+    assert result.epochs == [1]  # and some steps more, as the training does not wait for a save
+    saved = re.fullmatch(r"Interrupted: saved (checkpoint-1(-\d+)?\.\w+), .*", last_line(result))[1]
+    assert files(tmp_path, image_framework) == sorted({saved, checkpoint_name(image_framework, 1)})
 
     assert run(image_framework, *FLAGS, cwd=tmp_path).epochs == [2]
     assert_same_bits(tmp_path, whole(image_framework), image_framework)
@@ -220,6 +219,34 @@ def test_killed_while_saving_the_earlier_checkpoint_is_used_with_the_same_bits(f
     assert leftovers() == []
     assert "Cannot read" not in result.output
     assert_same_bits(tmp_path, whole(framework), framework)
+
+
+SLOW_DISK = """
+import time
+from common import saving
+original = saving._run
+def write(*arguments):
+    time.sleep(0.3)
+    original(*arguments)
+saving._run = write
+"""
+
+
+def test_what_is_written_is_the_state_of_the_save_however_far_the_training_has_come(image_framework, tmp_path, whole):
+    """The training overwrites its state all the time: with another step's weights in it the bits would be others."""
+    flags = [*FLAGS, "--checkpoint-steps", 30]
+    second_is_there = 'at_call(os, "replace", 2, lambda: send(signal.SIGKILL))'
+    run_with(SLOW_DISK + second_is_there, image_framework, *flags, cwd=tmp_path, code=-signal.SIGKILL)
+    result = run(image_framework, *FLAGS, cwd=tmp_path)
+    assert "Resuming training from checkpoint-0-30." in result.output
+    assert_same_bits(tmp_path, whole(image_framework), image_framework)
+
+
+def test_an_error_while_a_checkpoint_is_written_ends_the_training_at_one_of_the_next_steps(framework, tmp_path):
+    flags = ["--epochs", 100000] if framework == "xgboost" else [*FLAGS, "--epochs", 1000]
+    happening = 'def fail(): raise OSError(5, "Input/output error")\nat_call(os, "fsync", 1, fail)'
+    line = run_with(happening, framework, *flags, "--checkpoint-steps", 1, cwd=tmp_path, code=1).error_line
+    assert ": Input/output error. Earlier checkpoints are whole" in line
 
 
 def test_a_write_that_is_cut_anywhere_harms_no_earlier_checkpoint(framework, tmp_path):
@@ -393,7 +420,7 @@ def test_a_hostile_checkpoint_executes_nothing(framework, tmp_path, monkeypatch,
     run(framework, "--epochs", 1, cwd=tmp_path)
     path = tmp_path / "output" / framework / "checkpoints" / checkpoint_name(framework, 7)
     if sealed:  # a plain pickle with a right checksum in it
-        path.write_bytes(common_files.seal(pickle.dumps([Hostile(), common_files.UNSEALED])))
+        path.write_bytes(common_files.seal(bytearray(pickle.dumps([Hostile(), common_files.UNSEALED]))))
     else:
         globals()[f"hostile_{framework}"](path)
     result = run(framework, "--epochs", 2, cwd=tmp_path)
@@ -417,8 +444,8 @@ from common import checkpoints
 from pathlib import Path
 folder = Path(sys.argv[1])
 weights = torch.arange(1000.0)
-content = bytes(train.to_bytes({"job": {"--model": "cnn"}, "model": {"weight": weights}}))
-(folder / "checkpoint-1.pt").write_bytes(content)
+torch.save({"job": {"--model": "cnn"}, "model": {"weight": weights}}, folder / "checkpoint-1.pt")
+content = (folder / "checkpoint-1.pt").read_bytes()
 generator = np.random.default_rng()
 for position in generator.integers(0, len(content), 300):
     damaged = bytearray(content)

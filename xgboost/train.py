@@ -12,8 +12,9 @@ import contextlib
 import json
 import os
 import re
+from pathlib import Path
 
-from common import checkpoints, cluster, errors, files, flags, interruption, report, script, tables
+from common import checkpoints, cluster, errors, files, flags, interruption, report, saving, script, tables
 from common.progress import Progress
 
 CHECKPOINT = "xgboost-checkpoint.{}"  # the last boosting round, counted from 0, as in SageMaker's own XGBoost container
@@ -42,8 +43,7 @@ def choose_device(args):
         with xgb.config_context(verbosity=0):  # XGBoost falls back to the CPU where it finds no GPU
             probe = xgb.train({"device": "cuda"}, xgb.DMatrix(np.zeros((2, 1)), np.arange(2)), 1)
         device = json.loads(probe.save_config())["learner"]["generic_param"]["device"].split(":")[0]
-    if args.device == "cuda" and device != "cuda":
-        raise errors.UserError("--device cuda: XGBoost finds no GPU here; use --device auto or cpu")
+    errors.check_device(args, "XGBoost", device == "cuda")
     in_memory = not args.external_memory and (args.tree_method == "approx" or cluster.size == 1)
     if args.tree_method not in ("auto", "hist") and not in_memory:
         raise errors.UserError(f"--tree-method {args.tree_method} needs all rows in one memory here: use hist")
@@ -126,20 +126,19 @@ def describe_run(args, data, model):
 
 
 def save_checkpoint(args, data, model, booster, progress):
-    """Write the training state after the last boosting round, unless its file is there; return the file's name."""
+    """Copy the training state and write it in the background, unless its file is there; return the file's name."""
     path = args.checkpoint_path / CHECKPOINT.format(progress.epoch - 1)
     described = progress.describe()  # by all workers
-    if path.exists() or not cluster.leads():
-        return path.name
-    checkpoint = {
-        "progress": described,  # beside the trees, the objective and its parameters
-        **describe_run(args, data, model),
-        "sha256": files.NO_CHECKSUM,  # because a damaged file can crash XGBoost while it is read
-    }
-    booster.set_attr(checkpoint=json.dumps(checkpoint))
-    with files.atomic_write(path) as file:
-        file.write(files.seal(bytes(booster.save_raw("ubj"))))
-    checkpoints.remove_old_checkpoints(args, CHECKPOINT, progress.best_epoch() - 1)
+    if saving.is_wanted(path):
+        checkpoint = {
+            "progress": described,  # beside the trees, the objective and its parameters
+            **describe_run(args, data, model),
+            "sha256": files.NO_CHECKSUM,  # because a damaged file can crash XGBoost while it is read
+        }
+        booster.set_attr(checkpoint=json.dumps(checkpoint))
+        content = booster.save_raw("ubj")
+        best = progress.best_epoch() - 1
+        checkpoints.write(args, CHECKPOINT, path, best, lambda file: file.write(files.seal(content)))
     return path.name
 
 
@@ -159,7 +158,6 @@ def load_checkpoint(args, data, model):
     sampling = min(args.subsample, args.colsample_bytree, args.colsample_bylevel, args.colsample_bynode) < 1
     if (sampling or args.booster == "dart") and tuple(map(int, xgb.__version__.split(".")[:2])) < (3, 4):
         report.log("Warning: before XGBoost 3.4 row and column samples and dropped trees are others after a restart")
-    report.log(f"Resuming training from {path.name}")
     return booster, Progress.restore({**checkpoint["progress"], "epoch": booster.num_boosted_rounds()})
 
 
@@ -173,7 +171,7 @@ def read_checkpoint(file):
     if not content.endswith(b"}"):
         raise ValueError("the file is cut off")
     booster = xgb.Booster(model_file=bytearray(content))
-    if CHECKPOINT.format(booster.num_boosted_rounds() - 1) != file.name:
+    if CHECKPOINT.format(booster.num_boosted_rounds() - 1) != Path(file.name).name:
         raise ValueError(f"it holds {booster.num_boosted_rounds()} rounds, which its name denies")
     # The container's files have only what XGBoost itself has written.
     checkpoint = json.loads(booster.attr("checkpoint") or "{}")
@@ -200,7 +198,8 @@ class Rounds(xgb.callback.TrainingCallback):
         progress.stop_clock()
         progress.finish_epoch(evaluate(evals_log["train"]), evaluate(evals_log["validation"]))
         every_round = not (args.checkpoint_steps or args.checkpoint_seconds)
-        if every_round or progress.epoch == args.epochs or progress.save_is_due(args, progress.epoch):
+        due = saving.is_affordable() if every_round else progress.save_is_due(args, progress.epoch)
+        if due or progress.epoch == args.epochs:
             save_checkpoint(args, self.data, self.model, model, progress)
         try:
             interruption.check()
@@ -290,6 +289,7 @@ def main(args):
     cluster.check_same({"device": device, **data.describe_content()})
     model = build_model(args, data)
     booster, progress = train(args, data, model, device)
+    saving.wait()
     if cluster.leads():
         export_model(args, booster, progress)
         report.write_results(args, progress)
