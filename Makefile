@@ -2,12 +2,14 @@
 # make spot [FRAMEWORK=...] [SPOT="--interrupt-after 20s"] [ARGS="--epochs 20"]
 # make test
 # make soak
+# make bench [BENCH="checkpoint rounds --repetitions 5"]
 
 FRAMEWORK ?= pytorch
 ARGS ?=
+BENCH ?=
 SPOT ?= --interrupt-after 10s,upload --grace 5s --verify
 
-.PHONY: train spot test soak
+.PHONY: train spot test soak bench
 
 train: .venv/installed
 	.venv/bin/python $(FRAMEWORK)/train.py $(ARGS)
@@ -22,6 +24,9 @@ test: .venv/spot-installed .venv-sdk2/installed .venv-sdk3/installed
 
 soak: .venv/installed
 	.venv/bin/python tests/soak.py
+
+bench: .venv/spot-installed
+	.venv/bin/python -m benchmarks $(BENCH)
 
 # The newest supported Python that works and can make virtual environments, on the PATH or of pyenv; else any python3.
 .venv/installed: requirements.txt

@@ -1,0 +1,1 @@
+"""What the scripts promise about speed, measured: `make bench`."""

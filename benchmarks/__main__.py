@@ -1,0 +1,31 @@
+"""Measure what the scripts promise about speed, and write it to `benchmarks/results/`."""
+
+import argparse
+import importlib
+
+from benchmarks import harness
+
+NAMES = ("input", "step", "checkpoint", "rounds", "restart", "memory", "growth", "predecessor")
+
+
+def main():
+    """Run the benchmarks that are named, or all; a limit that is missed is a line of the report, not an error."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NAMES)}; default: all")
+    parser.add_argument("--repetitions", type=int, default=5)
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(NAMES):
+        parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(NAMES)}")
+    for name in args.names or NAMES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
+        figures = module.measure(args.repetitions)
+        for figure in figures:
+            reached = {None: "", True: "reached", False: "MISSED"}[figure.reached]
+            print(f"  {figure.what}: {figure.value:.3g} {figure.limit} {reached} ({figure.detail})", flush=True)
+        harness.write_results(name, module.__doc__, figures, args.repetitions)
+        harness.write_report(NAMES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Whether the training waits for its input: samples per second with it, relative to one cached batch over and over.
+
+Real input is shuffled, cropped, mirrored and normalised from memory, 32 x 32 x 3 in batches of 128. Epochs of the two
+kinds take turns in one process, with the default model and with a tiny one, a convolution of eight filters, where the
+input shows most. Reading class folders of JPEG files is compared with the decoders alone, on all cores, from the same
+files.
+"""
+
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import harness
+
+SIZES = ((32, 6000), (256, 600))  # pixels and number of the JPEG files
+
+
+def measure(repetitions):
+    """Return the figures."""
+    figures = []
+    for framework in harness.IMAGES:
+        for model in ("cnn", "tiny"):
+            real, cached = harness.run_json("input", "train", framework, model, repetitions)
+            raw = f"{statistics.median(real):,.0f} of {statistics.median(cached):,.0f} samples/s"
+            value = harness.ratio(real, cached)
+            figures.append(harness.Figure(f"{framework}, {model}: real / cached input", value, ">= 0.95", raw))
+    for size, number in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            write_jpegs(folder, number, size)
+            turns = harness.take_turns(
+                repetitions,
+                ours=lambda: harness.run_json("input", "read", folder),
+                pillow=lambda: _on_all_cores("pillow", folder),
+                torchvision=lambda: _on_all_cores("torchvision", folder),
+            )
+        medians = {name: statistics.median(values) for name, values in turns.items()}
+        best = max(("pillow", "torchvision"), key=medians.get)
+        raw = ", ".join(f"{name} {value:,.0f}" for name, value in medians.items()) + " images/s"
+        value = harness.ratio(turns["ours"], turns[best])
+        figures.append(harness.Figure(f"JPEG of {size} x {size}: reading / decoder alone", value, ">= 0.9", raw))
+    return figures
+
+
+def write_jpegs(folder, number, size):
+    """Write smooth random pictures, as photos are, in ten class folders."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for index in range(number):
+        path = Path(folder, f"class{index % 10}", f"{index}.jpg")
+        path.parent.mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((size, size), Image.BICUBIC).save(path, quality=90)
+
+
+def _on_all_cores(decoder, folder):
+    """Return the images per second that a decoder alone reaches with a process for each core."""
+    cores = len(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "benchmarks.input", "decode", decoder, str(folder)]
+    started = [
+        subprocess.Popen([*command, str(part), str(cores)], cwd=harness.ROOT, stdout=subprocess.PIPE, text=True)
+        for part in range(cores)
+    ]
+    return sum(json.loads(process.communicate()[0]) for process in started)
+
+
+def decode(decoder, folder, part, parts):
+    """Return the images per second that a decoder reaches with a part of the files, read into memory before."""
+    contents = [path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))[int(part) :: int(parts)]]
+    if decoder == "pillow":
+        from PIL import Image
+
+        def one(content):
+            return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    else:
+        import torch
+        from torchvision.io import decode_jpeg
+
+        torch.set_num_threads(1)
+        arrays = {content: torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents}
+
+        def one(content):
+            return decode_jpeg(arrays[content])
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        for _ in pool.map(one, contents):
+            pass
+    return len(contents) / (time.perf_counter() - began)
+
+
+def read(folder):
+    """Return the images per second that `common/images.py` reads from class folders."""
+    from common import flags, images
+
+    args = flags.image_flags("pytorch").parse_args(["--train", folder])
+    number = len(list(Path(folder).rglob("*.jpg")))
+    began = time.perf_counter()
+    images.load_images(args)
+    return number / (time.perf_counter() - began)
+
+
+def train(framework, model, repetitions):
+    """Return samples per second of epochs with real input, and of those between them with one cached batch."""
+    from benchmarks.memory import tiny_model
+
+    script = harness.import_script(framework)
+    if model == "tiny":
+        script.build_model = tiny_model(framework, script)
+    training_batches, cache = script.steps.training_batches, []
+
+    def in_turns(images, labels, args, epoch, first_step=0):
+        if epoch % 2:
+            return training_batches(images, labels, args, epoch, first_step)
+        cache[:] = cache or [next(training_batches(images, labels, args, 1))]
+        return (cache[0] for _ in range(script.steps.steps_per_epoch(len(labels), args.batch_size)))
+
+    script.steps.training_batches = in_turns
+    script.save_checkpoint = script.export_model = lambda *_: None
+    flags = ["--train", harness.write_images("images", 3000 if model == "cnn" else 30_000), "--batch-size", 128]
+    flags += ["--epochs", 2 * int(repetitions) + 2, "--log-steps", 0, "--augment", "--checkpoint-seconds", 0]
+    args = script.parse_args([*map(str, flags), "--learning-rate", "1e-4"])
+    script.main(args)
+    history = (args.output_data_dir / "history.csv").read_text().splitlines()
+    column = history[0].split(",").index("samples_per_second")
+    rates = [float(line.split(",")[column]) for line in history[3:]]  # the first two epochs warm everything up
+    return rates[::2], rates[1::2]
+
+
+if __name__ == "__main__":
+    action = {"train": train, "read": read, "decode": decode}[sys.argv[1]]
+    with tempfile.TemporaryDirectory() as own:
+        os.chdir(own)
+        result = action(*sys.argv[2:])
+        os.chdir("/")
+    print(json.dumps(result))

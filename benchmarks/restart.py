@@ -1,0 +1,112 @@
+"""What a restart costs: from the start of the process to the end of the first training step or boosting round.
+
+Resuming is divided by a fresh start plus the time to read the file once, which the disk's cache holds by then; with the
+default model, and with a training state of about 100 MB (two models of the frameworks' zoos). Then: finding the newest
+of 10,000 checkpoints with their markers, and how long `--help` and a misspelt flag take.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import harness
+from common import checkpoints
+
+# Models whose weights and momentum are about 100 MB.
+LARGE = {"pytorch": "resnet18", "tensorflow": "MobileNetV3Large", "mxnet": "resnet18_v1"}
+
+
+def measure(repetitions):
+    """Return the figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = harness.write_images(Path(folder, "images"), 400)
+        table = harness.write_table(Path(folder, "table"), 20_000, 20)
+        figures = [_restart(framework, "cnn", data, repetitions) for framework in harness.IMAGES]
+        figures += [_restart(framework, model, data, repetitions) for framework, model in LARGE.items()]
+        figures += [_restart("xgboost", "500 rounds", table, repetitions)]
+        figures += [_find(Path(folder, "many"), repetitions)]
+    return figures + [figure for framework in harness.FRAMEWORKS for figure in _usage(framework, repetitions)]
+
+
+def _restart(framework, model, data, repetitions):
+    if framework == "xgboost":
+        flags, line = ["--train", data], "epoch="
+        trained, longer = ["--num-round", 500, "--checkpoint-steps", 500], ["--num-round", 501]
+    else:
+        flags, line = ["--train", data, "--log-steps", 1, "--batch-size", 8, "--model", model], "step="
+        trained, longer = ["--epochs", 1], ["--epochs", 9]
+    with tempfile.TemporaryDirectory() as folder:
+        harness.run_script(framework, *flags, *trained, cwd=folder)
+        path = max(Path(folder, "output", framework, "checkpoints").iterdir(), key=os.path.getmtime)
+
+        def seconds(*more):
+            with tempfile.TemporaryDirectory() as copy:
+                if "fresh" not in more:
+                    target = Path(copy, "output", framework, "checkpoints")
+                    target.mkdir(parents=True)
+                    shutil.copy(path, target)
+                return _until(framework, line, [*flags, *longer], copy)
+
+        turns = harness.take_turns(
+            repetitions, resumed=seconds, fresh=lambda: seconds("fresh"), read=lambda: _read(path)
+        )
+    expected = [fresh + read for fresh, read in zip(turns["fresh"], turns["read"])]
+    middle = {name: sorted(values)[len(values) // 2] for name, values in turns.items()}
+    raw = f"{middle['resumed']:.2f} s; fresh {middle['fresh']:.2f} s, reading the file {1000 * middle['read']:.0f} ms"
+    return harness.Figure(
+        f"{framework}, {model}: resumed / fresh", harness.ratio(turns["resumed"], expected), "<= 1.1", raw
+    )
+
+
+def _until(framework, start, flags, folder):
+    """Return the seconds from the start of the process to its first line that begins like this."""
+    command = [sys.executable, str(harness.ROOT / framework / "train.py"), *map(str, flags)]
+    began = time.monotonic()
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if line.startswith(start):
+                seconds = time.monotonic() - began
+                process.kill()
+                return seconds
+    raise RuntimeError(f"{command} has ended without a line that begins with {start}")
+
+
+def _read(path):
+    began = time.monotonic()
+    path.read_bytes()
+    return time.monotonic() - began
+
+
+def _find(folder, repetitions):
+    folder.mkdir()
+    for number in range(10_000):
+        (folder / f"checkpoint-{number}.pt").touch()
+        (folder / f"checkpoint-{number}.pt.sagemaker-uploaded").touch()
+
+    def milliseconds():
+        began = time.monotonic()
+        found = checkpoints.find_checkpoints(folder, "checkpoint-{}.pt")
+        assert found[0][1].name == "checkpoint-9999.pt"  # noqa: S101
+        return 1000 * (time.monotonic() - began)
+
+    times = sorted(milliseconds() for _ in range(repetitions))
+    detail = f"{times[0]:.0f} to {times[-1]:.0f} ms, 20,000 files"
+    return harness.Figure("newest of 10,000 checkpoints, ms", times[len(times) // 2], "<= 50", detail)
+
+
+def _usage(framework, repetitions):
+    def seconds(flag):
+        began = time.monotonic()
+        command = [sys.executable, str(harness.ROOT / framework / "train.py"), flag]
+        subprocess.run(command, capture_output=True)
+        return time.monotonic() - began
+
+    turns = harness.take_turns(repetitions, help=lambda: seconds("--help"), error=lambda: seconds("--epoch"))
+    for name, flag in (("help", "--help"), ("error", "a misspelt flag")):
+        times = sorted(turns[name])
+        detail = f"{times[0]:.2f} to {times[-1]:.2f} s"
+        yield harness.Figure(f"{framework}: {flag}, seconds", times[len(times) // 2], "<= 0.5", detail)
