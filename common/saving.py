@@ -11,22 +11,24 @@ from common import cluster
 from common.files import atomic_write
 
 FREE = 100  # saves at the start of a training that may take what they want
-SHARE = 0.05  # of its time that a training may wait for saves after that
+SHARE = 0.03  # of its time that a training may wait for saves after that
 
 memory = {}  # what a script copies its state into, kept from save to save: to fill new memory takes twice as long
 
 _thread = ThreadPoolExecutor(1, "saving")  # it ends with the process, after the save in flight
 _save = None  # the last one: a Future
-_began = _first_began = None  # when the training began to wait for the last save, and for the first one
-_waited = 0.0  # seconds, for all of them
-_count = 0  # of them
+_count = 0  # of saves so far
+_began = None  # when the training began to wait for the last one
+_rationed_since = None  # when it began to wait for the last free one
+_waited = 0.0  # seconds that it has waited since then
 
 
 def is_wanted(path):
     """Return whether this worker is to write `path`, which is not there yet; this waits for the save in flight."""
-    global _began, _first_began
+    global _began, _rationed_since, _waited
     _began = time.monotonic()
-    _first_began = _first_began or _began
+    if _count < FREE:
+        _rationed_since, _waited = _began, 0.0
     wait()
     return cluster.leads() and not path.exists()
 
@@ -54,11 +56,11 @@ def raise_error():
 
 
 def is_affordable():
-    """Return, the same to all workers, whether the training has waited for saves for a twentieth of its time at most.
+    """Return, the same to all workers, whether the training has waited for saves for 3 % of its time at most.
 
     For states that grow: to save each of 2,000 boosting rounds would take a time that grows with their square.
     """
-    affordable = _count < FREE or _waited <= SHARE * (time.monotonic() - _first_began)
+    affordable = _count < FREE or _waited <= SHARE * (time.monotonic() - _rationed_since)
     return cluster.gather(affordable)[0]
 
 
