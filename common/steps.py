@@ -71,12 +71,20 @@ def draw_crops_and_flips(shape, count, generator):
 
 def crop_and_flip(images, top, left, flip):
     """Return the images (n, height, width, channels) shifted, black moving in, and mirrored where `flip` says so."""
-    count, height, width, _ = images.shape
-    padded = np.pad(images, ((0, 0), (_margin(height),) * 2, (_margin(width),) * 2, (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
-    cropped = windows[np.arange(count), top, left].transpose(0, 2, 3, 1)
-    cropped[flip] = cropped[flip, :, ::-1]
-    return np.ascontiguousarray(cropped)
+    count, height, width, channels = images.shape
+    row, x = width * channels, _margin(width)
+    margin = _margin(height) * row + x * channels
+    flat = np.zeros((count, height * row + 2 * margin), images.dtype)
+    flat[:, margin:-margin] = images.reshape(count, -1)
+    # In memory a shift by rows and columns is one by so many numbers: a single copy for each image.
+    windows = np.lib.stride_tricks.sliding_window_view(flat, height * row, axis=1)
+    shifted = windows[np.arange(count), top * row + left * channels].reshape(images.shape)
+    for columns in range(1, x + 1):  # what has come in from the row beside becomes black
+        shifted[left == x + columns, :, -columns:] = 0
+        shifted[left == x - columns, :, :columns] = 0
+    rows = shifted.reshape(count, height, row)
+    rows[flip] = rows[flip].take(np.arange(row).reshape(width, channels)[::-1].ravel(), axis=2)
+    return shifted
 
 
 def step_seed(seed, step):
