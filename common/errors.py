@@ -21,11 +21,13 @@ def framework(name, hint):
 
 
 def check_device(args, name, gpus):
-    """Raise UserError where the flags need a GPU and the framework, by its name, finds none."""
+    """Raise UserError where the flags need a GPU and the framework, by its name, finds none, or exclude each other."""
     if args.device == "cuda" and not gpus:
         raise UserError(f"--device cuda: {name} finds no GPU here; use --device auto or cpu")
     if not gpus and name in ("TensorFlow", "MXNet") and args.precision == "fp16":
         raise UserError(f"--precision fp16: {name} has it on GPUs only; use --precision bf16 or fp32")
+    if name == "TensorFlow" and args.compile and args.deterministic:
+        raise UserError("--compile: XLA cannot compute max pooling deterministically: add --no-deterministic")
 
 
 def unfit_images(args, data, reason):

@@ -47,6 +47,12 @@ def image_flags(framework):
         help="the same bits in each run, also where that needs slower kernels",
     )
     add(
+        "--compile",
+        action=_Switch,
+        default=False,
+        help="compile the network: torch.compile; TensorFlow: XLA, with --no-deterministic; MXNet: nothing new",
+    )
+    add(
         "--workers",
         type=integer(0),
         default=2,

@@ -43,6 +43,7 @@ def choose_device(args):
     device = torch.device(f"cuda:{local_rank}" if available and args.device != "cpu" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # also the one whose random numbers are seeded
+        torch.set_float32_matmul_precision("high")  # TF32 where there is a choice; convolutions have it anyway
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in debugging that costs time
     report.log_device(args, device)
@@ -179,11 +180,11 @@ def read_checkpoint(file):
 
 def train(args, data, model, device):
     """Train up to `--epochs` in total and return the Progress; a signal ends it after a step, with a checkpoint."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
-    )
+    settings = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": device.type == "cuda"}
+    optimizer = torch.optim.SGD(model.parameters(), args.learning_rate, **settings)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     network = distribute(data, model, device)
+    network = torch.compile(network) if args.compile else network
     progress = load_checkpoint(args, data, model, optimizer, scaler)
     report.log_start(progress, args.epochs)
     interruption.defer()
@@ -251,8 +252,9 @@ def evaluate(args, data, model, device):
 
 def forward(args, model, device, pixels, labels):
     """Return the summed loss of a batch and its number of correct predictions, as tensors on the device."""
-    pixels = torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(labels).to(device, non_blocking=True)
+    pixels, labels = torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU, nor the GPU for the next one
+        pixels, labels = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (pixels, labels))
     dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
     with torch.autocast(device.type, dtype, enabled=args.precision != "fp32"):
         logits = model(pixels)
@@ -281,6 +283,8 @@ def main(args):
     data = load_data(args)
     cluster.check_same(data.describe_content())
     model = build_model(args, data).to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # as the pixels come; what tensor cores want
     progress = train(args, data, model, device)
     saving.wait()
     if cluster.leads():

@@ -108,9 +108,8 @@ def build_model(args, data):
 
 
 def compile_model(args, data):
-    """Return the network with its optimizer."""
-    policy = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}[args.precision]
-    keras.mixed_precision.set_dtype_policy(policy)  # of this thread
+    """Return the network with its optimizer, after setting the precision for this thread."""
+    keras.config.set_dtype_policy({"bf16": "mixed_bfloat16", "fp16": "mixed_float16"}.get(args.precision, "float32"))
     model = build_model(args, data)
     model.compile(keras.optimizers.SGD(args.learning_rate, args.momentum, weight_decay=args.weight_decay or None))
     model.optimizer.build(model.trainable_variables)  # before that there is nothing to load its state into
@@ -257,7 +256,8 @@ def compile_steps(args, data, model, strategy):
             return [tf.add_n(strategy.experimental_local_results(x)) for x in strategy.run(step, (numbers, *inputs))]
 
         batch = [tf.TensorSpec([None, *data.image_shape], data.train_images.dtype), tf.TensorSpec([None], tf.int64)]
-        return tf.function(run, [*batch, *(tf.TensorSpec([], dtype) for dtype in scalars)], autograph=False)
+        batch += [tf.TensorSpec([], dtype) for dtype in scalars]
+        return tf.function(run, batch, autograph=False, jit_compile=args.compile or None)
 
     return compiled(train_step, tf.float32, tf.float32, tf.int64), compiled(forward)
 

@@ -395,6 +395,17 @@ def test_a_model_of_the_zoo_trains_and_resumes(image_framework, tmp_path, digits
     assert run(image_framework, *flags, "--epochs", 2, cwd=tmp_path).epochs == [2]
 
 
+def test_a_compiled_network_trains_and_resumes(image_framework, tmp_path):
+    flags = ["--compile", "--no-deterministic"] if image_framework == "tensorflow" else ["--compile"]
+    run(image_framework, "--epochs", 1, *flags, cwd=tmp_path)
+    result = run(image_framework, "--epochs", 2, *flags, cwd=tmp_path)
+    assert result.epochs == [2]
+    assert result.metric("validation_accuracy") > 0.9
+    if image_framework == "tensorflow":
+        line = run(image_framework, "--compile", cwd=tmp_path, code=1).error_line
+        assert "add --no-deterministic" in line
+
+
 def test_bf16_trains_and_resumes_exactly(image_framework, tmp_path):
     # Some virtual machines announce AMX, which oneDNN then uses for bf16, but stop a process that does.
     env = environment(ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
