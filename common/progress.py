@@ -82,7 +82,8 @@ class Progress:
         self._last_save = time.monotonic()
         described = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         loss_sums, correct = zip(*cluster.gather(self._sums()))
-        return {**described, "loss_sum": list(loss_sums), "correct": list(correct)}
+        # A copy of the history: the next epoch may be over before this is written.
+        return {**described, "history": [*self.history], "loss_sum": list(loss_sums), "correct": list(correct)}
 
     @classmethod
     def restore(cls, described):

@@ -234,11 +234,11 @@ saving._run = write
 
 def test_what_is_written_is_the_state_of_the_save_however_far_the_training_has_come(image_framework, tmp_path, whole):
     """The training overwrites its state all the time: with another step's weights in it the bits would be others."""
-    flags = [*FLAGS, "--checkpoint-steps", 30]
+    flags = [*FLAGS, "--checkpoint-steps", 90]
     second_is_there = 'at_call(os, "replace", 2, lambda: send(signal.SIGKILL))'
     run_with(SLOW_DISK + second_is_there, image_framework, *flags, cwd=tmp_path, code=-signal.SIGKILL)
     result = run(image_framework, *FLAGS, cwd=tmp_path)
-    assert "Resuming training from checkpoint-0-30." in result.output
+    assert "Resuming training from checkpoint-0-90." in result.output
     assert_same_bits(tmp_path, whole(image_framework), image_framework)
 
 

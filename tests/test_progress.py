@@ -28,6 +28,16 @@ def test_what_a_checkpoint_keeps_is_plain_and_goes_on_with_the_same_numbers():
     assert resumed.training_metrics() == {"loss": 1.35 / 124, "accuracy": 7 / 124}
 
 
+def test_what_is_written_in_the_background_does_not_know_of_the_next_epoch():
+    progress = Progress()
+    progress.start_clock()
+    progress.count_step(64, 1.25, 3)
+    described = progress.describe()
+    before = json.dumps(described)
+    progress.finish_epoch(progress.training_metrics(), {"loss": 0.5, "accuracy": 0.5})
+    assert json.dumps(described) == before
+
+
 @pytest.mark.parametrize(("size", "expected"), [(1, [0.75]), (2, [0.25, 0.5]), (3, [0.75, 0, 0])])
 def test_each_worker_goes_on_with_its_own_sums_and_none_is_lost_with_another_number(monkeypatch, size, expected):
     described = Progress(step=2, samples=100, loss_sum=0.25, correct=60).describe()
