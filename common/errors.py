@@ -26,8 +26,11 @@ def check_device(args, name, gpus):
         raise UserError(f"--device cuda: {name} finds no GPU here; use --device auto or cpu")
     if not gpus and name in ("TensorFlow", "MXNet") and args.precision == "fp16":
         raise UserError(f"--precision fp16: {name} has it on GPUs only; use --precision bf16 or fp32")
-    if name == "TensorFlow" and args.compile and args.deterministic:
-        raise UserError("--compile: XLA cannot compute max pooling deterministically: add --no-deterministic")
+    if name == "TensorFlow" and args.compile and (args.deterministic or len(gpus) > 1 or len(args.hosts) > 1):
+        raise UserError(
+            "--compile: XLA cannot compute max pooling deterministically, nor on several devices here: "
+            "add --no-deterministic, and use one host and --num-gpus 1"
+        )
 
 
 def unfit_images(args, data, reason):

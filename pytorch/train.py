@@ -180,11 +180,12 @@ def read_checkpoint(file):
 
 def train(args, data, model, device):
     """Train up to `--epochs` in total and return the Progress; a signal ends it after a step, with a checkpoint."""
-    settings = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": device.type == "cuda"}
+    settings = {"momentum": args.momentum, "weight_decay": args.weight_decay}  # on GPUs it is a multi-tensor one anyway
     optimizer = torch.optim.SGD(model.parameters(), args.learning_rate, **settings)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     network = distribute(data, model, device)
-    network = torch.compile(network) if args.compile else network
+    # Code for each batch size of its own: else an earlier step decides which code, and so which bits, a batch gets.
+    network = torch.compile(network, dynamic=False) if args.compile else network
     progress = load_checkpoint(args, data, model, optimizer, scaler)
     report.log_start(progress, args.epochs)
     interruption.defer()
