@@ -159,9 +159,19 @@ def fail(reason):
 
 
 def stop(code, reason):
-    """Tell the others that a signal ends this worker before the training, so that they end with the same exit code."""
-    if _peers and _ending.acquire(blocking=False):
-        _send_end(code, reason)
+    """End this worker, which got a signal before the training, and all others, with the same exit code.
+
+    In a thread: the signal may have come in the middle of a message, which the main thread has to finish first.
+    """
+
+    def end():
+        if _ending.acquire(blocking=False):
+            _send_end(code, reason)
+        os._exit(code)
+
+    if not _peers:
+        os._exit(code)
+    threading.Thread(target=end, daemon=True).start()
 
 
 def end_if_another_failed():

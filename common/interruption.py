@@ -70,5 +70,4 @@ def _receive(number, frame):
         tell(f"{name} received: finishing the running step and saving")
     else:
         tell(str(Interrupted()))
-        cluster.stop(128 + number, str(Interrupted()))
-        os._exit(128 + number)  # not an exception: a framework that is being imported might swallow it
+        cluster.stop(128 + number, str(Interrupted()))  # no exception: a framework being imported might swallow it
