@@ -56,7 +56,7 @@ def image_flags(framework):
         "--workers",
         type=integer(0),
         default=2,
-        help="threads that read images and prepare batches; 0: the main thread",
+        help="processes that read images, and threads that prepare batches; 0: the main thread",
     )
     add(
         "--log-steps",

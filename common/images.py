@@ -2,16 +2,17 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common import cluster
+from common import cluster, decoder
 from common.errors import UserError
 from common.report import log
 
@@ -163,7 +164,7 @@ def _read_folder(args, folder, flag, stem):
         raise UserError(f"{flag} {folder} holds {names}: {EXPECTED.format(stem)}")
     files = [file for paths in classes.values() for file in paths]
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in classes.values()])
-    return _decode(args, flag, files), labels.astype(np.int64), list(classes)
+    return _decode(args, flag, folder, files), labels.astype(np.int64), list(classes)
 
 
 def _check_arrays(args, path, images, labels):
@@ -197,17 +198,17 @@ def _check_arrays(args, path, images, labels):
 
 
 def _image_files(folder):
-    """Return the image files anywhere below `folder`, sorted, hidden ones left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """Return the names of the image files anywhere below `folder`, sorted, hidden ones left out."""
+    found = []
+    for parent, folders, names in os.walk(folder):  # pathlib would take as long as decoding small images
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = [name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in images]
+    return sorted(found, key=lambda path: path.split(os.sep))
 
 
-def _decode(args, flag, files):
-    """Return image files as one uint8 array (n, height, width, 3), read by `--workers` threads."""
+def _decode(args, flag, folder, files):
+    """Return image files as one uint8 array (n, height, width, 3), read by `--workers` processes."""
     size = (args.image_size, args.image_size) if args.image_size else _open(files[0]).size
     images = _allocate((len(files), size[1], size[0], 3), np.uint8)
 
@@ -220,11 +221,28 @@ def _decode(args, flag, files):
             )
         images[index] = image.resize(size) if image.size != size else image
 
-    log(f"Reading {len(files)} images from {flag} {files[0].parents[1]}")
-    with ThreadPoolExecutor(max(1, args.workers)) as pool:
-        for _ in pool.map(read, range(len(files)), chunksize=100):
-            pass
+    log(f"Reading {len(files)} images from {flag} {folder}")
+    count = min(args.workers, len(files) // 100)  # a process starts in the time of some hundred small images
+    with contextlib.ExitStack() as stack:
+        shares = (files[first::count] for first in range(count))
+        decoders = [stack.enter_context(_start_decoder(share, size, args.image_size)) for share in shares]
+        for index, image in enumerate(images):
+            if not decoders or decoders[index % count].stdout.readinto(image) < image.nbytes:
+                read(index)  # what a process cannot read is read here, and the reason told
     return images
+
+
+def _start_decoder(files, size, resize):
+    """Return a process that writes the pixels of the files to its standard output: see `decoder.py`."""
+    command = [sys.executable, decoder.__file__, *map(str, size), str(int(bool(resize)))]
+    # The C library would give the memory of each image back to the system, which takes longer than to decode it.
+    keep_memory = {"MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+    with tempfile.TemporaryFile() as names:
+        names.write(b"\0".join(map(os.fsencode, files)))
+        names.seek(0)
+        return subprocess.Popen(  # noqa: S603 - nothing in it is from outside
+            command, bufsize=2**16, stdin=names, stdout=subprocess.PIPE, env={**os.environ, **keep_memory}
+        )
 
 
 def _open(path):
@@ -232,10 +250,7 @@ def _open(path):
     from PIL import Image
 
     try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("it has 16 or 32 bits per pixel, expected 8")
-            return image.convert("RGB")
+        return decoder.open_image(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: {error}. Replace or delete it") from error
 

@@ -1,11 +1,18 @@
 """Reading images from class folders and arrays, and one clear line for each mistake in them."""
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from common import flags, images
 from common.errors import UserError
+from conftest import ROOT
 
 
 def load(**changes):
@@ -128,6 +135,61 @@ def test_images_that_do_not_fit_into_memory_are_kept_on_disk(tmp_path, digits, m
     on_disk = load(train=tmp_path)
     assert "on disk" in capsys.readouterr().out
     np.testing.assert_array_equal(in_memory.train_images[:], on_disk.train_images[:])
+
+
+def all_kinds(folder):
+    """Write 400 images of 24 x 16 pixels in four classes, of all the kinds of pixels that JPEG and PNG know."""
+    kinds = [("jpg", mode) for mode in ("RGB", "L", "CMYK")]
+    kinds += [("png", mode) for mode in ("RGB", "L", "RGBA", "LA", "P", "1")]
+    generator = np.random.default_rng(0)
+    for index in range(400):
+        suffix, mode = kinds[index % len(kinds)]
+        path = folder / f"class {index % 4}" / "nested" / f"{index} é.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (16, 24, 3), dtype=np.uint8)).convert(mode).save(path)
+
+
+@pytest.mark.parametrize("image_size", [None, 12])
+def test_processes_read_the_same_as_the_main_thread(tmp_path, image_size):
+    all_kinds(tmp_path)
+    alone = load(train=tmp_path, workers=0, image_size=image_size)
+    assert alone.image_shape == ((12, 12, 3) if image_size else (16, 24, 3))
+    for workers in (1, 3):
+        helped = load(train=tmp_path, workers=workers, image_size=image_size)
+        np.testing.assert_array_equal(all_images(alone)[0], all_images(helped)[0])
+        np.testing.assert_array_equal(alone.train_labels, helped.train_labels)
+
+
+def test_what_a_process_does_not_read_is_read_without_it(tmp_path, digits, monkeypatch):
+    save_images(tmp_path, *digits)
+    expected = load(train=tmp_path, workers=0)
+    monkeypatch.setattr(images.sys, "executable", "/bin/true")
+    np.testing.assert_array_equal(expected.train_images[:], load(train=tmp_path, workers=2).train_images[:])
+
+
+def has_ended(pid):
+    """Return whether a process has ended; who has not been waited for yet (Z) has too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_stays_behind_whoever_it_reads_for(tmp_path, digits, number):
+    save_images(tmp_path, *digits)
+    names = [str(path) for path in tmp_path.rglob("*.png")] * 100  # more than what a pipe holds
+    code = "import os, sys; from common import images\n"
+    code += "reader = images._start_decoder(sys.stdin.read().split(), (8, 8), None)\n"
+    code += f"reader.stdout.read(100); print(reader.pid, flush=True); os.kill(os.getpid(), {int(number)})"
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(command, cwd=ROOT, input="\n".join(names), capture_output=True, text=True)
+    assert finished.returncode == -number
+    deadline = time.monotonic() + 20
+    while not has_ended(int(finished.stdout)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "Error" not in finished.stderr
 
 
 def one_class(folder, digits):
