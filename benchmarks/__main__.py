@@ -19,8 +19,9 @@ def main():
     for name in args.names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
         print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
-        figures = module.measure(args.repetitions)
-        for figure in figures:
+        figures = []
+        for figure in module.measure(args.repetitions):
+            figures.append(figure)
             reached = {None: "", True: "reached", False: "MISSED"}[figure.reached]
             print(f"  {figure.what}: {figure.value:.3g} {figure.limit} {reached} ({figure.detail})", flush=True)
         harness.write_results(name, module.__doc__, figures, args.repetitions)

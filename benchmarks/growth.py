@@ -1,13 +1,15 @@
 """How costs grow, at three sizes each: the exponent is 1 where twice the size costs twice as much, 0 where as much.
 
-Time per epoch and peak memory over the number of samples (32 x 32 images; rows of 20 columns), the time of a whole save
-over the size of the training state, and the time to find the newest checkpoint over the number of epochs before it.
+Seconds per epoch and peak memory over the number of samples (32 x 32 images, a tiny network; rows of 20 columns). The
+same, and seconds per save, written and flushed, over the size of the training state (dense layers; XGBoost: trees).
+Seconds per epoch and per save over the number of epochs before, whose checkpoints are in the folder and whose metrics
+are in each checkpoint; and the time to find the newest of these. A figure is the largest of the scripts' exponents,
+over the two larger sizes: at the smallest, what does not grow at all has the larger part.
 """
 
 import json
 import math
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -16,46 +18,54 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.checkpoint import large_model
+from benchmarks.memory import deep_trees, tiny_model
 from common import checkpoints
 
-IMAGES, ROWS = (2_000, 6_000, 18_000), (50_000, 150_000, 450_000)
-WIDTHS = (1024, 1536, 2048)  # of three dense layers
+IMAGES, ROWS = (5_000, 15_000, 45_000), (50_000, 150_000, 450_000)
+WIDTHS, ROUNDS = (1024, 1536, 2048), (12, 24, 48)  # of three dense layers; of deep trees
 EPOCHS = (100, 1_000, 10_000)
+SAMPLES, STATE, BEFORE = "samples", "MB of training state", "epochs before"
 
 
 def measure(repetitions):
-    """Return the figures, and draw `growth.png`."""
-    repetitions = min(repetitions, 3)
-    curves = {"seconds per epoch": {}, "peak memory, MB": {}, "seconds per save": {}, "ms to find the newest": {}}
+    """Yield the figures, and draw `growth.png`."""
+    curves = {}  # by title and size: for each script the sizes and what was measured at them
     with tempfile.TemporaryDirectory() as folder:
         for framework in harness.FRAMEWORKS:
-            sizes = ROWS if framework == "xgboost" else IMAGES
-            write = harness.write_table if framework == "xgboost" else harness.write_images
-            more = (20,) if framework == "xgboost" else ()
-            seen = []
-            for size in sizes:
-                data = write(Path(folder, f"{framework}{size}"), size, *more)
-                runs = [harness.run_json("growth", framework, "train", data) for _ in range(repetitions)]
-                seen.append([statistics.median(values) for values in zip(*runs)])
-            for name, values in zip(list(curves)[:2], zip(*seen)):
-                curves[name][framework] = sizes, values
-        for framework in harness.IMAGES:
-            runs = [harness.run_json("growth", framework, "save", width, repetitions) for width in WIDTHS]
-            curves["seconds per save"][framework] = tuple(zip(*runs))
-    curves["ms to find the newest"]["all"] = EPOCHS, [_find(number, repetitions) for number in EPOCHS]
+            is_table = framework == "xgboost"
+            rows = []
+            for size in ROWS if is_table else IMAGES:
+                path = Path(folder, f"{is_table}{size}")
+                if not path.exists():
+                    harness.write_table(path, size, 20) if is_table else harness.write_images(path, size)
+                runs = [harness.run_json("growth", "samples", framework, path) for _ in range(min(repetitions, 2))]
+                rows.append((size, *map(min, zip(*runs))))
+            _add(curves, framework, SAMPLES, ("seconds per epoch", "peak memory, MB"), rows)
+            sizes = ROUNDS if is_table else WIDTHS
+            rows = [harness.run_json("growth", "state", framework, size, repetitions) for size in sizes]
+            _add(curves, framework, STATE, ("seconds per epoch", "peak memory, MB", "seconds per save"), rows)
+            rows = harness.run_json("growth", "before", framework, repetitions)
+            _add(curves, framework, BEFORE, ("seconds per epoch", "seconds per save"), rows)
+    rows = [(number, _find(number, repetitions)) for number in EPOCHS]
+    _add(curves, "all", BEFORE, ("ms to find the newest",), rows)
     _draw(curves)
-    return [
-        _figure(framework, name, sizes, values)
-        for name, frameworks in curves.items()
-        for framework, (sizes, values) in frameworks.items()
-    ]
+    for (title, size), scripts in curves.items():
+        exponents = {name: _exponent(*curve) for name, curve in scripts.items()}
+        steepest = max(exponents, key=exponents.get)
+        points = ", ".join(f"{value:.3g} at {at:,.0f}" for at, value in zip(*scripts[steepest]))
+        detail = ", ".join(f"{name} {exponent:.2f}" for name, exponent in exponents.items())
+        detail += f"; {steepest}: {points}"
+        yield harness.Figure(f"exponent of {title} over {size}", exponents[steepest], "<= 1.1", detail)
 
 
-def _figure(framework, name, sizes, values):
-    # Over the two larger sizes: at the smallest what does not grow at all has the larger part.
-    exponent = math.log(values[-1] / values[-2]) / math.log(sizes[-1] / sizes[-2])
-    measured = ", ".join(f"{value:.3g} at {size:,.0f}" for size, value in zip(sizes, values))
-    return harness.Figure(f"{framework}: exponent of {name}", exponent, "<= 1.1", measured)
+def _add(curves, script, size, titles, rows):
+    sizes, *columns = zip(*rows)
+    for title, values in zip(titles, columns):
+        curves.setdefault((title, size), {})[script] = sizes, values
+
+
+def _exponent(sizes, values):
+    return math.log(values[-1] / values[-2]) / math.log(sizes[-1] / sizes[-2])
 
 
 def _find(number, repetitions):
@@ -76,53 +86,93 @@ def _draw(curves):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawing, all_axes = pyplot.subplots(1, len(curves), figsize=(14, 3.5), layout="constrained")
-    labels = ("samples", "samples", "MB of training state", "epochs before")
-    for axes, (name, frameworks), label in zip(all_axes, curves.items(), labels):
-        for framework, (sizes, values) in frameworks.items():
-            axes.plot(sizes, values, marker="o", label=framework)
-        axes.set(xscale="log", yscale="log", title=name, xlabel=label)
+    drawing, grid = pyplot.subplots(2, 4, figsize=(14, 6.5), layout="constrained")
+    colours = {name: f"C{number}" for number, name in enumerate((*harness.FRAMEWORKS, "all"))}
+    for axes, ((title, size), scripts) in zip(grid.flat, curves.items()):
+        for name, (sizes, values) in scripts.items():
+            axes.plot(sizes, values, marker="o", color=colours[name], label=name)
+        low = min(values[0] for _, values in scripts.values())
+        first, *_, last = next(iter(scripts.values()))[0]
+        axes.plot([first, last], [low, low * last / first], "k:", linewidth=1, label="linear")
+        axes.set(xscale="log", yscale="log", title=title, xlabel=size)
         axes.legend(fontsize=7)
     drawing.savefig(harness.RESULTS / "growth.png", dpi=110)
     pyplot.close(drawing)
 
 
-def train(framework, data):
-    """Return seconds per epoch, the fastest of some, and the peak in MB."""
+def samples(framework, data):
+    """Return the seconds of an epoch after the first, and the peak in MB."""
     script = harness.import_script(framework)
-    flags = ["--train", data, "--log-steps", "0", "--checkpoint-seconds", "0"]
-    flags += ["--num-round", "20"] if framework == "xgboost" else ["--epochs", "2", "--batch-size", "128"]
+    flags = ["--train", data, "--checkpoint-seconds", "0"]
+    if framework == "xgboost":
+        flags += ["--num-round", "20"]
+    else:
+        script.build_model = tiny_model(framework, script)
+        flags += ["--epochs", "2", "--batch-size", "128", "--log-steps", "0"]
     args = script.parse_args(flags)
     script.main(args)
     lines = (args.output_data_dir / "history.csv").read_text().splitlines()
     column = lines[0].split(",").index("seconds")
-    seconds = sorted(float(line.split(",")[column]) for line in lines[2:])
-    return seconds[len(seconds) // 2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return statistics.median(float(line.split(",")[column]) for line in lines[2:]), harness.peak_memory()
 
 
-def save(framework, width, repetitions):
-    """Return the size of the training state in MB and the seconds that it takes until it is on the disk."""
-    script = harness.import_script(framework)
-    script.build_model = large_model(framework, script, int(width))
-    original, seconds = script.save_checkpoint, []
+class Saves:
+    """Stands in for `save_checkpoint` of a script, waits until each file is written, and keeps the times."""
 
-    def timed(*arguments):
+    def __init__(self, script):
+        self.save, self.wait, self.ended = script.save_checkpoint, script.saving.wait, None
+        self.epochs, self.saves = [], []  # seconds
+        script.save_checkpoint, script.export_model = self, lambda *_: None
+
+    def __call__(self, *arguments):
         began = time.perf_counter()
-        original(*arguments)
-        script.saving.wait()
-        seconds.append(time.perf_counter() - began)
+        if self.ended:
+            self.epochs.append(began - self.ended)
+        self.save(*arguments)
+        self.wait()
+        self.ended = time.perf_counter()
+        self.saves.append(self.ended - began)
 
-    script.save_checkpoint, script.export_model = timed, lambda *_: None
-    flags = ["--epochs", str(int(repetitions) + 1), "--log-steps", "0", "--learning-rate", "1e-6"]
-    args = script.parse_args(flags)
+
+def state(framework, size, repetitions):
+    """Return MB of training state, seconds per epoch, the peak in MB and seconds per save."""
+    script, repetitions = harness.import_script(framework), int(repetitions)
+    if framework == "xgboost":
+        flags = deep_trees("deep", size)  # so few rounds are all saved; the last have about the size
+    else:
+        script.build_model = large_model(framework, script, int(size))
+        flags = ["--epochs", str(repetitions + 1), "--log-steps", "0", "--learning-rate", "1e-6"]
+    saves, args = Saves(script), script.parse_args(flags)
     script.main(args)
-    size = next(args.checkpoint_path.iterdir()).stat().st_size / 1e6
-    return size, statistics.median(seconds[1:])
+    megabytes = max(path.stat().st_size for path in args.checkpoint_path.iterdir()) / 1e6
+    return megabytes, min(saves.epochs[-repetitions:]), harness.peak_memory(), min(saves.saves[-repetitions:])
+
+
+def before(framework, repetitions):
+    """Return for each number of epochs before: the number, seconds per epoch and per save."""
+    script, each = harness.import_script(framework), int(repetitions) + 1
+    saves, args = Saves(script), script.parse_args(["--epochs", str(len(EPOCHS) * each), "--checkpoint-seconds", "0"])
+
+    def save_checkpoint(*arguments):
+        group, number = divmod(len(saves.saves), each)
+        if number == 0:  # from here on there are more of them
+            history = arguments[-1].history
+            history += [dict(history[-1]) for _ in range(EPOCHS[group] - len(history))]
+            for epoch in range(EPOCHS[group]):
+                (args.checkpoint_path / script.CHECKPOINT.format(10**6 + epoch)).touch()
+            saves.ended = None
+        saves(*arguments)
+
+    script.save_checkpoint = save_checkpoint
+    script.main(args)
+    epochs = [saves.epochs[i * (each - 1) : (i + 1) * (each - 1)] for i in range(len(EPOCHS))]
+    times = [saves.saves[i * each + 1 : (i + 1) * each] for i in range(len(EPOCHS))]
+    return list(zip(EPOCHS, map(min, epochs), map(min, times)))
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as own:
         os.chdir(own)
-        result = {"train": train, "save": save}[sys.argv[2]](sys.argv[1], *sys.argv[3:])
+        result = {"samples": samples, "state": state, "before": before}[sys.argv[1]](*sys.argv[2:])
         os.chdir("/")
     print(json.dumps(result))

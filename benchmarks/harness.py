@@ -80,6 +80,12 @@ def rates(output):
     return [float(rate) for rate in re.findall(r" samples_per_second=(\d+)", output)]
 
 
+def peak_memory():
+    """Return the peak of this process's memory in MB."""
+    # Not ru_maxrss, which begins with the peak of the process that has started this one.
+    return int(re.search(r"^VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(), re.M)[1]) * 1024 / 1e6
+
+
 def import_script(framework):
     """Return a training script as a module, to call parts of it."""
     import importlib.util
@@ -119,11 +125,13 @@ def machine():
     described = dict(
         re.findall(r"^(model name|MemTotal)\s*:\s*(.*)$", _read("/proc/cpuinfo") + _read("/proc/meminfo"), re.M)
     )
+    cards = Path("/proc/driver/nvidia/gpus").glob("*/information")
+    gpus = [re.search(r"^Model:\s*(.*)$", card.read_text(), re.M)[1] for card in cards]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "CPU": f"{len(os.sched_getaffinity(0))} cores of {described.get('model name', platform.machine())}",
         "memory": f"{int(described.get('MemTotal', '0 kB').split()[0]) / 2**20:.0f} GiB",
-        "GPU": "none",
+        "GPU": ", ".join(gpus) or "none",
         "Python": platform.python_version(),
         **versions,
     }
@@ -153,7 +161,7 @@ def write_report(order):
         paragraphs = [" ".join(paragraph.split()) for paragraph in content["description"].strip().split("\n\n")]
         lines += ["", f"## {name}", "", *"\n\n".join(paragraphs).splitlines()]
         lines += ["", f"{content['date']}, medians of {content['repetitions']} repetitions.", ""]
-        lines += ["| What | Figure | Limit | Reached | Measured |", "|---|---|---|---|---|"]
+        lines += ["| What | Figure | Limit | Reached | Detail |", "|---|---|---|---|---|"]
         for figure in map(Figure._make, content["figures"]):
             reached = {None: "", True: "yes", False: "**no**"}[figure.reached]
             lines.append(f"| {figure.what} | {figure.value:.3g} | {figure.limit} | {reached} | {figure.detail} |")
@@ -174,7 +182,7 @@ def _read(path):
 
 
 def _draw(figures):
-    """Draw how far each figure is on the good side of its limit, on a logarithmic scale."""
+    """Draw how far each figure is on the good side of its limit, the right one, on a logarithmic scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -194,9 +202,12 @@ def _draw(figures):
     for place, (_, figure) in enumerate(limited):
         axes.annotate(f" {figure.value:.3g} ({figure.limit})", (max(shown[place], 1), place), va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=1)
+    axes.axvspan(0.25, 1, color="tab:red", alpha=0.08)
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.25, 24)
+    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "limit", "2", "4", "8"])
     axes.set_xlabel("times better than the limit (bars end at 8)")
+    axes.set_title("missed < limit > reached", fontsize=9)
     axes.invert_yaxis()
     drawing.savefig(RESULTS / "figures.png", dpi=110)
     pyplot.close(drawing)

@@ -1,16 +1,16 @@
 """Peak memory: what checkpoints add, in copies of the training state, and what images add, in copies of the data set.
 
-The first is the peak of a training of a model with about 100 MB of weights and momentum that saves after each of three
-epochs, minus the peak of the same without checkpoints; the second the peak with 2,000 images of 224 x 224 minus that
-with 200, with a tiny network. Last, XGBoost trains with `--external-memory` on a table four times larger than the
-memory that it is allowed, by a control group (cgroup), where this machine lets us make one.
+The first is the peak of a training with about 100 MB of weights and momentum (XGBoost: of trees) that saves three
+times, minus the peak of the same without checkpoints; the second the peak with 2,000 images of 224 x 224 minus that
+with 200, with a tiny network. Last, XGBoost trains with `--external-memory` on a CSV table of 4,000 columns whose
+float32 numbers take four times the memory that the process may have for its own data (RLIMIT_DATA, `ulimit -d`: what
+the disk's cache holds does not count).
 """
 
-import contextlib
 import json
 import os
 import resource
-import subprocess
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -20,87 +20,72 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.checkpoint import large_model
 
-GROUPS = Path("/sys/fs/cgroup")
 ROWS, COLUMNS = 75_000, 4_000  # 1.2 GB as float32
+ROUNDS = 48  # of trees as deep as they can be
 
 
 def measure(repetitions):
-    """Return the figures."""
-    figures = []
+    """Yield the figures."""
     with tempfile.TemporaryDirectory() as folder:
         few = harness.write_images(Path(folder, "few"), 200, 224)
         many = harness.write_images(Path(folder, "many"), 2000, 224)
         extra = 1800 * 224 * 224 * 3 / 1e6
-        for framework in harness.IMAGES:
+        for framework in harness.FRAMEWORKS:
 
-            def peak(*words, framework=framework):
+            def run(*words, framework=framework):
                 return harness.run_json("memory", framework, *words)
 
             turns = harness.take_turns(
-                repetitions,
-                saved=lambda: peak("large", "saved"),
-                unsaved=lambda: peak("large", "unsaved"),
-                many=lambda: peak("tiny", "unsaved", many),
-                few=lambda: peak("tiny", "unsaved", few),
+                repetitions, saved=lambda: run("large", "saved"), unsaved=lambda: run("large", "unsaved")
             )
             size = turns["saved"][0]["state"]
-            peaks = {name: np.median([seen["peak"] for seen in turns[name]]) for name in turns}
-            raw = f"{peaks['saved']:.0f} and {peaks['unsaved']:.0f} MB; the state has {size:.0f} MB"
-            copies = (peaks["saved"] - peaks["unsaved"]) / size
-            figures.append(harness.Figure(f"{framework}: copies of the state", copies, "<= 1.1", raw))
-            raw = f"{peaks['many']:.0f} MB with {extra:.0f} MB of images more than {peaks['few']:.0f} MB"
-            copies = (peaks["many"] - peaks["few"]) / extra
-            figures.append(harness.Figure(f"{framework}: copies of the images", copies, "<= 1.1", raw))
-        figures.append(_external_memory(Path(folder)))
-    return figures
+            saved, unsaved = (statistics.median(seen["peak"] for seen in turns[name]) for name in turns)
+            raw = f"{saved:.0f} and {unsaved:.0f} MB; the state has {size:.0f} MB"
+            yield harness.Figure(f"{framework}: copies of the state", (saved - unsaved) / size, "<= 1.1", raw)
+            if framework == "xgboost":
+                break
+            turns = harness.take_turns(
+                repetitions, many=lambda: run("tiny", "unsaved", many), few=lambda: run("tiny", "unsaved", few)
+            )
+            large, small = (statistics.median(seen["peak"] for seen in turns[name]) for name in turns)
+            raw = f"{large:.0f} MB with {extra:.0f} MB of images more than {small:.0f} MB"
+            yield harness.Figure(f"{framework}: copies of the images", (large - small) / extra, "<= 1.1", raw)
+        yield _external_memory(Path(folder))
 
 
 def _external_memory(folder):
-    """Return what the table is larger than the memory under which XGBoost trains on it."""
-    what, size = "xgboost: table / allowed memory", ROWS * COLUMNS * 4
-    allowed = size // 4
-    group = GROUPS / f"benchmark-{os.getpid()}"
+    """Return by how much the table is larger than the memory with which XGBoost trains on it."""
+    _write_digits(folder / "table")
+    size = ROWS * COLUMNS * 4
+    environment = {"TMPDIR": str(folder), "ARROW_DEFAULT_MEMORY_POOL": "system"}  # its own reserves a gigabyte at once
     try:
-        (GROUPS / "cgroup.subtree_control").write_text("+memory")
-        group.mkdir()
-        (group / "memory.max").write_text(str(allowed))
-        with contextlib.suppress(OSError):
-            (group / "memory.swap.max").write_text("0")
-    except OSError as error:
-        return harness.Figure(what, float("nan"), "", f"not measured: no control group can be made here ({error})")
-    _write_parquet(folder / "table")
-    try:
-        flags = ["--train", folder / "table", "--external-memory", "--num-round", 2, "--max-bin", 16]
-        command = [sys.executable, str(harness.ROOT / "xgboost/train.py"), *map(str, flags)]
-
-        def enter():
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-
-        finished = subprocess.run(
-            command, cwd=folder, preexec_fn=enter, capture_output=True, text=True, env={**os.environ, "TMPDIR": folder}
-        )
-        peak = int((group / "memory.peak").read_text()) / 1e6 if (group / "memory.peak").exists() else float("nan")
-    finally:
-        group.rmdir()
-    ended = "finished" if finished.returncode == 0 else f"ended with {finished.returncode}"
-    raw = f"{ended}: {ROWS:,} x {COLUMNS:,} float32, {size / 1e6:.0f} MB, allowed {allowed / 1e6:.0f} MB"
-    raw += f", peak with the disk's cache {peak:.0f} MB"
-    return harness.Figure(what, size / allowed if finished.returncode == 0 else 0, ">= 4", raw)
+        command = ["-m", "benchmarks.memory", "xgboost", "table", "unsaved", folder / "table", size // 4]
+        seen = json.loads(harness.run(command, harness.ROOT, environment).splitlines()[-1])
+        value, ended = size / (size // 4), f"finished; at most {seen['peak']:.0f} MB resident, files among them"
+    except RuntimeError as error:
+        value, ended = 0, f"ended with {str(error).strip().splitlines()[-1][:100]}"
+    raw = f"{ended}; {ROWS:,} x {COLUMNS:,} float32, {size / 1e6:.0f} MB, allowed {size / 4e6:.0f} MB"
+    return harness.Figure("xgboost: table / allowed memory", value, ">= 4", raw)
 
 
-def _write_parquet(folder):
-    import pyarrow
-    from pyarrow import parquet
-
+def _write_digits(folder):
+    """Write a CSV table of one-digit numbers, some at a time, which takes no memory here."""
     folder.mkdir()
     generator = np.random.default_rng(0)
-    names = ["label", *(f"column{number}" for number in range(COLUMNS))]
-    schema = pyarrow.schema([(name, pyarrow.float32()) for name in names])
-    with parquet.ParquetWriter(folder / "table.parquet", schema, use_dictionary=False) as writer:
+    with open(folder / "table.csv", "wb") as file:
         for _ in range(ROWS // 1000):
-            features = generator.normal(size=(1000, COLUMNS)).astype(np.float32)
-            columns = [(features[:, 0] > 0).astype(np.float32), *features.T]
-            writer.write_table(pyarrow.Table.from_arrays([pyarrow.array(column) for column in columns], schema=schema))
+            text = np.full((1000, 2 * COLUMNS + 2), ord(","), np.uint8)
+            text[:, ::2] = ord("0") + generator.integers(0, 10, (1000, COLUMNS + 1))
+            text[:, 0] = ord("0") + (text[:, 2] > ord("4"))
+            text[:, -1] = ord("\n")
+            file.write(text)
+
+
+def deep_trees(folder, rounds=ROUNDS):
+    """Write a table in `folder` and return the flags with which as many rounds give deep trees, 2 MB each."""
+    harness.write_table(folder, 50_000, 5)
+    flags = ["--train", folder, "--objective", "reg:squarederror", "--max-depth", 0, "--min-child-weight", 0]
+    return [*map(str, flags), "--num-round", str(rounds)]
 
 
 def tiny_model(framework, script):
@@ -135,23 +120,29 @@ def tiny_model(framework, script):
     return build
 
 
-def main(framework, model, saved, images=None):
+def main(framework, what, saved, data=None, allowed=None):
     """In a process of its own: train, and print the peak and the size of the state in MB."""
+    if allowed:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(allowed),) * 2)
     script = harness.import_script(framework)
-    script.build_model = (large_model if model == "large" else tiny_model)(framework, script)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        flags = ["--epochs", "3" if model == "large" else "1", "--log-steps", "0", "--learning-rate", "1e-6"]
-        flags += ["--train", images] if images else ["--batch-size", "32"]
+        if what == "table":
+            flags = ["--train", data, "--external-memory", "--num-round", "2", "--max-bin", "16"]
+        elif framework == "xgboost":
+            flags = [*deep_trees("deep"), "--checkpoint-steps", str(ROUNDS // 3)]
+        else:
+            script.build_model = (large_model if what == "large" else tiny_model)(framework, script)
+            flags = ["--epochs", "3" if what == "large" else "1", "--log-steps", "0", "--learning-rate", "1e-6"]
+            flags += ["--train", data] if data else ["--batch-size", "32"]
         if saved == "unsaved":
             script.save_checkpoint = lambda *_: None
         script.export_model = lambda *_: None
         args = script.parse_args(flags)
         script.main(args)
-        files = list(args.checkpoint_path.iterdir())
-        size = files[0].stat().st_size / 1e6 if files else 0
+        size = max((path.stat().st_size for path in args.checkpoint_path.iterdir()), default=0) / 1e6
         os.chdir("/")
-    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "state": size}))
+    print(json.dumps({"peak": harness.peak_memory(), "state": size}))
 
 
 if __name__ == "__main__":
