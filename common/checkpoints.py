@@ -53,10 +53,10 @@ def find_checkpoints(folder, pattern):
 def read_newest_checkpoint(folder, pattern, read):
     """Return (path, `read(file)`) of the newest checkpoint that can be read; None where there is none.
 
-    Of several workers the leader chooses, from its folder, and the others get a copy of the file from it. `read` takes
-    a binary file. Damaged checkpoints that are newer are kept for inspection under another name, so that
-    they never count again. Raises UserError when there are checkpoints but not one can be read: to start over in
-    silence would lose them.
+    `read` takes a binary file. Of several workers the leader chooses, from its folder, and the others get a copy of the
+    file from it. Damaged checkpoints that are newer are kept for inspection under another name, so that they never
+    count again. Raises UserError when there are checkpoints but not one can be read, as to start over in silence would
+    lose them, and where disk or memory fail, as the file may be whole.
     """
     found = find_checkpoints(folder, pattern) if Path(folder).is_dir() else []
     newest = cluster.gather([*found[0][0], found[0][1].name] if found else [-1, 0, ""])
@@ -78,11 +78,23 @@ def read_newest_checkpoint(folder, pattern, read):
 
 
 def _read(path, read):
-    with open(path, "rb") as file:
-        if not file.read(1):
-            raise ValueError("the file is empty")
-        file.seek(0)
-        return read(file)
+    try:
+        with open(path, "rb") as file:
+            while file.read(2**20):  # the whole file, first: from a disk that fails `read` would make a damaged file
+                pass
+            if not file.tell():
+                raise ValueError("the file is empty")
+    except OSError as error:
+        raise _unreadable(path, error.strerror or error) from error
+    try:
+        with open(path, "rb") as file:
+            return read(file)
+    except MemoryError as error:
+        raise _unreadable(path, "not enough memory") from error
+
+
+def _unreadable(path, reason):
+    return UserError(f"cannot read {path}: {reason}. Mend that, then run the same command again")
 
 
 def _read_first(folder, found, read):
@@ -91,10 +103,9 @@ def _read_first(folder, found, read):
     for _, path in found:
         try:
             checkpoint = _read(path, read)
+        except UserError:
+            raise
         except Exception as error:  # each framework has its own errors for a damaged file
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):  # the file may be whole
-                reason = "not enough memory" if isinstance(error, MemoryError) else error.strerror
-                raise UserError(f"cannot read {path}: {reason}. Mend that, then run the same command again") from error
             reason = " ".join(str(error).split())[:200]
             log(f"Cannot read {path.name}, trying the one before: {type(error).__name__}: {reason}")
             damaged.append(path)
@@ -112,9 +123,9 @@ def _read_first(folder, found, read):
     return None, None
 
 
-def write(args, pattern, path, best, write):
-    """Write the checkpoint `path` in the background, with `write(file)`; see `remove_old_checkpoints` for the rest."""
-    saving.start(path, write, functools.partial(remove_old_checkpoints, args, pattern, best))
+def write(args, pattern, path, best, write_content):
+    """Write the checkpoint `path` in the background, with `write_content(file)`, and then remove old ones."""
+    saving.start(path, write_content, functools.partial(remove_old_checkpoints, args, pattern, best))
 
 
 def describe_run(args, job, framework, threads=None):

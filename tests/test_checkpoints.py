@@ -138,17 +138,37 @@ def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "bad block"), MemoryError()]
+    ("error", "operation"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "open"),
+        (OSError("bad block"), "open"),
+        (OSError(errno.EIO, "bad block"), "read"),
+        (MemoryError(), "parse"),
+    ],
 )
-def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(tmp_path, error):
+def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, error, operation):
     write(tmp_path, "checkpoint-2.pt", "checkpoint-1.pt")
 
-    def fail(_):
+    def fail(*_):
         raise error
 
+    class BadDisk(io.BytesIO):
+        """As a file on a disk with a bad block."""
+
+        read = fail
+
+    def parse(file):  # as the scripts do, for which a disk that fails is a damaged file
+        try:
+            return fail() if operation == "parse" else files.check_zip(file)
+        except OSError as error:
+            raise ValueError("damaged") from error
+
+    if operation != "parse":
+        opened = fail if operation == "open" else lambda *_: BadDisk()
+        monkeypatch.setattr(checkpoints, "open", opened, raising=False)
     expected = r"cannot read .*checkpoint-2.pt: (Permission denied|bad block|not enough memory)"
     with pytest.raises(UserError, match=expected):
-        checkpoints.read_newest_checkpoint(tmp_path, PATTERN, fail)
+        checkpoints.read_newest_checkpoint(tmp_path, PATTERN, parse)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1.pt", "checkpoint-2.pt"]
 
 
