@@ -7,17 +7,14 @@ longer than 40 steps without, as a share of the ten seconds from one save to the
 bytes and writes and flushes them in a thread. All take turns in one process.
 """
 
-import json
 import os
 import statistics
-import sys
-import tempfile
 import threading
 import time
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, models
 
 BLOCK = 40  # steps
 HOLD = 0.5  # seconds by which the writing is put off to see the copy alone
@@ -42,40 +39,6 @@ def measure(repetitions):
     return figures
 
 
-def large_model(framework, script, width=2048):
-    """Return a `build_model` whose weights and momentum are about 100 MB; a step is as short as it can be."""
-    if framework == "pytorch":
-        nn = script.nn
-
-        def build(args, data):
-            layers = [script.Normalize(data), nn.Flatten(), nn.Linear(64, width)]
-            layers += [nn.Linear(width, width) for _ in range(3)]
-            return nn.Sequential(*layers, nn.ReLU(), nn.Linear(width, 10))
-    elif framework == "tensorflow":
-        keras, layers = script.keras, script.layers
-
-        def build(args, data):
-            pixels = keras.Input(data.image_shape, dtype=str(data.train_images.dtype))
-            outputs = layers.Dense(width)(layers.Flatten()(layers.Rescaling(1 / 255)(pixels)))
-            for _ in range(3):
-                outputs = layers.Dense(width)(outputs)
-            return keras.Model(pixels, layers.Dense(10)(layers.ReLU()(outputs)))
-    else:
-
-        def build(args, data):
-            model = script.nn.HybridSequential(prefix="model_")
-            with model.name_scope():
-                model.add(script.Normalize(data), script.nn.Flatten())
-                for _ in range(4):
-                    model.add(script.nn.Dense(width))
-                model.add(script.nn.Activation("relu"), script.nn.Dense(10))
-            model.initialize(script.mx.init.Xavier())
-            model(script.mx.nd.zeros((1, 1, 8, 8))).wait_to_read()
-            return model
-
-    return build
-
-
 class Probe:
     """Stands in for `save_checkpoint` and `interruption.check` of a script, and does something else in each block."""
 
@@ -84,8 +47,7 @@ class Probe:
     def __init__(self, script, blocks):
         self.script, self.blocks = script, blocks
         self.save, self.run = script.save_checkpoint, script.saving._run
-        self.starts, self.count, self.copies, self.thread = [], 0, [], None
-        self.num_bytes = 0
+        self.starts, self.count, self.copies, self.num_bytes = [], 0, [], 0
         script.interruption.check = self.check
         script.save_checkpoint = self.save_checkpoint
         script.Progress.save_is_due = lambda progress, args, step: self.count % BLOCK == 6
@@ -107,8 +69,7 @@ class Probe:
             for target, source in zip(self.targets, self.sources):
                 np.copyto(target, source)
             self.copies[-1] = time.perf_counter() - self.copies[-1]
-            self.thread = threading.Thread(target=self.write_bare)
-            self.thread.start()
+            threading.Thread(target=self.write_bare).start()
         elif kind != "none":
             self.save(*arguments)
             if kind == "plain":
@@ -134,24 +95,23 @@ class Probe:
     def result(self):
         """Return the medians over the blocks, in seconds; the first round of blocks warms everything up."""
         lengths = np.diff(self.starts)
-        step = np.median(lengths)
         by_kind = {kind: [] for kind in self.KINDS}
         for block in range(len(self.KINDS), self.blocks):
             part = lengths[block * BLOCK : (block + 1) * BLOCK - 1]
             by_kind[self.KINDS[block % len(self.KINDS)]].append(part)
         saved = 5  # the number of the step in its block that the save follows
-        base = [part.sum() for part in by_kind["none"]]
+
+        def stall(kind):
+            return statistics.median(part[saved : saved + 2].sum() - 2 * np.median(part) for part in by_kind[kind])
 
         def extra(kind):
-            return statistics.median(part.sum() - none for part, none in zip(by_kind[kind], base))
+            pairs = zip(by_kind[kind], by_kind["none"])
+            return statistics.median(part.sum() - without.sum() for part, without in pairs)
 
-        held = statistics.median(part[saved : saved + 2].sum() - 2 * np.median(part) for part in by_kind["held"])
-        plain = statistics.median(part[saved : saved + 2].sum() - 2 * np.median(part) for part in by_kind["plain"])
         return {
             "bytes": self.num_bytes,
-            "step": step,
-            "stall": held,
-            "plain": plain,
+            "stall": stall("held"),
+            "plain": stall("plain"),
             "copy": statistics.median(self.copies[1:]),
             "ours": extra("ours"),
             "bare": extra("bare"),
@@ -159,15 +119,14 @@ class Probe:
 
 
 def main(framework, model, repetitions):
-    """In a process of its own: train, and print what was seen as JSON."""
+    """Train, and return what was seen."""
     script = harness.import_script(framework)
-    os.chdir(tempfile.mkdtemp())
     flags = ["--epochs", 1000, "--checkpoint-seconds", 0, "--log-steps", 0, "--learning-rate", 1e-6]
     if model == "cnn":
         flags += ["--train", harness.write_images("images", 4000)]
     else:
         flags += ["--batch-size", 8]
-        script.build_model = large_model(framework, script)
+        script.build_model = models.large_model(framework, script)
     args = script.parse_args(list(map(str, flags)))
     probe = Probe(script, len(Probe.KINDS) * (1 + int(repetitions)))
     evaluate = {"loss": 0.0, "accuracy": 0.0}
@@ -176,8 +135,8 @@ def main(framework, model, repetitions):
         script.main(args)
     except script.interruption.Interrupted:
         script.saving.wait()
-    print(json.dumps(probe.result()))
+    return probe.result()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    harness.print_json(main)

@@ -7,18 +7,13 @@ are in each checkpoint; and the time to find the newest of these. A figure is th
 over the two larger sizes: at the smallest, what does not grow at all has the larger part.
 """
 
-import json
 import math
-import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import harness
-from benchmarks.checkpoint import large_model
-from benchmarks.memory import deep_trees, tiny_model
+from benchmarks import harness, models
 from common import checkpoints
 
 IMAGES, ROWS = (5_000, 15_000, 45_000), (50_000, 150_000, 450_000)
@@ -107,13 +102,11 @@ def samples(framework, data):
     if framework == "xgboost":
         flags += ["--num-round", "20"]
     else:
-        script.build_model = tiny_model(framework, script)
+        script.build_model = models.tiny_model(framework, script)
         flags += ["--epochs", "2", "--batch-size", "128", "--log-steps", "0"]
     args = script.parse_args(flags)
     script.main(args)
-    lines = (args.output_data_dir / "history.csv").read_text().splitlines()
-    column = lines[0].split(",").index("seconds")
-    return statistics.median(float(line.split(",")[column]) for line in lines[2:]), harness.peak_memory()
+    return statistics.median(harness.history(args, "seconds")[1:]), harness.peak_memory()
 
 
 class Saves:
@@ -138,9 +131,9 @@ def state(framework, size, repetitions):
     """Return MB of training state, seconds per epoch, the peak in MB and seconds per save."""
     script, repetitions = harness.import_script(framework), int(repetitions)
     if framework == "xgboost":
-        flags = deep_trees("deep", size)  # so few rounds are all saved; the last have about the size
+        flags = models.deep_trees("deep", size)  # so few rounds are all saved; the last have about the size
     else:
-        script.build_model = large_model(framework, script, int(size))
+        script.build_model = models.large_model(framework, script, int(size))
         flags = ["--epochs", str(repetitions + 1), "--log-steps", "0", "--learning-rate", "1e-6"]
     saves, args = Saves(script), script.parse_args(flags)
     script.main(args)
@@ -171,8 +164,4 @@ def before(framework, repetitions):
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as own:
-        os.chdir(own)
-        result = {"samples": samples, "state": state, "before": before}[sys.argv[1]](*sys.argv[2:])
-        os.chdir("/")
-    print(json.dumps(result))
+    harness.print_json(samples=samples, state=state, before=before)

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -13,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -65,14 +68,34 @@ def run(command, cwd=None, env=None):
     return finished.stdout
 
 
-def run_script(framework, *flags, cwd=None, env=None):
+def run_script(framework, *flags, cwd=None):
     """Run a training script; return its standard output."""
-    return run([ROOT / framework / "train.py", *flags], cwd, env)
+    return run([ROOT / framework / "train.py", *flags], cwd)
 
 
-def run_json(module, *words):
-    """Run a benchmark's own part in a process; return what it prints as its last line, which is JSON."""
-    return json.loads(run(["-m", f"benchmarks.{module}", *words], cwd=ROOT).splitlines()[-1])
+def run_json(module, *words, env=None):
+    """Run a part of a benchmark's own, see `print_json`, in a process; return its result."""
+    return json.loads(run(["-m", f"benchmarks.{module}", *words], ROOT, env).splitlines()[-1])
+
+
+def print_json(part=None, **parts):
+    """Call the one part, or that of the parts the command line names first, with the words that follow there.
+
+    It runs in an empty folder, and what it returns is printed as JSON.
+    """
+    words = sys.argv[1:]
+    part = part or parts[words.pop(0)]
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        result = part(*words)
+        os.chdir(ROOT)
+    print(json.dumps(result))
+
+
+def history(args, column):
+    """Return a column of the metrics that a training has written, epoch by epoch."""
+    names, *lines = (args.output_data_dir / "history.csv").read_text().splitlines()
+    return [float(line.split(",")[names.split(",").index(column)]) for line in lines]
 
 
 def rates(output):
@@ -88,8 +111,6 @@ def peak_memory():
 
 def import_script(framework):
     """Return a training script as a module, to call parts of it."""
-    import importlib.util
-
     sys.path.insert(0, str(ROOT / framework))
     specification = importlib.util.spec_from_file_location("train", ROOT / framework / "train.py")
     module = importlib.util.module_from_spec(specification)
@@ -97,22 +118,18 @@ def import_script(framework):
     return module
 
 
-def write_images(folder, count, size=32, seed=0):
+def write_images(folder, count, size=32):
     """Write `count` colour images of random pixels in ten classes as an .npz file in `folder`; return the folder."""
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     Path(folder).mkdir(parents=True, exist_ok=True)
     pixels = generator.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     np.savez(Path(folder, "images.npz"), x=pixels, y=generator.integers(0, 10, count))
     return Path(folder)
 
 
-def write_table(folder, rows, columns, seed=0):
+def write_table(folder, rows, columns):
     """Write a CSV table of two classes that can be learned in `folder`; return the folder."""
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     Path(folder).mkdir(parents=True, exist_ok=True)
     features = generator.normal(size=(rows, columns)).astype(np.float32)
     labels = features[:, :5].sum(1) + generator.normal(size=rows) > 0

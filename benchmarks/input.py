@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, models
 
-SIZES = ((32, 30_000), (256, 1000))  # pixels and number of the JPEG files
+SIZES = ((32, 50_000), (256, 5000))  # pixels and number of the JPEG files
 
 
 def measure(repetitions):
@@ -51,15 +51,18 @@ def measure(repetitions):
 
 
 def write_jpegs(folder, number, size):
-    """Write smooth random pictures, as photos are, in ten class folders."""
+    """Write random squares of the two photos that come with scikit-learn in ten class folders."""
     from PIL import Image
+    from sklearn.datasets import load_sample_images
 
     generator = np.random.default_rng(0)
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     for index in range(number):
         path = Path(folder, f"class{index % 10}", f"{index}.jpg")
         path.parent.mkdir(exist_ok=True)
-        pixels = generator.integers(0, 256, (9, 9, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((size, size), Image.BICUBIC).save(path, quality=90)
+        photo = photos[index % 2]
+        left, top = (int(generator.integers(0, end - 256)) for end in photo.size)
+        photo.crop((left, top, left + 256, top + 256)).resize((size, size)).save(path, quality=90)
 
 
 def _on_all_cores(decoder, folder):
@@ -116,11 +119,9 @@ def read(folder):
 
 def train(framework, model, repetitions):
     """Return samples per second of epochs with real input, and of those between them with one cached batch."""
-    from benchmarks.memory import tiny_model
-
     script = harness.import_script(framework)
     if model == "tiny":
-        script.build_model = tiny_model(framework, script)
+        script.build_model = models.tiny_model(framework, script)
     training_batches, cache = script.steps.training_batches, []
 
     def in_turns(images, labels, args, epoch, first_step=0):
@@ -135,16 +136,9 @@ def train(framework, model, repetitions):
     flags += ["--epochs", 2 * int(repetitions) + 2, "--log-steps", 0, "--augment", "--checkpoint-seconds", 0]
     args = script.parse_args([*map(str, flags), "--learning-rate", "1e-4"])
     script.main(args)
-    history = (args.output_data_dir / "history.csv").read_text().splitlines()
-    column = history[0].split(",").index("samples_per_second")
-    rates = [float(line.split(",")[column]) for line in history[3:]]  # the first two epochs warm everything up
+    rates = harness.history(args, "samples_per_second")[2:]  # the first two epochs warm everything up
     return rates[::2], rates[1::2]
 
 
 if __name__ == "__main__":
-    action = {"train": train, "read": read, "decode": decode}[sys.argv[1]]
-    with tempfile.TemporaryDirectory() as own:
-        os.chdir(own)
-        result = action(*sys.argv[2:])
-        os.chdir("/")
-    print(json.dumps(result))
+    harness.print_json(train=train, read=read, decode=decode)

@@ -7,18 +7,14 @@ float32 numbers take four times the memory that the process may have for its own
 the disk's cache holds does not count).
 """
 
-import json
-import os
 import resource
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import harness
-from benchmarks.checkpoint import large_model
+from benchmarks import harness, models
 
 ROWS, COLUMNS = 75_000, 4_000  # 1.2 GB as float32
 ROUNDS = 48  # of trees as deep as they can be
@@ -59,8 +55,8 @@ def _external_memory(folder):
     size = ROWS * COLUMNS * 4
     environment = {"TMPDIR": str(folder), "ARROW_DEFAULT_MEMORY_POOL": "system"}  # its own reserves a gigabyte at once
     try:
-        command = ["-m", "benchmarks.memory", "xgboost", "table", "unsaved", folder / "table", size // 4]
-        seen = json.loads(harness.run(command, harness.ROOT, environment).splitlines()[-1])
+        words = ["xgboost", "table", "unsaved", folder / "table", size // 4]
+        seen = harness.run_json("memory", *words, env=environment)
         value, ended = size / (size // 4), f"finished; at most {seen['peak']:.0f} MB resident, files among them"
     except RuntimeError as error:
         value, ended = 0, f"ended with {str(error).strip().splitlines()[-1][:100]}"
@@ -81,69 +77,28 @@ def _write_digits(folder):
             file.write(text)
 
 
-def deep_trees(folder, rounds=ROUNDS):
-    """Write a table in `folder` and return the flags with which as many rounds give deep trees, 2 MB each."""
-    harness.write_table(folder, 50_000, 5)
-    flags = ["--train", folder, "--objective", "reg:squarederror", "--max-depth", 0, "--min-child-weight", 0]
-    return [*map(str, flags), "--num-round", str(rounds)]
-
-
-def tiny_model(framework, script):
-    """Return a `build_model` of one small convolution."""
-    if framework == "pytorch":
-        nn = script.nn
-
-        def build(args, data):
-            layers = [script.Normalize(data), nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU()]
-            return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-    elif framework == "tensorflow":
-        keras, layers = script.keras, script.layers
-
-        def build(args, data):
-            pixels = keras.Input(data.image_shape, dtype=str(data.train_images.dtype))
-            mean, deviation = data.channel_statistics()
-            outputs = layers.Normalization(mean=mean, variance=deviation**2, dtype="float32")(pixels)
-            outputs = layers.Conv2D(8, 3, strides=2, padding="same", activation="relu")(outputs)
-            return keras.Model(pixels, layers.Dense(10)(layers.GlobalAveragePooling2D()(outputs)))
-    else:
-        nn = script.nn
-
-        def build(args, data):
-            model = nn.HybridSequential(prefix="model_")
-            with model.name_scope():
-                model.add(script.Normalize(data), nn.Conv2D(8, 3, strides=2, padding=1, activation="relu"))
-                model.add(nn.GlobalAvgPool2D(), nn.Flatten(), nn.Dense(10))
-            model.initialize(script.mx.init.Xavier())
-            model(script.mx.nd.zeros((1, data.image_shape[2], *data.image_shape[:2]))).wait_to_read()
-            return model
-
-    return build
-
-
 def main(framework, what, saved, data=None, allowed=None):
-    """In a process of its own: train, and print the peak and the size of the state in MB."""
+    """Train, and return the peak and the size of the state in MB."""
     if allowed:
         resource.setrlimit(resource.RLIMIT_DATA, (int(allowed),) * 2)
     script = harness.import_script(framework)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        if what == "table":
-            flags = ["--train", data, "--external-memory", "--num-round", "2", "--max-bin", "16"]
-        elif framework == "xgboost":
-            flags = [*deep_trees("deep"), "--checkpoint-steps", str(ROUNDS // 3)]
-        else:
-            script.build_model = (large_model if what == "large" else tiny_model)(framework, script)
-            flags = ["--epochs", "3" if what == "large" else "1", "--log-steps", "0", "--learning-rate", "1e-6"]
-            flags += ["--train", data] if data else ["--batch-size", "32"]
-        if saved == "unsaved":
-            script.save_checkpoint = lambda *_: None
-        script.export_model = lambda *_: None
-        args = script.parse_args(flags)
-        script.main(args)
-        size = max((path.stat().st_size for path in args.checkpoint_path.iterdir()), default=0) / 1e6
-        os.chdir("/")
-    print(json.dumps({"peak": harness.peak_memory(), "state": size}))
+    if what == "table":
+        flags = ["--train", data, "--external-memory", "--num-round", "2", "--max-bin", "16"]
+    elif framework == "xgboost":
+        flags = [*models.deep_trees("deep", ROUNDS), "--checkpoint-steps", str(ROUNDS // 3)]
+    else:
+        build = models.large_model if what == "large" else models.tiny_model
+        script.build_model = build(framework, script)
+        flags = ["--epochs", "3" if what == "large" else "1", "--log-steps", "0", "--learning-rate", "1e-6"]
+        flags += ["--train", data] if data else ["--batch-size", "32"]
+    if saved == "unsaved":
+        script.save_checkpoint = lambda *_: None
+    script.export_model = lambda *_: None
+    args = script.parse_args(flags)
+    script.main(args)
+    size = max((path.stat().st_size for path in args.checkpoint_path.iterdir()), default=0) / 1e6
+    return {"peak": harness.peak_memory(), "state": size}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    harness.print_json(main)

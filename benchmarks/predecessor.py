@@ -6,11 +6,7 @@ of a DataLoader. Ours: pytorch/train.py with another `build_model` and `--augmen
 epoch but the first.
 """
 
-import json
-import os
 import statistics
-import sys
-import tempfile
 import time
 
 import numpy as np
@@ -49,9 +45,7 @@ def ours():
     flags = ["--train", harness.write_images("images", NUMBER * 10 // 9), "--batch-size", 128, "--augment"]
     args = script.parse_args([*map(str, flags), "--epochs", str(EPOCHS), "--momentum", "0.9", "--log-steps", "0"])
     script.main(args)
-    metrics = (args.output_data_dir / "history.csv").read_text().splitlines()
-    column = metrics[0].split(",").index("samples_per_second")
-    return max(float(line.split(",")[column]) for line in metrics[2:])
+    return max(harness.history(args, "samples_per_second")[1:])
 
 
 def theirs():
@@ -88,8 +82,4 @@ def theirs():
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as own:
-        os.chdir(own)
-        result = {"ours": ours, "theirs": theirs}[sys.argv[1]]()
-        os.chdir("/")
-    print(json.dumps(result))
+    harness.print_json(ours=ours, theirs=theirs)

@@ -7,10 +7,8 @@ is the default one, in fp32 and batches of 128, on 32 x 32 x 3 images and on 8 x
 first too, 100,000 rows of 30 columns, without callbacks.
 """
 
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 
@@ -190,9 +188,5 @@ def xgboost(folder, _):
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as own:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        os.chdir(own)
-        result = globals()[sys.argv[1]](*sys.argv[2:])
-        os.chdir("/")
-    print(json.dumps(result))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    harness.print_json(pytorch=pytorch, tensorflow=tensorflow, mxnet=mxnet, xgboost=xgboost)
