@@ -397,13 +397,22 @@ def test_a_model_of_the_zoo_trains_and_resumes(image_framework, tmp_path, digits
 
 def test_a_compiled_network_trains_and_resumes(image_framework, tmp_path):
     flags = ["--compile", "--no-deterministic"] if image_framework == "tensorflow" else ["--compile"]
-    run(image_framework, "--epochs", 1, *flags, cwd=tmp_path)
-    result = run(image_framework, "--epochs", 2, *flags, cwd=tmp_path)
+    made = tmp_path / "compiled"
+    env = environment(TORCHINDUCTOR_CACHE_DIR=str(made), XLA_FLAGS=f"--xla_dump_to={made} --xla_dump_hlo_as_text")
+    for name, epochs in (("whole", [2]), ("parts", [1, 2])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for epoch in epochs:
+            result = run(image_framework, "--epochs", epoch, *flags, cwd=folder, env=env)
     assert result.epochs == [2]
     assert result.metric("validation_accuracy") > 0.9
     if image_framework == "tensorflow":
         line = run(image_framework, "--compile", cwd=tmp_path, code=1).error_line
         assert "add --no-deterministic" in line
+    else:
+        assert model_bytes(tmp_path / "whole", image_framework) == model_bytes(tmp_path / "parts", image_framework)
+    if image_framework != "mxnet":  # which always compiles, and in memory
+        assert any(path.is_file() for path in made.rglob("*"))
 
 
 def test_bf16_trains_and_resumes_exactly(image_framework, tmp_path):
