@@ -1,12 +1,14 @@
 """Decodes image files in a process of its own: threads of one process would wait for each other at every small image.
 
-    python common/decoder.py WIDTH HEIGHT RESIZE < names > pixels
+    python common/decoder.py WIDTH HEIGHT RESIZE DESCRIPTOR FIRST STEP < names
 
-Writes the pixels of the named files as bytes (height, width, 3), one after the other, and ends at the first one that
-cannot be read or, unless RESIZE is 1, has another size. It needs nothing but Pillow and starts in a tenth of a second.
+Writes the pixels of the named files, bytes (height, width, 3), into the open file DESCRIPTOR, an array of images, at
+the indices FIRST, FIRST + STEP and so on. Ends at the first file that cannot be read or, unless RESIZE is 1, has
+another size, and prints how many were read. It needs nothing but Pillow and starts in a tenth of a second.
 """
 
 import io
+import os
 import signal
 import sys
 
@@ -22,22 +24,25 @@ def open_image(file):
         return image if image.mode == "RGB" else image.convert("RGB")  # the conversion would copy it
 
 
-def main(width, height, resize):
+def main(width, height, resize, descriptor, first, step):
     """Do what is told above."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the business of whoever has started this
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whose end is the end of this too
-    with open(1, "wb", buffering=2**16) as pixels:  # not a few at a time: each time somebody is woken up
-        for name in sys.stdin.buffer.read().split(b"\0"):
-            try:
-                with open(name, "rb", buffering=0) as file:
-                    image = open_image(io.BytesIO(file.read()))  # Pillow reads a few bytes at a time
-            except Exception:
-                return  # whoever misses the pixels finds out why
-            if image.size != (width, height):
-                if not resize:
-                    return
-                image = image.resize((width, height))
-            pixels.write(image.tobytes())
+    parent, finished = os.getppid(), 0
+    for name in sys.stdin.buffer.read().split(b"\0"):
+        try:
+            with open(name, "rb", buffering=0) as file:
+                image = open_image(io.BytesIO(file.read()))  # Pillow reads a few bytes at a time
+        except Exception:
+            break  # whoever misses the pixels finds out why
+        if image.size != (width, height):
+            if not resize:
+                break
+            image = image.resize((width, height))
+        os.pwrite(descriptor, image.tobytes(), (first + finished * step) * width * height * 3)
+        finished += 1
+        if os.getppid() != parent:
+            return  # nobody wants them any more
+    print(finished)
 
 
 if __name__ == "__main__":

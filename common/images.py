@@ -198,51 +198,46 @@ def _check_arrays(args, path, images, labels):
 
 
 def _image_files(folder):
-    """Return the names of the image files anywhere below `folder`, sorted, hidden ones left out."""
+    """Return the names of the image files anywhere below `folder`, folder by folder in order, hidden ones left out."""
     found = []
     for parent, folders, names in os.walk(folder):  # pathlib would take as long as decoding small images
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = [name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in images]
-    return sorted(found, key=lambda path: path.split(os.sep))
+        found += [f"{parent}/{name}" for name in sorted(images)]
+    return found
 
 
 def _decode(args, flag, folder, files):
-    """Return image files as one uint8 array (n, height, width, 3), read by `--workers` processes."""
+    """Return image files as one uint8 array (n, height, width, 3), read by a process for each core."""
     size = (args.image_size, args.image_size) if args.image_size else _open(files[0]).size
-    images = _allocate((len(files), size[1], size[0], 3), np.uint8)
-
-    def read(index):
-        image = _open(files[index])
-        if image.size != size and not args.image_size:
-            raise UserError(
-                f"{flag} has images of different sizes: {files[0]} is {size[0]}x{size[1]} and {files[index]} is "
-                f"{image.width}x{image.height}: pass --image-size to resize them all"
-            )
-        images[index] = image.resize(size) if image.size != size else image
-
+    images, place = _allocate((len(files), size[1], size[0], 3), np.uint8)
     log(f"Reading {len(files)} images from {flag} {folder}")
-    count = min(args.workers, len(files) // 100)  # a process starts in the time of some hundred small images
+    count = min(len(os.sched_getaffinity(0)), len(files) // 100)  # a process starts in the time of some hundred images
     with contextlib.ExitStack() as stack:
-        shares = (files[first::count] for first in range(count))
-        decoders = [stack.enter_context(_start_decoder(share, size, args.image_size)) for share in shares]
-        for index, image in enumerate(images):
-            if not decoders or decoders[index % count].stdout.readinto(image) < image.nbytes:
-                read(index)  # what a process cannot read is read here, and the reason told
+        shares = ((files[first::count], range(first, len(files), count)) for first in range(count))
+        decoders = [stack.enter_context(_start_decoder(*share, size, args.image_size, place)) for share in shares]
+        finished = [int(decoder.stdout.read() or 0) for decoder in decoders]
+    for index, file in enumerate(files):
+        if not count or index // count >= finished[index % count]:  # what a process cannot read is read here
+            image = _open(file)
+            if image.size != size and not args.image_size:
+                raise UserError(
+                    f"{flag} has images of different sizes: {files[0]} is {size[0]}x{size[1]} and {file} is "
+                    f"{image.width}x{image.height}: pass --image-size to resize them all"
+                )
+            images[index] = image.resize(size) if image.size != size else image
     return images
 
 
-def _start_decoder(files, size, resize):
-    """Return a process that writes the pixels of the files to its standard output: see `decoder.py`."""
-    command = [sys.executable, decoder.__file__, *map(str, size), str(int(bool(resize)))]
-    # The C library would give the memory of each image back to the system, which takes longer than to decode it.
-    keep_memory = {"MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+def _start_decoder(files, indices, size, resize, place):
+    """Return a process that writes the pixels of the files to the file `place`: see `decoder.py`."""
+    numbers = [*size, int(bool(resize)), place.fileno(), indices.start, indices.step]
+    command = [sys.executable, decoder.__file__, *map(str, numbers)]
     with tempfile.TemporaryFile() as names:
         names.write(b"\0".join(map(os.fsencode, files)))
         names.seek(0)
-        return subprocess.Popen(  # noqa: S603 - nothing in it is from outside
-            command, bufsize=2**16, stdin=names, stdout=subprocess.PIPE, env={**os.environ, **keep_memory}
-        )
+        pipes = {"stdin": names, "stdout": subprocess.PIPE, "pass_fds": [place.fileno()]}
+        return subprocess.Popen(command, **pipes)  # noqa: S603 - nothing in it is from outside
 
 
 def _open(path):
@@ -261,7 +256,7 @@ def _resize(images, size):
         return images
     from PIL import Image
 
-    resized = _allocate((len(images), size, size, images.shape[3]), images.dtype)
+    resized, _ = _allocate((len(images), size, size, images.shape[3]), images.dtype)
     for image, target in zip(images, resized):
         for channel in range(images.shape[3]):
             target[..., channel] = Image.fromarray(image[..., channel]).resize((size, size), Image.BILINEAR)
@@ -269,13 +264,14 @@ def _resize(images, size):
 
 
 def _allocate(shape, dtype):
-    """Return an empty array, in memory where it fits and in a temporary file where it does not."""
+    """Return an empty array and the file it lies in: in memory where it fits there, and on disk where it does not."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if num_bytes < _available_memory() / 2:
-        return np.empty(shape, dtype)
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the array
+        file = open(os.memfd_create("images"), "r+b")  # noqa: SIM115 - it lives as long as the array
+        return np.asarray(np.memmap(file, dtype, shape=shape)), file
+    file = tempfile.TemporaryFile()  # noqa: SIM115
     os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error now, not a crash later
-    return np.memmap(file, dtype, shape=shape)
+    return np.memmap(file, dtype, shape=shape), file
 
 
 def _available_memory():

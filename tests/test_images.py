@@ -150,21 +150,26 @@ def all_kinds(folder):
 
 
 @pytest.mark.parametrize("image_size", [None, 12])
-def test_processes_read_the_same_as_the_main_thread(tmp_path, image_size):
+def test_processes_read_the_same_as_the_main_thread(tmp_path, monkeypatch, image_size):
     all_kinds(tmp_path)
-    alone = load(train=tmp_path, workers=0, image_size=image_size)
+    monkeypatch.setattr(images, "_start_decoder", None)
+    monkeypatch.setattr(images.os, "sched_getaffinity", lambda _: set())
+    alone = load(train=tmp_path, image_size=image_size)
     assert alone.image_shape == ((12, 12, 3) if image_size else (16, 24, 3))
-    for workers in (1, 3):
-        helped = load(train=tmp_path, workers=workers, image_size=image_size)
+    monkeypatch.undo()
+    monkeypatch.setattr(images, "_open", lambda file: Image.open(file) if file.endswith("/0 é.jpg") else None)
+    for cores in (1, 3):
+        monkeypatch.setattr(images.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        helped = load(train=tmp_path, image_size=image_size)
         np.testing.assert_array_equal(all_images(alone)[0], all_images(helped)[0])
         np.testing.assert_array_equal(alone.train_labels, helped.train_labels)
 
 
 def test_what_a_process_does_not_read_is_read_without_it(tmp_path, digits, monkeypatch):
     save_images(tmp_path, *digits)
-    expected = load(train=tmp_path, workers=0)
+    expected = load(train=tmp_path)
     monkeypatch.setattr(images.sys, "executable", "/bin/true")
-    np.testing.assert_array_equal(expected.train_images[:], load(train=tmp_path, workers=2).train_images[:])
+    np.testing.assert_array_equal(expected.train_images[:], load(train=tmp_path).train_images[:])
 
 
 def has_ended(pid):
@@ -178,10 +183,13 @@ def has_ended(pid):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_stays_behind_whoever_it_reads_for(tmp_path, digits, number):
     save_images(tmp_path, *digits)
-    names = [str(path) for path in tmp_path.rglob("*.png")] * 100  # more than what a pipe holds
+    names = [str(path) for path in tmp_path.rglob("*.png")] * 10_000  # enough for minutes
     code = "import os, sys; from common import images\n"
-    code += "reader = images._start_decoder(sys.stdin.read().split(), (8, 8), None)\n"
-    code += f"reader.stdout.read(100); print(reader.pid, flush=True); os.kill(os.getpid(), {int(number)})"
+    code += "names = sys.stdin.read().split()\n"
+    code += "pixels, place = images._allocate((len(names), 8, 8, 3), 'uint8')\n"
+    code += "reader = images._start_decoder(names, range(len(names)), (8, 8), None, place)\n"
+    code += "while not pixels[10].any(): pass\n"
+    code += f"print(reader.pid, flush=True); os.kill(os.getpid(), {int(number)})"
     command = [sys.executable, "-c", code]
     finished = subprocess.run(command, cwd=ROOT, input="\n".join(names), capture_output=True, text=True)
     assert finished.returncode == -number
