@@ -50,13 +50,13 @@ def image_flags(framework):
         "--compile",
         action=_Switch,
         default=False,
-        help="compile the network: torch.compile; TensorFlow: XLA, with --no-deterministic; MXNet: nothing new",
+        help="compile the network: torch.compile, or XLA in TensorFlow (with --no-deterministic); MXNet always does",
     )
     add(
         "--workers",
         type=integer(0),
-        default=2,
-        help="processes that read images, and threads that prepare batches; 0: the main thread",
+        default=1,
+        help="threads that prepare the next batches; 0: the main thread does",
     )
     add(
         "--log-steps",

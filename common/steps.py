@@ -20,8 +20,7 @@ def steps_per_epoch(num_samples, batch_size):
 
 def batch_sizes(num_samples, batch_size):
     """Return the number of samples in this worker's share of each batch of an epoch."""
-    batches = _split(np.arange(num_samples), batch_size)
-    return [len(batch[cluster.share(len(batch))]) for batch in batches]
+    return [len(share) for share in _shares(num_samples, batch_size)[0]]
 
 
 def training_batches(images, labels, args, epoch, first_step=0):
@@ -36,27 +35,24 @@ def training_batches(images, labels, args, epoch, first_step=0):
         epoch: counted from 1; another epoch is another order.
     """
 
-    def load(step, indices):
-        share = cluster.share(len(indices))
-        batch = images[indices[share]]
-        if args.augment:
-            draws = draw_crops_and_flips(images.shape, len(indices), _generator(args.seed, epoch, step + 1))
-            batch = crop_and_flip(batch, *(drawn[share] for drawn in draws))
-        return batch, labels[indices[share]], len(indices)
-
     order = _generator(args.seed, epoch, 0).permutation(len(labels))
-    return _prefetch(load, _split(order, args.batch_size), args.workers, first_step)
+    draws = draw_crops_and_flips(images.shape, len(labels), _generator(args.seed, epoch, 1)) if args.augment else ()
+
+    def load(positions):
+        batch = images[order[positions]]
+        if args.augment:
+            batch = crop_and_flip(batch, *(drawn[positions] for drawn in draws))
+        return batch, labels[order[positions]]
+
+    shares, sizes = _shares(len(labels), args.batch_size)
+    loaded = _prefetch(load, shares[first_step:], args.workers)
+    yield from ((*batch, size) for batch, size in zip(loaded, sizes[first_step:]))
 
 
 def validation_batches(images, labels, args):
     """Yield (images, labels): all samples once, in order and unchanged; of several workers each gets its share."""
-    order = np.arange(len(labels))
-
-    def load(step, indices):
-        mine = indices[cluster.share(len(indices))]
-        return images[mine], labels[mine]
-
-    return _prefetch(load, _split(order, args.batch_size), args.workers)
+    shares, _ = _shares(len(labels), args.batch_size)
+    return _prefetch(lambda positions: (images[positions], labels[positions]), shares, args.workers)
 
 
 def draw_crops_and_flips(shape, count, generator):
@@ -72,19 +68,13 @@ def draw_crops_and_flips(shape, count, generator):
 def crop_and_flip(images, top, left, flip):
     """Return the images (n, height, width, channels) shifted, black moving in, and mirrored where `flip` says so."""
     count, height, width, channels = images.shape
-    row, x = width * channels, _margin(width)
-    margin = _margin(height) * row + x * channels
-    flat = np.zeros((count, height * row + 2 * margin), images.dtype)
-    flat[:, margin:-margin] = images.reshape(count, -1)
-    # In memory a shift by rows and columns is one by so many numbers: a single copy for each image.
-    windows = np.lib.stride_tricks.sliding_window_view(flat, height * row, axis=1)
-    shifted = windows[np.arange(count), top * row + left * channels].reshape(images.shape)
-    for columns in range(1, x + 1):  # what has come in from the row beside becomes black
-        shifted[left == x + columns, :, -columns:] = 0
-        shifted[left == x - columns, :, :columns] = 0
-    rows = shifted.reshape(count, height, row)
+    y, x, row = _margin(height), _margin(width), width * channels
+    padded = np.zeros((count, height + 2 * y, row + 2 * x * channels), images.dtype)
+    padded[:, y:-y, x * channels : -x * channels] = images.reshape(count, height, row)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, row), axis=(1, 2))
+    rows = windows[np.arange(count), top, left * channels]
     rows[flip] = rows[flip].take(np.arange(row).reshape(width, channels)[::-1].ravel(), axis=2)
-    return shifted
+    return rows.reshape(images.shape)
 
 
 def step_seed(seed, step):
@@ -109,28 +99,31 @@ def _generator(seed, epoch, stream):
     return np.random.default_rng((seed, epoch, stream))
 
 
-def _split(order, batch_size):
+def _shares(num_samples, batch_size):
+    """Return this worker's part of each batch, as arrays of positions in the epoch, and the sizes of the batches."""
     # Even parts rather than a small rest: batch normalisation learns badly from a few samples, and nothing from one.
-    parts = np.array_split(order, steps_per_epoch(len(order), batch_size))
-    if len(parts[-1]) < cluster.size:
+    batches = np.array_split(np.arange(num_samples), steps_per_epoch(num_samples, batch_size))
+    if len(batches[-1]) < cluster.size:
         raise UserError(
-            f"{len(order)} samples in batches of --batch-size {batch_size} make batches of {len(parts[-1])}, but there "
-            f"are {cluster.size} workers: expected a sample for each; raise --batch-size or use fewer workers"
+            f"{num_samples} samples in batches of --batch-size {batch_size} make batches of {len(batches[-1])}, but "
+            f"there are {cluster.size} workers: expected a sample for each; raise --batch-size or use fewer workers"
         )
-    return parts
+    return [batch[cluster.share(len(batch))] for batch in batches], [len(batch) for batch in batches]
 
 
-def _prefetch(load, parts, workers, first_step=0):
-    """Yield `load(step, part)` in order from `first_step` on, prepared ahead by `workers` threads."""
-    numbered = list(enumerate(parts))[first_step:]
+def _prefetch(load, parts, workers):
+    """Yield `load(part)` in order, prepared ahead by `workers` threads."""
+    # Once so large a block is freed, the C library keeps memory for the next batch (mallopt(3): M_MMAP_THRESHOLD): to
+    # get it from the system takes longer than what is done with it.
+    np.empty(31 * 2**20, np.uint8)
     if workers == 0:
-        yield from (load(step, part) for step, part in numbered)
+        yield from map(load, parts)
         return
     waiting = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for step, part in numbered:
-                waiting.append(pool.submit(load, step, part))
+            for part in parts:
+                waiting.append(pool.submit(load, part))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:

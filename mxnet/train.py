@@ -31,7 +31,7 @@ if __name__ == "__main__":
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
 with errors.framework("MXNet", "It exists for Linux on x86-64 and Python up to 3.12: pip install mxnet==1.9.1"):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to the others
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
     np.bool = bool  # MXNet uses this name, which NumPy dropped in 1.24
     import mxnet as mx
     from mxnet import autograd, gluon

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
 with errors.framework("PyTorch and torchvision", "Install them with: pip install torch torchvision"):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to the others
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has the same bits in each run only with it
     import torch
     import torchvision

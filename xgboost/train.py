@@ -30,7 +30,7 @@ if __name__ == "__main__":
     args = parse_args()  # before the slow imports: --help and a misspelt flag answer at once
 
 with errors.framework("XGBoost", "Install it with: pip install xgboost"):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to the others
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
     import numpy as np
     import xgboost as xgb
     from xgboost.tracker import RabitTracker
