@@ -41,13 +41,12 @@ def name_of(pattern, progress):
 
 
 def find_checkpoints(folder, pattern):
-    """Return the checkpoints in `folder` as a list of ((epoch, step), path), the newest first, found by name alone."""
+    """Return the checkpoints in `folder` as a list of ((epoch, step), name), the newest first, found by name alone."""
     name = re.compile(re.escape(pattern).replace(r"\{\}", "(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?"))
     with os.scandir(folder) as entries:
         matches = [(name.fullmatch(entry.name), entry) for entry in entries]
-    found = [((int(match[1]), int(match[2] or 0)), entry) for match, entry in matches if match and entry.is_file()]
-    found.sort(key=lambda pair: pair[0], reverse=True)
-    return [(position, Path(entry.path)) for position, entry in found]
+    found = [((int(match[1]), int(match[2] or 0)), match[0]) for match, entry in matches if match and entry.is_file()]
+    return sorted(found, reverse=True)
 
 
 def read_newest_checkpoint(folder, pattern, read):
@@ -59,7 +58,7 @@ def read_newest_checkpoint(folder, pattern, read):
     lose them, and where disk or memory fail, as the file may be whole.
     """
     found = find_checkpoints(folder, pattern) if Path(folder).is_dir() else []
-    newest = cluster.gather([*found[0][0], found[0][1].name] if found else [-1, 0, ""])
+    newest = cluster.gather([*found[0][0], found[0][1]] if found else [-1, 0, ""])
     if max(newest) > newest[0]:
         holder = cluster.names[newest.index(max(newest))]
         log(f"Warning: {holder} has {max(newest)[2]}, but {cluster.names[0]} leads and has {newest[0][2] or 'nothing'}")
@@ -100,7 +99,8 @@ def _unreadable(path, reason):
 def _read_first(folder, found, read):
     """Return path and `read(file)` of the first of the checkpoints `found` that can be read."""
     damaged = []
-    for _, path in found:
+    for _, name in found:
+        path = Path(folder, name)
         try:
             checkpoint = _read(path, read)
         except UserError:
@@ -206,10 +206,10 @@ def prepare_folder(folder, pattern):
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:  # not every file system has locks
         log(f"{folder} cannot be locked: see to it that no other run uses it")
-    for _, path in find_checkpoints(folder, pattern + TEMPORARY):
-        path.unlink()
+    for _, name in find_checkpoints(folder, pattern + TEMPORARY):
+        Path(folder, name).unlink()
     if "SM_MODEL_DIR" in os.environ:
-        _restored.update(path.name for _, path in find_checkpoints(folder, pattern))
+        _restored.update(name for _, name in find_checkpoints(folder, pattern))
 
 
 def remove_old_checkpoints(args, pattern, best):
@@ -222,15 +222,14 @@ def remove_old_checkpoints(args, pattern, best):
     """
     found = find_checkpoints(args.checkpoint_path, pattern)
     kept = [(best, 0)] if args.keep_best else []
-    uploaded = [(position, path) for position, path in found if _marked(path, "uploaded")]
+    uploaded = [(position, name) for position, name in found if _marked(args, name, "uploaded")]
     there = [position for position, _ in (uploaded or found)]
     epochs = [position for position in there if position[1] == 0]
     oldest = epochs[args.keep_checkpoints - 1] if 0 < args.keep_checkpoints <= len(epochs) else (0, 0)
-    for position, path in found:
-        replaced = position < (oldest if position[1] == 0 else there[0])
-        unsafe = _marked(path, "uploading") or (path.name in _restored and not uploaded)
-        if replaced and position not in kept and not unsafe:
-            path.unlink()
+    for position, name in found:
+        replaced = position < (oldest if position[1] == 0 else there[0]) and position not in kept
+        if replaced and not _marked(args, name, "uploading") and (uploaded or name not in _restored):
+            Path(args.checkpoint_path, name).unlink()
 
 
 def read_best_checkpoint(args, pattern, best, read):
@@ -248,5 +247,5 @@ def read_best_checkpoint(args, pattern, best, read):
         ) from error
 
 
-def _marked(path, word):
-    return path.with_name(f"{path.name}.sagemaker-{word}").exists()
+def _marked(args, name, word):
+    return os.path.exists(f"{args.checkpoint_path}/{name}.sagemaker-{word}")

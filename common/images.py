@@ -1,6 +1,7 @@
 """Reading image data: class folders, `.npz` files, pairs of `.npy` files, or the digits that come with scikit-learn."""
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -51,8 +52,9 @@ class Dataset(NamedTuple):
     def channel_statistics(self):
         """Return mean and standard deviation of each channel over the training images, as two float32 arrays."""
         count, total, squares = 0, 0.0, 0.0
-        for start in range(0, self.train_images.shape[0], 1000):  # parts: no float copy of all the images
-            part = self.train_images[start : start + 1000].astype(np.float64)
+        rows = max(1, 2**20 // math.prod(self.image_shape))  # parts of some megabytes: no float copy of all the images
+        for start in range(0, self.train_images.shape[0], rows):
+            part = self.train_images[start : start + rows].astype(np.float64)
             count += part[..., 0].size
             total, squares = total + part.sum((0, 1, 2)), squares + (part**2).sum((0, 1, 2))
         mean = total / count

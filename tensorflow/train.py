@@ -126,18 +126,17 @@ def save_checkpoint(args, data, model, progress):
     path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
     described = progress.describe()  # by all workers
     if saving.is_wanted(path):
-        best, checkpoint = progress.best_epoch(), {"progress": described, **describe_run(args, data, model)}
-        # TensorFlow itself makes the copy: a step does not write to memory that somebody else holds.
-        state = [tf.convert_to_tensor(variable) for variable in model.variables + model.optimizer.variables]
-        checkpoints.write(args, CHECKPOINT, path, best, lambda file: write_state(args, data, state, checkpoint, file))
+        best, optimizer = progress.best_epoch(), model.optimizer
+        checkpoint = {"progress": described, **describe_run(args, data, model)}
+        held = saving.memory["model"] = saving.memory.get("model") or compile_model(args, data)  # Keras saves models
+        for variable, value in zip(held.variables + held.optimizer.variables, model.variables + optimizer.variables):
+            variable.assign(value)  # TensorFlow copies it when a step is about to change it
+        checkpoints.write(args, CHECKPOINT, path, best, lambda file: write_model(held, checkpoint, file))
     return path.name
 
 
-def write_state(args, data, state, checkpoint, file):
-    """Write a Keras archive, which `keras.saving.load_model` reads too, with `state` as the values of the variables."""
-    model = saving.memory["model"] = saving.memory.get("model") or compile_model(args, data)  # Keras saves models only
-    for variable, value in zip(model.variables + model.optimizer.variables, state):
-        variable.assign(value)
+def write_model(model, checkpoint, file):
+    """Write a Keras archive, which `keras.saving.load_model` reads too."""
     with tempfile.TemporaryDirectory() as folder:
         archive = f"{folder}/model.keras"
         os.symlink(os.path.abspath(file.name), archive)  # Keras takes no name with another ending

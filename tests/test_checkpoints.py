@@ -67,12 +67,12 @@ def test_checkpoints_are_found_by_number_whatever_else_lies_there(positions, for
     with tempfile.TemporaryDirectory() as folder:
         write(folder, *map(name, positions), *foreign)
         found = checkpoints.find_checkpoints(folder, PATTERN)
-    assert found == [(position, Path(folder, name(position))) for position in sorted(positions, reverse=True)]
+    assert found == [(position, name(position)) for position in sorted(positions, reverse=True)]
 
 
 def test_a_checkpoint_inside_an_epoch_lies_between_those_of_the_epochs(tmp_path):
     write(tmp_path, *map(PATTERN.format, ["3", "3-9", "3-10", "4", "0-1"]))
-    found = [path.name for _, path in checkpoints.find_checkpoints(tmp_path, PATTERN)]
+    found = [name for _, name in checkpoints.find_checkpoints(tmp_path, PATTERN)]
     assert found == [PATTERN.format(text) for text in ("4", "3-10", "3-9", "3", "0-1")]
     for epoch, step in ((3, 0), (3, 9), (0, 1)):
         assert checkpoints.name_of(PATTERN, Progress(epoch=epoch, step=step)) == name((epoch, step))
@@ -118,7 +118,7 @@ def test_the_newest_readable_checkpoint_is_used_and_damaged_ones_never_count_aga
             damaged = [position for position in contents if position > max(good)]
             for _ in range(2):
                 assert checkpoints.read_newest_checkpoint(folder, PATTERN, read_good) == (path, path.name)
-                assert checkpoints.find_checkpoints(folder, PATTERN)[0] == (max(good), path)
+                assert checkpoints.find_checkpoints(folder, PATTERN)[0] == (max(good), path.name)
                 for position in damaged:  # left for inspection
                     assert Path(folder, name(position) + ".damaged").read_bytes() == contents[position]
             assert len(os.listdir(folder)) == len(before)

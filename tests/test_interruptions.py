@@ -195,7 +195,7 @@ def test_a_long_epoch_is_saved_by_time(image_framework, tmp_path):
         process.kill()
     _, newest = checkpoints.find_checkpoints(folder, CHECKPOINTS[image_framework])[0]
     result = run(image_framework, *flags, cwd=tmp_path)
-    assert f"Resuming training from {newest.name}\n" in result.output
+    assert f"Resuming training from {newest}\n" in result.output
     assert files(tmp_path, image_framework) == names(image_framework, 1)
 
 
