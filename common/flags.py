@@ -55,8 +55,8 @@ def image_flags(framework):
     add(
         "--workers",
         type=integer(0),
-        default=1,
-        help="threads that prepare the next batches; 0: the main thread does",
+        default=0,
+        help="threads that prepare the next batches while images come from a disk or a GPU computes; 0: none",
     )
     add(
         "--log-steps",
