@@ -12,8 +12,6 @@ import inspect
 import json
 import os
 import socket
-import tempfile
-import zipfile
 
 import numpy as np
 
@@ -108,7 +106,7 @@ def build_model(args, data):
 
 
 def compile_model(args, data):
-    """Return the network with its optimizer, after setting the precision for this thread."""
+    """Return the network with its optimizer, in the precision that `--precision` asks for."""
     keras.config.set_dtype_policy({"bf16": "mixed_bfloat16", "fp16": "mixed_float16"}.get(args.precision, "float32"))
     model = build_model(args, data)
     model.compile(keras.optimizers.SGD(args.learning_rate, args.momentum, weight_decay=args.weight_decay or None))
@@ -126,23 +124,18 @@ def save_checkpoint(args, data, model, progress):
     path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
     described = progress.describe()  # by all workers
     if saving.is_wanted(path):
-        best, optimizer = progress.best_epoch(), model.optimizer
-        checkpoint = {"progress": described, **describe_run(args, data, model)}
-        held = saving.memory["model"] = saving.memory.get("model") or compile_model(args, data)  # Keras saves models
-        for variable, value in zip(held.variables + held.optimizer.variables, model.variables + optimizer.variables):
-            variable.assign(value)  # TensorFlow copies it when a step is about to change it
-        checkpoints.write(args, CHECKPOINT, path, best, lambda file: write_model(held, checkpoint, file))
+        checkpoint = np.array(json.dumps({"progress": described, **describe_run(args, data, model)}))
+        # No copies yet: while they are held here, TensorFlow copies what a step is about to change.
+        arrays = {f"{i}": tf.convert_to_tensor(variable) for i, variable in enumerate(state_of(model))}
+        best = progress.best_epoch()
+        # Not Keras's own archive, which is made in memory, and reads much of itself several times.
+        checkpoints.write(args, CHECKPOINT, path, best, lambda file: np.savez(file, **arrays, json=checkpoint))
     return path.name
 
 
-def write_model(model, checkpoint, file):
-    """Write a Keras archive, which `keras.saving.load_model` reads too."""
-    with tempfile.TemporaryDirectory() as folder:
-        archive = f"{folder}/model.keras"
-        os.symlink(os.path.abspath(file.name), archive)  # Keras takes no name with another ending
-        model.save(archive)
-        with zipfile.ZipFile(archive, "a") as members:
-            members.writestr("checkpoint.json", json.dumps(checkpoint))
+def state_of(model):
+    """Return all variables that a training changes, those of the optimizer too."""
+    return [*model.variables, *model.optimizer.variables]
 
 
 def describe_run(args, data, model):
@@ -156,17 +149,26 @@ def load_checkpoint(args, data, model):
     found = checkpoints.read_newest_checkpoint(args.checkpoint_path, CHECKPOINT, read_checkpoint)
     if found is None:
         return Progress()
-    path, checkpoint = found
+    path, (arrays, checkpoint) = found
     checkpoints.check_same_job(args, path, checkpoint, describe_run(args, data, model))
-    with checkpoints.restoring(path):
-        model.load_weights(path)  # the weights and the optimizer's state; nothing in the file is executed
+    load_arrays(path, arrays, model)
     return Progress.restore(checkpoint["progress"])
 
 
 def read_checkpoint(file):
-    """Return what `save_checkpoint` has written beside the weights; nothing in the file is executed."""
+    """Return what `save_checkpoint` has written: the arrays, and the dictionary; nothing in the file is executed."""
     files.check_zip(file)
-    return json.loads(zipfile.ZipFile(file).read("checkpoint.json"))
+    arrays = dict(np.load(file, allow_pickle=False))
+    return arrays, json.loads(str(arrays.pop("json")))
+
+
+def load_arrays(path, arrays, model):
+    """Put the arrays of the checkpoint at `path` into the model and its optimizer."""
+    with checkpoints.restoring(path):
+        for i, variable in enumerate(state_of(model)):
+            variable.assign(arrays.pop(f"{i}"))
+        if arrays:
+            raise ValueError(f"the checkpoint has {len(arrays)} arrays more")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,9 +266,8 @@ def compile_steps(args, data, model, strategy):
 def export_model(args, data, model, progress):
     """Write `1/`, a SavedModel, for SageMaker's TensorFlow serving container."""
     if args.keep_best:
-        path, _ = checkpoints.read_best_checkpoint(args, CHECKPOINT, progress.best_epoch(), read_checkpoint)
-        with checkpoints.restoring(path):
-            model.load_weights(path)
+        path, (arrays, _) = checkpoints.read_best_checkpoint(args, CHECKPOINT, progress.best_epoch(), read_checkpoint)
+        load_arrays(path, arrays, model)
     for state in (variable for variable in model.variables if "seed_generator_state" in variable.path):
         state.assign([state[0], 0])  # what the last step left there is not part of the model
     try:
