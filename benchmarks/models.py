@@ -35,14 +35,14 @@ def tiny_model(framework, script):
     return build
 
 
-def large_model(framework, script, width=2048):
-    """Return a `build_model` whose weights and momentum are about 100 MB; a step is as short as it can be."""
+def large_model(framework, script, width=2048, depth=3):
+    """Return a `build_model` whose weights and momentum are `depth` times 33 MB; a step is as short as it can be."""
     if framework == "pytorch":
         nn = script.nn
 
         def build(args, data):
             layers = [script.Normalize(data), nn.Flatten(), nn.Linear(64, width)]
-            layers += [nn.Linear(width, width) for _ in range(3)]
+            layers += [nn.Linear(width, width) for _ in range(depth)]
             return nn.Sequential(*layers, nn.ReLU(), nn.Linear(width, 10))
     elif framework == "tensorflow":
         keras, layers = script.keras, script.layers
@@ -50,7 +50,7 @@ def large_model(framework, script, width=2048):
         def build(args, data):
             pixels = keras.Input(data.image_shape, dtype=str(data.train_images.dtype))
             outputs = layers.Dense(width)(layers.Flatten()(layers.Rescaling(1 / 255)(pixels)))
-            for _ in range(3):
+            for _ in range(depth):
                 outputs = layers.Dense(width)(outputs)
             return keras.Model(pixels, layers.Dense(10)(layers.ReLU()(outputs)))
     else:
@@ -59,7 +59,7 @@ def large_model(framework, script, width=2048):
             model = script.nn.HybridSequential(prefix="model_")
             with model.name_scope():
                 model.add(script.Normalize(data), script.nn.Flatten())
-                for _ in range(4):
+                for _ in range(1 + depth):
                     model.add(script.nn.Dense(width))
                 model.add(script.nn.Activation("relu"), script.nn.Dense(10))
             model.initialize(script.mx.init.Xavier())

@@ -3,10 +3,13 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import zipfile
+
+import numpy as np
 
 from common import cluster
 from common.errors import UserError
@@ -42,6 +45,26 @@ def check_zip(file):
     if damaged:
         raise ValueError(f"the checksum of its {damaged} is wrong: the file is damaged")
     file.seek(0)
+
+
+def write_arrays(file, arrays, facts):
+    """Write arrays by name, and `facts` as JSON, into a zip file for `np.load`; `np.savez` would copy parts of them."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in {**arrays, "json": json.dumps(facts)}.items():
+            array = np.asarray(array, order="C")
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(array))
+                member.write(array.reshape(-1).view(np.uint8))
+
+
+def read_arrays(file):
+    """Return the arrays by name and the facts that `write_arrays` has written; nothing in the file is executed.
+
+    Raises ValueError where it is damaged, and what NumPy raises where it is something else.
+    """
+    check_zip(file)
+    arrays = dict(np.load(file, allow_pickle=False))
+    return arrays, json.loads(str(arrays.pop("json")))
 
 
 def prepare_folders(args):

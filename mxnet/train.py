@@ -116,10 +116,10 @@ def save_checkpoint(args, data, model, optimizer, progress):
     if saving.is_wanted(path):
         run = checkpoints.describe_run(args, data.describe_job(args, optimizer.optimizer), mx)
         scaler = vars(optimizer._amp_loss_scaler) if args.precision == "fp16" else {}
-        checkpoint = np.array(json.dumps({"scaler": scaler, "progress": described, **run}))
+        checkpoint = {"scaler": scaler, "progress": described, **run}
         arrays, best = copy_state(model, optimizer), progress.best_epoch()
         # Not MXNet's own format, which does not notice a full disk, nor save_states(): loading a pickle executes code.
-        checkpoints.write(args, CHECKPOINT, path, best, lambda file: np.savez(file, **arrays, json=checkpoint))
+        checkpoints.write(args, CHECKPOINT, path, best, lambda file: files.write_arrays(file, arrays, checkpoint))
     return path.name
 
 
@@ -165,9 +165,7 @@ def replay_draws(args, data, model, devices, progress):
 
 def read_checkpoint(file):
     """Return what `save_checkpoint` has written: the arrays, and the dictionary; nothing in the file is executed."""
-    files.check_zip(file)
-    arrays = dict(np.load(file, allow_pickle=False))
-    return arrays, json.loads(str(arrays.pop("json")))
+    return files.read_arrays(file)
 
 
 def load_model(path, arrays, model):

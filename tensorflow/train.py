@@ -124,12 +124,12 @@ def save_checkpoint(args, data, model, progress):
     path = args.checkpoint_path / checkpoints.name_of(CHECKPOINT, progress)
     described = progress.describe()  # by all workers
     if saving.is_wanted(path):
-        checkpoint = np.array(json.dumps({"progress": described, **describe_run(args, data, model)}))
+        checkpoint = {"progress": described, **describe_run(args, data, model)}
         # No copies yet: while they are held here, TensorFlow copies what a step is about to change.
         arrays = {f"{i}": tf.convert_to_tensor(variable) for i, variable in enumerate(state_of(model))}
         best = progress.best_epoch()
-        # Not Keras's own archive, which is made in memory, and reads much of itself several times.
-        checkpoints.write(args, CHECKPOINT, path, best, lambda file: np.savez(file, **arrays, json=checkpoint))
+        # Not Keras's own archive, which is made in memory, and of which much is read several times.
+        checkpoints.write(args, CHECKPOINT, path, best, lambda file: files.write_arrays(file, arrays, checkpoint))
     return path.name
 
 
@@ -157,9 +157,7 @@ def load_checkpoint(args, data, model):
 
 def read_checkpoint(file):
     """Return what `save_checkpoint` has written: the arrays, and the dictionary; nothing in the file is executed."""
-    files.check_zip(file)
-    arrays = dict(np.load(file, allow_pickle=False))
-    return arrays, json.loads(str(arrays.pop("json")))
+    return files.read_arrays(file)
 
 
 def load_arrays(path, arrays, model):
