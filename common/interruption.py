@@ -54,6 +54,15 @@ def check():
         raise Interrupted
 
 
+def ignore():
+    """Let no further signal be the reason for the end of this process, in whose last moments Python obeys them again.
+
+    `launch/forward_sigterm.sh` and impatient people send SIGTERM again and again.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def tell(message):
     """Print a line from where nothing may fail: after Ctrl-C on `train.py | tee log` nobody reads it any more."""
     with contextlib.suppress(OSError):

@@ -23,6 +23,7 @@ def run(main, args):
         cluster.leave()  # after the leader has saved
         interruption.tell(str(interrupted))
         errors.tell_sagemaker(str(interrupted))
+        interruption.ignore()
         sys.exit(interrupted.exit_code)
     except Exception as error:
         if not isinstance(error, errors.UserError):

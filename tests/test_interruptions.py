@@ -131,6 +131,22 @@ def test_sigterm_ends_xgboost_after_the_running_round(tmp_path, whole):
     assert_same_bits(tmp_path, whole("xgboost"), "xgboost")
 
 
+def test_a_signal_that_comes_again_and_again_does_not_change_the_end(framework, tmp_path):
+    flags = ["--num-round" if framework == "xgboost" else "--epochs", 10**6, "--keep-checkpoints", 1]
+    with start(framework, *flags, cwd=tmp_path) as process:
+        try:
+            while not process.stdout.readline().startswith("epoch=2 "):
+                assert process.poll() is None
+            while process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.01)
+            result = Result(process, *process.communicate())
+        finally:
+            process.kill()
+    assert process.returncode == 143
+    assert last_line(result).startswith("Interrupted: saved ")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_training_ends_the_script_at_once(framework, tmp_path, number, code):
     with start(framework, cwd=tmp_path) as process:

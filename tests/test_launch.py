@@ -425,6 +425,7 @@ import subprocess, sys
 script = '''
 import signal, sys, time
 def save(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes every second, also in the last moments
     time.sleep(1)
     print("saved", flush=True)
     sys.exit(143)
