@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import flags, images
+from common import decoder, flags, images
 from common.errors import UserError
 from conftest import ROOT
 
@@ -137,27 +137,33 @@ def test_images_that_do_not_fit_into_memory_are_kept_on_disk(tmp_path, digits, m
     np.testing.assert_array_equal(in_memory.train_images[:], on_disk.train_images[:])
 
 
-def all_kinds(folder):
-    """Write 400 images of 24 x 16 pixels in four classes, of all the kinds of pixels that JPEG and PNG know."""
-    kinds = [("jpg", mode) for mode in ("RGB", "L", "CMYK")]
-    kinds += [("png", mode) for mode in ("RGB", "L", "RGBA", "LA", "P", "1")]
+JPEG = [("jpg", mode) for mode in ("RGB", "L", "CMYK")]
+PNG = [("png", mode) for mode in ("RGB", "L", "RGBA", "LA", "P", "1")]
+
+
+def all_kinds(folder, kinds):
+    """Write 400 images of 24 x 16 pixels in four classes, of all these kinds in turns."""
     generator = np.random.default_rng(0)
     for index in range(400):
         suffix, mode = kinds[index % len(kinds)]
         path = folder / f"class {index % 4}" / "nested" / f"{index} é.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (16, 24, 3), dtype=np.uint8)).convert(mode).save(path)
+        settings = [{}, {"subsampling": index % 3}, {"progressive": True}][index % 4 % 3] if suffix == "jpg" else {}
+        pixels = np.kron(generator.integers(0, 256, (4, 6, 3), dtype=np.uint8), np.ones((4, 4, 1), np.uint8))
+        Image.fromarray(pixels).convert(mode).save(path, **settings)
 
 
+@pytest.mark.parametrize("kinds", [JPEG, JPEG + PNG], ids=["JPEG", "JPEG and PNG"])
 @pytest.mark.parametrize("image_size", [None, 12])
-def test_processes_read_the_same_as_the_main_thread(tmp_path, monkeypatch, image_size):
-    all_kinds(tmp_path)
-    monkeypatch.setattr(images, "_start_decoder", None)
+def test_all_cores_read_the_same_as_pillow_alone(tmp_path, monkeypatch, image_size, kinds):
+    all_kinds(tmp_path, kinds)
+    monkeypatch.setattr(images.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(images.os, "sched_getaffinity", lambda _: set())
     alone = load(train=tmp_path, image_size=image_size)
     assert alone.image_shape == ((12, 12, 3) if image_size else (16, 24, 3))
     monkeypatch.undo()
-    monkeypatch.setattr(images, "_open", lambda file: Image.open(file) if file.endswith("/0 é.jpg") else None)
+    cmyk = 2 * (kinds == JPEG)  # of each three JPEG files one is left to Pillow
+    monkeypatch.setattr(images, "_open", lambda file: decoder.open_image(file) if cmyk or "/0 é" in file else None)
     for cores in (1, 3):
         monkeypatch.setattr(images.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         helped = load(train=tmp_path, image_size=image_size)
@@ -186,7 +192,7 @@ def test_no_process_stays_behind_whoever_it_reads_for(tmp_path, digits, number):
     names = [str(path) for path in tmp_path.rglob("*.png")] * 10_000  # enough for minutes
     code = "import os, sys; from common import images\n"
     code += "names = sys.stdin.read().split()\n"
-    code += "pixels, place = images._allocate((len(names), 8, 8, 3), 'uint8')\n"
+    code += "pixels, place = images._allocate((len(names), 8, 8, 3), 'uint8', shared=True)\n"
     code += "reader = images._start_decoder(names, range(len(names)), (8, 8), None, place)\n"
     code += "while not pixels[10].any(): pass\n"
     code += f"print(reader.pid, flush=True); os.kill(os.getpid(), {int(number)})"
@@ -198,6 +204,18 @@ def test_no_process_stays_behind_whoever_it_reads_for(tmp_path, digits, number):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert "Error" not in finished.stderr
+
+
+def test_a_signal_ends_the_threads_that_read_jpeg_files(tmp_path, digits):
+    save_images(tmp_path, *digits, suffixes=(".jpg",))
+    names = [str(path) for path in tmp_path.rglob("*.jpg")] * 10_000  # enough for minutes
+    code = "import os, sys, threading; from common import images\n"
+    code += "names = sys.stdin.read().split()\n"
+    code += "threading.Timer(1, os.kill, (os.getpid(), 2)).start()\n"
+    code += "try: images._read_jpegs(names, (8, 8), None, (100, 100))\n"
+    code += "except KeyboardInterrupt: sys.exit(17)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, input="\n".join(names), text=True, timeout=20).returncode == 17
 
 
 def one_class(folder, digits):
