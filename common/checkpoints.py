@@ -44,9 +44,8 @@ def find_checkpoints(folder, pattern):
     """Return the checkpoints in `folder` as a list of ((epoch, step), name), the newest first, found by name alone."""
     name = re.compile(re.escape(pattern).replace(r"\{\}", "(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?"))
     with os.scandir(folder) as entries:
-        matches = [(name.fullmatch(entry.name), entry) for entry in entries]
-    found = [((int(match[1]), int(match[2] or 0)), match[0]) for match, entry in matches if match and entry.is_file()]
-    return sorted(found, reverse=True)
+        matches = map(name.fullmatch, [entry.name for entry in entries if entry.is_file()])
+    return sorted([((int(match[1]), int(match[2] or 0)), match[0]) for match in matches if match], reverse=True)
 
 
 def read_newest_checkpoint(folder, pattern, read):
