@@ -286,9 +286,9 @@ def _read_with_pillow(files, size, resize):
     count = min(len(os.sched_getaffinity(0)), len(files) // 100)  # a process starts in the time of some hundred images
     with contextlib.ExitStack() as stack:
         shares = ((files[first::count], range(first, len(files), count)) for first in range(count))
-        decoders = [stack.enter_context(_start_decoder(*share, size, resize, place)) for share in shares]
-        for first, decoder in enumerate(decoders):
-            finished[first::count][: int(decoder.stdout.read() or 0)] = True
+        processes = [stack.enter_context(_start_decoder(*share, size, resize, place)) for share in shares]
+        for first, process in enumerate(processes):
+            finished[first::count][: int(process.stdout.read() or 0)] = True
     return images, finished
 
 
