@@ -1,7 +1,8 @@
 """How costs grow, at three sizes each: the exponent is 1 where twice the size costs twice as much, 0 where as much.
 
 Seconds per epoch and peak memory over the number of samples (32 x 32 images, a tiny network; rows of 20 columns). The
-same, and seconds per save, written and flushed, over the size of the training state (dense layers; XGBoost: trees).
+same, and seconds per save, over the size of the training state (dense layers; XGBoost: trees), saved in
+a file system in memory where there is one (/dev/shm), as a shared disk takes some saves fast and delays the next ones.
 Seconds per epoch and per save over the number of epochs before, whose checkpoints are in the folder and whose metrics
 are in each checkpoint; and the time to find the newest of these. A figure is the largest of the scripts' exponents,
 over the two larger sizes: at the smallest, what does not grow at all has the larger part. Up to 1.2 counts as linear:
@@ -136,9 +137,10 @@ def state(framework, size, repetitions):
     else:
         script.build_model = models.large_model(framework, script, int(size))
         flags = ["--epochs", str(repetitions + 1), "--log-steps", "0", "--learning-rate", "1e-6"]
-    saves, args = Saves(script), script.parse_args(flags)
-    script.main(args)
-    megabytes = max(path.stat().st_size for path in args.checkpoint_path.iterdir()) / 1e6
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:  # noqa: S108
+        saves, args = Saves(script), script.parse_args([*flags, "--checkpoint-path", folder])
+        script.main(args)
+        megabytes = max(path.stat().st_size for path in args.checkpoint_path.iterdir()) / 1e6
     return megabytes, min(saves.epochs[-repetitions:]), harness.peak_memory(), min(saves.saves[-repetitions:])
 
 

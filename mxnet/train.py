@@ -124,12 +124,18 @@ def save_checkpoint(args, data, model, optimizer, progress):
 
 
 def copy_state(model, optimizer):
-    """Return the weights and the optimizer's state as numpy arrays by name."""
+    """Return the weights and the optimizer's state as numpy arrays by name, in memory used again for the next save."""
     mx.nd.waitall()  # with static memory the statistics of batch normalisation would be those of an earlier step
     weights = gluon.Parameter._reduce if len(optimizer._contexts) > 1 else gluon.Parameter.data
-    arrays = {f"model/{name}": weights(parameter).asnumpy() for name, parameter in model.collect_params().items()}
+    state = {f"model/{name}": weights(parameter) for name, parameter in model.collect_params().items()}
     states = optimizer._updaters[0].states
-    return {**arrays, **{f"optimizer/{i}": state.asnumpy() for i, state in states.items() if state is not None}}
+    state.update({f"optimizer/{i}": array for i, array in states.items() if array is not None})
+    for name, array in state.items():
+        if name not in saving.memory:
+            saving.memory[name] = np.empty(array.shape, array.dtype)
+        array.copyto(mx.nd.from_numpy(saving.memory[name]))
+    mx.nd.waitall()
+    return {name: saving.memory[name] for name in state}
 
 
 def load_checkpoint(args, data, model, optimizer):
