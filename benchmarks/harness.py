@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 FRAMEWORKS = ("pytorch", "tensorflow", "mxnet", "xgboost")
 IMAGES = FRAMEWORKS[:3]
-PACKAGES = ("torch", "torchvision", "tensorflow", "keras", "mxnet", "xgboost", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "tensorflow", "keras", "mxnet", "xgboost", "numpy", "pillow", "simplejpeg")
 
 
 class Figure(NamedTuple):
