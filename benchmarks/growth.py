@@ -1,12 +1,12 @@
 """How costs grow, at three sizes each: the exponent is 1 where twice the size costs twice as much, 0 where as much.
 
 Seconds per epoch and peak memory over the number of samples (32 x 32 images, a tiny network; rows of 20 columns). The
-same, and seconds per save, over the size of the training state (dense layers; XGBoost: trees), saved in
-a file system in memory where there is one (/dev/shm), as a shared disk takes some saves fast and delays the next ones.
-Seconds per epoch and per save over the number of epochs before, whose checkpoints are in the folder and whose metrics
-are in each checkpoint; and the time to find the newest of these. A figure is the largest of the scripts' exponents,
-over the two larger sizes: at the smallest, what does not grow at all has the larger part. Up to 1.2 counts as linear:
-what no longer fits the processor's cache takes longer for each byte.
+same, and seconds per save, over the size of the training state (dense layers; XGBoost: trees), saved in a file system
+in memory where there is one (/dev/shm), as a shared disk takes some saves fast and delays the next ones. Seconds per
+epoch and per save over the number of epochs before, whose checkpoints are in the folder and whose metrics are in each
+checkpoint; and the time to find the newest of these. A figure is the largest of the scripts' exponents, over the two
+larger sizes: at the smallest, what does not grow at all has the larger part. Up to 1.2 counts as linear: what no longer
+fits the processor's cache takes longer for each byte.
 """
 
 import math
