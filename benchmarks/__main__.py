@@ -5,7 +5,7 @@ import importlib
 
 from benchmarks import harness
 
-NAMES = ("input", "step", "checkpoint", "rounds", "restart", "memory", "growth", "predecessor")
+NAMES = harness.NAMES
 
 
 def main():
@@ -13,9 +13,13 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NAMES)}; default: all")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--report", action="store_true", help="write the report from the kept figures only")
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(NAMES)}")
+    if args.report:
+        harness.write_report(NAMES)
+        return
     for name in args.names or NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
         print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)

@@ -5,13 +5,16 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+NAMES = ("input", "step", "checkpoint", "rounds", "restart", "memory", "growth", "predecessor")
 FRAMEWORKS = ("pytorch", "tensorflow", "mxnet", "xgboost")
 IMAGES = FRAMEWORKS[:3]
 PACKAGES = ("torch", "torchvision", "tensorflow", "keras", "mxnet", "xgboost", "numpy", "pillow", "simplejpeg")
@@ -41,10 +45,17 @@ class Figure(NamedTuple):
         return self.value <= float(bound) if sign == "<=" else self.value >= float(bound)
 
 
-def take_turns(repetitions, **variants):
-    """Call each of the functions in turn, so that all meet the same noise; return the lists of their values by name."""
+def take_turns(repetitions, seconds=math.inf, **variants):
+    """Call each of the functions in turn, so that all meet the same noise; return the lists of their values by name.
+
+    After the first repetition no further one is started that would not end within `seconds`.
+    """
     values = {name: [] for name in variants}
+    began = time.monotonic()
     for repetition in range(repetitions):
+        elapsed = time.monotonic() - began
+        if repetition and elapsed + elapsed / repetition > seconds:
+            break
         names = list(variants)
         for name in names if repetition % 2 == 0 else reversed(names):
             values[name].append(variants[name]())
@@ -142,41 +153,73 @@ def machine():
     described = dict(
         re.findall(r"^(model name|MemTotal)\s*:\s*(.*)$", _read("/proc/cpuinfo") + _read("/proc/meminfo"), re.M)
     )
-    cards = Path("/proc/driver/nvidia/gpus").glob("*/information")
-    gpus = [re.search(r"^Model:\s*(.*)$", card.read_text(), re.M)[1] for card in cards]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _is_installed(name)}
     return {
         "CPU": f"{len(os.sched_getaffinity(0))} cores of {described.get('model name', platform.machine())}",
         "memory": f"{int(described.get('MemTotal', '0 kB').split()[0]) / 2**20:.0f} GiB",
-        "GPU": ", ".join(gpus) or "none",
+        "GPU": _gpus() or "none",
         "Python": platform.python_version(),
         **versions,
     }
 
 
-def write_results(name, description, figures, repetitions):
-    """Keep the figures of one benchmark, and write table and picture of all that are there."""
-    RESULTS.mkdir(exist_ok=True)
-    content = {
+def _is_installed(package):
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _gpus():
+    """Return the names of the GPUs with their driver, as nvidia-smi reports them."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    finished = subprocess.run(query, capture_output=True, text=True)
+    if finished.returncode:
+        return ""
+    return ", ".join(line.replace(", ", " (driver ") + ")" for line in finished.stdout.splitlines())
+
+
+def head():
+    """Return the commit of the working tree; "unknown" if git does not know it."""
+    program = shutil.which("git")
+    if program is None:
+        return "unknown"
+    finished = subprocess.run([program, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return finished.stdout.strip() or "unknown"
+
+
+def result(description, figures, repetitions, commit=None):
+    """Return what is kept of one benchmark."""
+    return {
         "description": description,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit or head(),
         "repetitions": repetitions,
         "machine": machine(),
         "figures": figures,
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_report(order):
+def write_results(name, description, figures, repetitions):
+    """Keep the figures of one benchmark."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(result(description, figures, repetitions), indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+
+
+def write_report(order, draw=True):
     """Write `results/README.md` and `results/figures.png` from the kept figures, benchmarks in this order."""
     kept = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in order if _has(name)}
     lines = ["# Results", "", "Made by `make bench`, or one part of it by `make bench BENCH=checkpoint`."]
     for facts in dict.fromkeys(json.dumps(content["machine"]) for content in kept.values()):
-        lines += ["", "; ".join(f"{key} {value}" for key, value in json.loads(facts).items()) + "."]
+        lines += ["", _sentence(json.loads(facts))]
     lines += ["", "![Each figure relative to its limit](figures.png)"]
     for name, content in kept.items():
-        paragraphs = [" ".join(paragraph.split()) for paragraph in content["description"].strip().split("\n\n")]
-        lines += ["", f"## {name}", "", *"\n\n".join(paragraphs).splitlines()]
+        lines += ["", f"## {name}", "", *_paragraphs(content["description"])]
         lines += ["", f"{content['date']}, medians of {content['repetitions']} repetitions.", ""]
         lines += ["| What | Figure | Limit | Reached | Detail |", "|---|---|---|---|---|"]
         for figure in map(Figure._make, content["figures"]):
@@ -184,8 +227,37 @@ def write_report(order):
             lines.append(f"| {figure.what} | {figure.value:.3g} | {figure.limit} | {reached} | {figure.detail} |")
         if (RESULTS / f"{name}.png").exists():
             lines += ["", f"![{name}]({name}.png)"]
+    lines += _gpu_report()
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
-    _draw([(name, Figure._make(figure)) for name, content in kept.items() for figure in content["figures"]])
+    if draw:
+        _draw([(name, Figure._make(figure)) for name, content in kept.items() for figure in content["figures"]])
+
+
+def _gpu_report():
+    """Return the lines about the figures that `gpu.py` has kept, part by part."""
+    lines = ["", "## On a GPU", ""]
+    if not _has("gpu"):
+        return [*lines, "Not measured yet. On a machine with a GPU `python -m benchmarks.gpu` measures it."]
+    lines.append("Made by `python -m benchmarks.gpu`, or one part of it by `python -m benchmarks.gpu step`.")
+    for part, content in json.loads((RESULTS / "gpu.json").read_text()).items():
+        lines += ["", f"### {part}", "", *_paragraphs(content["description"])]
+        lines += ["", f"{content['date']}, commit {content['commit']}. {_sentence(content['machine'])}", ""]
+        lines += ["| What | Figure | Detail |", "|---|---|---|"]
+        for figure in map(Figure._make, content["figures"]):
+            lines.append(f"| {figure.what} | {figure.value:.3g} | {figure.detail} |")
+        for what, reason in content["failures"]:
+            lines.append(f"| {what} | not measured | {reason.replace('|', '/')} |")
+    return lines
+
+
+def _sentence(facts):
+    return "; ".join(f"{key} {value}" for key, value in facts.items()) + "."
+
+
+def _paragraphs(description):
+    """Return the lines of a docstring with each paragraph in one line."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in description.strip().split("\n\n")]
+    return "\n\n".join(paragraphs).splitlines()
 
 
 def _has(name):
