@@ -1,11 +1,17 @@
 """The benchmarks' own arithmetic and report; what they measure is not tested, as this machine may be busy."""
 
 import importlib
+import json
+import math
+import subprocess
+import sys
+import time
 
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import harness
+from benchmarks import gpu, gpu_parts, gpu_training, harness
+from conftest import ROOT, environment
 
 
 @pytest.mark.parametrize(
@@ -26,6 +32,12 @@ def test_variants_take_turns_and_neighbours_are_compared():
     assert harness.ratio(turns["ours"], turns["lean"]) == 10 / 6
 
 
+def test_no_repetition_is_started_that_would_end_too_late():
+    turns = harness.take_turns(9, 0.5, slow=lambda: time.sleep(0.2))
+    assert len(turns["slow"]) == 2
+    assert len(harness.take_turns(3, 0.0, slow=lambda: 1)["slow"]) == 1
+
+
 def test_a_part_that_is_measured_again_leaves_the_others_in_the_report(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
@@ -44,3 +56,153 @@ def test_each_benchmark_says_what_it_measures():
         module = importlib.import_module(f"benchmarks.{name}")
         assert module.__doc__
         assert callable(module.measure)
+
+
+def test_a_machine_may_lack_some_of_the_packages(monkeypatch):
+    monkeypatch.setattr(harness, "PACKAGES", ("numpy", "no-such-package"))
+    facts = harness.machine()
+    assert "numpy" in facts
+    assert "no-such-package" not in facts
+
+
+def test_the_report_has_the_figures_of_a_gpu_or_says_that_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    harness.write_report([], draw=False)
+    assert "## On a GPU\n\nNot measured yet." in (tmp_path / "README.md").read_text()
+    figures = [harness.Figure("a", 0.987, detail="9 of 10")]
+    content = harness.result("First.\n\nMore of\nit.\n", figures, 3, "abc1234")
+    gpu.keep(tmp_path / "gpu.json", "step", {**content, "failures": [["b", "no | compiler"]]})
+    gpu.keep(tmp_path / "gpu.json", "xgboost", {**content, "failures": []})
+    harness.write_report([], draw=False)
+    report = (tmp_path / "README.md").read_text()
+    assert "Not measured yet" not in report
+    assert "### step\n\nFirst.\n\nMore of it.\n" in report
+    assert ", commit abc1234. CPU " in report
+    assert "| a | 0.987 | 9 of 10 |\n| b | not measured | no / compiler |\n\n### xgboost" in report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark for GPUs, on CPUs
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRIAL = {  # plausible values; the lower and the upper limit are far apart because this machine may be busy
+    "step": {
+        "cnn 8 x 8 fp32: script / lean loop": (0.01, 20),
+        "cnn 8 x 8 fp32: script --no-deterministic / lean loop": (0.01, 20),
+        "cnn 8 x 8 fp32: lean loop with input / lean loop": (0.01, 20),
+        "cnn 8 x 8 fp32: script --compile / compiled lean loop": (0.01, 20),
+        "cnn 8 x 8 fp32: compiled lean loop with input / compiled lean loop": (0.01, 20),
+    },
+    "checkpoint": {
+        "cnn, 0.8 MB: stall / bare copy": (-math.inf, math.inf),  # a copy takes microseconds
+        "cnn, 0.8 MB: overhead of a save every 10 s": (-1, 1),
+        "cnn, 0.8 MB: resumed / fresh start": (0.1, 10),
+    },
+    "exactness": {
+        "cnn fp16: tensors that differ": (0, 0),
+        "cnn fp32 --compile: tensors that differ": (0, 0),
+    },
+    "xgboost": {
+        "script / xgb.train": (0.001, 20),
+        "script with one checkpoint / xgb.train": (0.001, 20),
+        "start with --device auto / --device cpu": (0.1, 10),
+        "resumed after 20 rounds / fresh start": (0.1, 10),
+    },
+}
+
+
+def run_gpu(*flags, **variables):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", *map(str, flags)]
+    options = {"capture_output": True, "text": True, "timeout": 600}
+    return subprocess.run(command, cwd=ROOT, env=environment(**variables), **options)
+
+
+def test_a_trial_of_the_gpu_benchmark_measures_every_figure(tmp_path):
+    results = {path: path.read_bytes() for path in harness.RESULTS.iterdir()}
+    finished = run_gpu("--output", tmp_path / "gpu.json", "--seed", 7, "--commit", "abc1234")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert results == {path: path.read_bytes() for path in harness.RESULTS.iterdir()}
+    parts = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(parts) == list(TRIAL) == list(gpu.PARTS)
+    for part, content in parts.items():
+        assert content["failures"] == []
+        assert content["commit"] == "abc1234"
+        assert content["machine"]["torch"]
+        figures = {figure.what: figure for figure in map(harness.Figure._make, content["figures"])}
+        assert list(figures) == list(TRIAL[part])
+        for what, figure in figures.items():
+            low, high = TRIAL[part][what]
+            assert math.isfinite(figure.value), figure
+            assert low <= figure.value <= high, figure
+            assert figure.detail
+    details = [figure[-1] for figure in parts["exactness"]["figures"]]
+    assert all("SIGTERM after step" in detail and "seed 7" in detail for detail in details)
+    assert [int(detail.split()[1].rstrip(";")) for detail in details] == [33, 33]  # tensors
+
+
+def test_a_figure_that_cannot_be_measured_leaves_the_others(tmp_path, monkeypatch, capsys):
+    def broken(run):
+        """A part that fails at its start."""
+        raise RuntimeError("Traceback\n\nno compiler")
+        yield
+
+    def half(run):
+        """A part that loses one figure of two."""
+        yield "first", lambda: 1 / 0
+        yield "second", lambda: [harness.Figure("kept", 2.0, detail="2 of 1")]
+
+    monkeypatch.setattr(gpu, "PARTS", {"broken": broken, "half": half})
+    output = tmp_path / "gpu.json"
+    assert gpu.main(["--tiny", "--device", "cpu", "--output", str(output)]) == 1
+    printed = capsys.readouterr().out
+    assert "  broken: not measured: no compiler\n" in printed
+    assert "  first: not measured: division by zero\n  kept: 2 (2 of 1)\n" in printed
+    parts = json.loads(output.read_text())
+    assert parts["broken"]["failures"] == [["broken", "no compiler"]]
+    assert parts["half"]["figures"] == [["kept", 2.0, "", "2 of 1"]]
+    assert gpu.main(["half", "--tiny", "--device", "cpu", "--output", str(output)]) == 1
+    assert set(json.loads(output.read_text())) == {"broken", "half"}
+
+
+def test_a_script_that_fails_gives_its_last_line_as_the_reason(tmp_path):
+    (tmp_path / "xgboost").mkdir()
+    (tmp_path / "xgboost" / "__init__.py").write_text("raise ImportError('a broken library')")
+    finished = run_gpu("xgboost", PYTHONPATH=str(tmp_path))
+    assert finished.returncode == 1
+    for what in ("rounds", "search for a GPU", "restart"):
+        (line,) = [line for line in finished.stdout.splitlines() if line.startswith(f"  {what}: ")]
+        assert line.startswith(f"  {what}: not measured: xgboost/train.py")
+        assert "a broken library" in line
+    assert not finished.stderr
+
+
+def test_a_missing_package_is_not_mistaken_for_the_folder_of_a_script(monkeypatch):
+    monkeypatch.delitem(sys.modules, "xgboost", raising=False)
+    monkeypatch.setattr(sys, "path", [str(ROOT)])
+    with pytest.raises(RuntimeError, match="xgboost is not installed"):
+        gpu_parts.require("xgboost")
+
+
+def test_without_a_gpu_only_a_trial_is_offered(monkeypatch, capsys):
+    monkeypatch.setattr(harness, "machine", lambda: {"GPU": "none"})
+    mistakes = {"no GPU found": [], "unknown: speed": ["speed"], "1 or more": ["--repetitions", "0"]}
+    for message, flags in mistakes.items():
+        with pytest.raises(SystemExit) as ended:
+            gpu.main(flags)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_checkpoints_are_compared_tensor_by_tensor_and_bit_by_bit(tmp_path):
+    torch = pytest.importorskip("torch")
+    one, other = paths = tmp_path / "one.pt", tmp_path / "other.pt"
+    weights = torch.tensor([1.0, math.nan])
+    state = {"model": {"w": weights, "n": torch.tensor(3)}, "optimizer": [{"m": torch.zeros(2)}]}
+    torch.save(state, one)
+    torch.save({**state, "epoch": 3}, other)
+    assert gpu_training.compare_checkpoints(*paths) == (3, [])
+    torch.save({"model": {"w": weights}, "optimizer": [{"m": -torch.zeros(2)}]}, other)
+    assert gpu_training.compare_checkpoints(*paths) == (3, ["model.n", "optimizer.0.m"])
+    torch.save({"epoch": 3}, one)
+    with pytest.raises(RuntimeError, match="contains no tensors"):
+        gpu_training.compare_checkpoints(one, one)
