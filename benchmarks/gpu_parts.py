@@ -71,7 +71,7 @@ def compare(what, unit, values, others):
     """Return the figure of a ratio, with both medians as its detail."""
     digits = 2 if unit == "s" else 0
     medians = [f"{statistics.median(numbers):,.{digits}f}" for numbers in (values, others)]
-    detail = f"{medians[0]} and {medians[1]} {unit}; {len(values)} repetitions"
+    detail = f"{medians[0]} and {medians[1]} {unit}; repetitions: {len(values)}"
     return harness.Figure(what, harness.ratio(values, others), detail=detail)
 
 
@@ -188,7 +188,7 @@ def _stall(run, label, work, path, steps_per_second):
     copy = statistics.median(turns["copy"])
     seconds = statistics.median(turns["unsaved"]) / (SAVES + 1)
     detail = f"{1000 * stall:.1f} and {1000 * copy:.1f} ms; a save every {seconds:.1f} s; "
-    detail += f"{len(stalls)} repetitions"
+    detail += f"repetitions: {len(stalls)}"
     ratio = harness.ratio(stalls, turns["copy"])
     return [
         harness.Figure(f"{label}: stall / bare copy", ratio, detail=detail),

@@ -65,6 +65,16 @@ def test_a_machine_may_lack_some_of_the_packages(monkeypatch):
     assert "no-such-package" not in facts
 
 
+def test_a_gpu_is_described_with_its_driver(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho NVIDIA H100 80GB HBM3, 580.159.04\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert harness.machine()["GPU"] == "NVIDIA H100 80GB HBM3 (driver 580.159.04)"
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert harness.machine()["GPU"] == "none"
+
+
 def test_the_report_has_the_figures_of_a_gpu_or_says_that_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     harness.write_report([], draw=False)
