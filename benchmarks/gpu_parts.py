@@ -51,9 +51,9 @@ class Run(NamedTuple):
         return harness.take_turns(self.repetitions, seconds, **variants)
 
     def environment(self, fresh_cache=False):
-        """Return environment variables for torch.compile."""
-        if self.tiny:
-            return {"TORCHDYNAMO_DISABLE": "1"}  # to compile takes half a minute on two cores
+        """Return environment variables for a process."""
+        if self.tiny:  # on two cores compilation takes half a minute, and threads wait for each other
+            return {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
         if fresh_cache:
             return {"TORCHINDUCTOR_CACHE_DIR": str(self.new_folder())}
         return {}
@@ -147,7 +147,7 @@ def checkpoint(run):
         run = run._replace(folder=Path(folder))
         flags = work.write(run.new_folder(), run.device)
         first = run.new_folder()
-        run_to_end("pytorch", flags, first)
+        run_to_end("pytorch", flags, first, run.environment())
         steps_per_second = work.steps_per_epoch / history(first, "seconds")[-1]
         path = first / "checkpoints" / "checkpoint-2.pt"
         label = f"{work.network}, {path.stat().st_size / 1e6:,.1f} MB"
@@ -166,7 +166,7 @@ def _stall(run, label, work, path, steps_per_second):
     num_bytes = path.stat().st_size
 
     def bare():
-        return harness.run_json("gpu_loop", "copy", num_bytes, run.device, run.folder)
+        return harness.run_json("gpu_loop", "copy", num_bytes, run.device, run.folder, env=run.environment())
 
     spacing = max(20, math.ceil(2 * bare()["write"] * steps_per_second))
     work = work._replace(steps_per_epoch=(SAVES + 1) * spacing, epochs=3)
@@ -174,7 +174,8 @@ def _stall(run, label, work, path, steps_per_second):
 
     def epoch_seconds(*more):
         with tempfile.TemporaryDirectory(dir=run.folder) as folder:
-            run_to_end("pytorch", [*flags, "--keep-checkpoints", 1, *more], Path(folder))
+            kept = ["--keep-checkpoints", 1]
+            run_to_end("pytorch", [*flags, *kept, *more], Path(folder), run.environment())
             return statistics.median(history(Path(folder), "seconds")[1:])
 
     turns = run.take_turns(
@@ -212,7 +213,7 @@ def _start_seconds(run, framework, flags, beginning, path=None):
     if path:
         (folder / "checkpoints").mkdir()
         os.link(path, folder / "checkpoints" / path.name)
-    with Training(framework, flags, folder) as training:
+    with Training(framework, flags, folder, run.environment()) as training:
         if path:
             training.wait_for("Resuming training from")
         return training.wait_for(beginning)
@@ -236,7 +237,7 @@ def exactness(run):
     resnet = Workload("resnet50", 224, 64, "bf16", steps_per_epoch=20, epochs=3)
     precisions = ["fp32", "bf16", "fp16"]
     if run.tiny:
-        cnn = Workload("cnn", 8, 16, "fp32", steps_per_epoch=20, epochs=3)
+        cnn = Workload("cnn", 8, 16, "fp32", steps_per_epoch=100, epochs=3)
         precisions = ["fp16"]
     flags = cnn.write(run.new_folder(), run.device)
     modes = {f"cnn {precision}": (cnn, [*flags, "--precision", precision]) for precision in precisions}
@@ -249,7 +250,7 @@ def exactness(run):
         for name, (work, mode_flags) in modes.items():
             total = work.steps_per_epoch * work.epochs
             terminate = draw.randint(total // 8, total // 2)
-            kill = draw.randint(total // 2 + 1, 7 * total // 8)
+            kill = draw.randint(total // 2 + 1, 3 * total // 4)
             pending[name] = pool.submit(_interrupt, run, name, work, mode_flags, terminate, kill)
     for name, future in pending.items():
         yield name, future.result
@@ -319,7 +320,7 @@ def xgboost(run):
 
 def _rounds(run, flags, folder, rounds):
     def script(*more):
-        with Training("xgboost", [*flags, *more], run.new_folder()) as training:
+        with Training("xgboost", [*flags, *more], run.new_folder(), run.environment()) as training:
             first = training.wait_for("epoch=1 ")
             last = training.wait_for(f"epoch={rounds} ")
             training.finish()
@@ -327,7 +328,7 @@ def _rounds(run, flags, folder, rounds):
 
     def plain():
         words = [folder / "train", folder / "validation", rounds, run.device]
-        return harness.run_json("gpu_loop", "xgboost", *words)
+        return harness.run_json("gpu_loop", "xgboost", *words, env=run.environment())
 
     turns = run.take_turns(
         1 / 3,
@@ -352,7 +353,7 @@ def _search(run, data):
 
 def _restart_rounds(run, flags, rounds):
     first = run.new_folder()
-    run_to_end("xgboost", flags, first)
+    run_to_end("xgboost", flags, first, run.environment())
     path = first / "checkpoints" / f"xgboost-checkpoint.{rounds - 1}"
     flags = [*flags, "--num-round", rounds + 100]
     turns = run.take_turns(

@@ -38,7 +38,7 @@ class Workload(NamedTuple):
 class Training:
     """A process of a training script that writes checkpoints, model and metrics below `folder`."""
 
-    def __init__(self, framework, flags, folder, env=None):
+    def __init__(self, framework, flags, folder, env):
         self.script = f"{framework}/train.py"
         self.last_line = "no output"
         command = [sys.executable, harness.ROOT / self.script, *flags]
@@ -48,7 +48,7 @@ class Training:
         self.process = subprocess.Popen(
             list(map(str, command)),
             cwd=folder,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,7 +83,7 @@ class Training:
             yield line
 
 
-def run_to_end(framework, flags, folder, env=None):
+def run_to_end(framework, flags, folder, env):
     """Run a training script to its end."""
     with Training(framework, flags, folder, env) as training:
         training.finish()
