@@ -1,7 +1,8 @@
 # make train [FRAMEWORK=pytorch|tensorflow|mxnet|xgboost] [ARGS="--epochs 20"]
 # make spot [FRAMEWORK=...] [SPOT="--interrupt-after 20s"] [ARGS="--epochs 20"]
-# make test
-# make soak
+# make check         (some minutes the first time, then two: ruff, and tests of a few seconds)
+# make test          (all tests: half an hour on two cores)
+# make integration   (interruptions at random moments: three quarters of an hour)
 # make bench [BENCH="checkpoint rounds --repetitions 5"]
 
 FRAMEWORK ?= pytorch
@@ -9,7 +10,7 @@ ARGS ?=
 BENCH ?=
 SPOT ?= --interrupt-after 10s,upload --grace 5s --verify
 
-.PHONY: train spot test soak bench
+.PHONY: train spot check test integration bench
 
 train: .venv/installed
 	.venv/bin/python $(FRAMEWORK)/train.py $(ARGS)
@@ -17,12 +18,17 @@ train: .venv/installed
 spot: .venv/spot-installed
 	.venv/bin/python -m spot $(FRAMEWORK)/train.py $(SPOT) -- $(ARGS)
 
+check: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest -m quick
+
 test: .venv/spot-installed .venv-sdk2/installed .venv-sdk3/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
 
-soak: .venv/installed
+integration: .venv/installed
 	.venv/bin/python tests/soak.py
 
 bench: .venv/spot-installed
@@ -30,14 +36,14 @@ bench: .venv/spot-installed
 
 # The newest supported Python that works and can make virtual environments, on the PATH or of pyenv; else any python3.
 .venv/installed: requirements.txt
-	@for python in $(foreach v,3.12 3.11 3.10,python$(v) $(HOME)/.pyenv/versions/$(v).*/bin/python) python3; do \
-	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	@for python in $(foreach v,3.12 3.11 3.13,python$(v) $(HOME)/.pyenv/versions/$(v).*/bin/python) python3; do \
+	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	        echo "Setting up .venv with $$python: takes some minutes, once"; \
 	        $$python -m venv .venv && .venv/bin/python -m pip install --quiet --requirement requirements.txt && touch $@; \
 	        exit; \
 	    fi; \
 	done; \
-	echo "error: no Python 3.10, 3.11 or 3.12 with venv here: install one, such as python3.12 and python3.12-venv"; exit 1
+	echo "error: no Python 3.11, 3.12 or 3.13 with venv here: install one, such as python3.12 and python3.12-venv"; exit 1
 
 # The simulator of Managed Spot Training.
 .venv/spot-installed: spot/requirements.txt .venv/installed

@@ -9,7 +9,7 @@ NAMES = harness.NAMES
 
 
 def main():
-    """Run the benchmarks that are named, or all; a limit that is missed is a line of the report, not an error."""
+    """Run the named benchmarks, or all; a missed limit is a line of the report, not an error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NAMES)}; default: all")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -27,7 +27,9 @@ def main():
         for figure in module.measure(args.repetitions):
             figures.append(figure)
             reached = {None: "", True: "reached", False: "MISSED"}[figure.reached]
-            print(f"  {figure.what}: {figure.value:.3g} {figure.limit} {reached} ({figure.detail})", flush=True)
+            print(
+                f"  {figure.what}: {figure.value:.3g} {figure.limit} {reached} ({figure.detail})", flush=True
+            )
         harness.write_results(name, module.__doc__, figures, args.repetitions)
         harness.write_report(NAMES)
 

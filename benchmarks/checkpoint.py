@@ -1,10 +1,11 @@
 """What a checkpoint costs the training, with the default model and with a training state of about 100 MB.
 
-Stall: by how much the step with the save and the next one are longer than others while the disk is not written yet, so
-that only the copy counts (TensorFlow makes it in the next step). It is divided by a bare memory copy of as many bytes,
-and by a plain save: everything written and flushed before the next step. Overhead: by how much 40 steps with a save are
-longer than 40 steps without, as a share of the ten seconds from one save to the next; a bare writer copies as many
-bytes and writes and flushes them in a thread. All take turns in one process.
+Stall: by how much the step with the save and the next one are longer than others while the disk is not
+written yet, so that only the copy counts (TensorFlow makes it in the next step). It is divided by a bare
+memory copy of as many bytes, and by a plain save: everything written and flushed before the next step.
+Overhead: by how much 40 steps with a save are longer than 40 steps without, as a share of the ten seconds
+from one save to the next; a bare writer copies as many bytes and writes and flushes them in a thread. All
+take turns in one process.
 """
 
 import os
@@ -15,8 +16,11 @@ import time
 import numpy as np
 
 from benchmarks import harness, models
+from common.checkpoints import Checkpoints
+from common.run import Run
 
 BLOCK = 40  # steps
+SAVED = 6  # the step of a block after which it saves, counted from 0
 HOLD = 0.5  # seconds by which the writing is put off to see the copy alone
 
 
@@ -34,54 +38,67 @@ def measure(repetitions):
                 figures.append(harness.Figure(f"{label}: stall / bare copy", stall / copy, "<= 1.5", raw))
                 figures.append(harness.Figure(f"{label}: stall / plain save", stall / plain, "<= 0.1", raw))
             limit = f"<= {0.01 if model == 'cnn' else max(bare, 0) + 0.01:.3f}"
-            raw = f"a save costs {1000 * seen['ours']:.0f} ms, a bare writer {1000 * seen['bare']:.0f} ms, {size}"
+            raw = f"a save costs {1000 * seen['ours']:.0f} ms, "
+            raw += f"a bare writer {1000 * seen['bare']:.0f} ms, {size}"
             figures.append(harness.Figure(f"{label}: overhead, every 10 s", ours, limit, raw))
     return figures
 
 
 class Probe:
-    """Stands in for `save_checkpoint` and `interruption.check` of a script, and does something else in each block."""
+    """Replaces the saves of a training: each block of steps has one, of the next kind.
+
+    An epoch has a block of each kind, and ends behind the last step of a block, which is not counted.
+    """
 
     KINDS = ("none", "ours", "held", "plain", "bare")
 
-    def __init__(self, script, blocks):
-        self.script, self.blocks = script, blocks
-        self.save, self.run = script.save_checkpoint, script.saving._run
-        self.starts, self.count, self.copies, self.num_bytes = [], 0, [], 0
-        script.interruption.check = self.check
-        script.save_checkpoint = self.save_checkpoint
-        script.Progress.save_is_due = lambda progress, args, step: self.count % BLOCK == 6
-        script.saving._run = self.write
+    def __init__(self):
+        self.save = Run.save
+        self.finish_step = Run.finish_step
+        self.write = Checkpoints.write
+        self.count = 0  # finished steps
+        self.ends = []  # of the steps
+        self.copies = []  # seconds
+        self.num_bytes = 0
+        Run.save = lambda run: None  # at the end of an epoch
+        Run.finish_step = lambda run, *arguments: self.after_step(run, arguments)
+        Checkpoints.write = lambda *arguments: self.write_in_background(*arguments)
 
-    def check(self):
-        """At the beginning of each step."""
-        self.starts.append(time.perf_counter())
-        self.count += 1
-        if self.count > BLOCK * self.blocks:
-            raise self.script.interruption.Interrupted
+    def kind(self):
+        """Return the kind of the running block."""
+        return self.KINDS[self.count // BLOCK % len(self.KINDS)]
 
-    def save_checkpoint(self, *arguments):
-        kind = self.KINDS[self.count // BLOCK % len(self.KINDS)]
-        if arguments[-1].step == 0:  # at the end of an epoch
+    def after_step(self, run, arguments):
+        """Finish a step, and save if it is time."""
+        step = run.progress.step
+        self.finish_step(run, *arguments)
+        if run.progress.step == step:  # of a validation
             return
+        if self.count % BLOCK == SAVED:
+            self.save_as(self.kind(), run)
+        self.count += 1
+        self.ends.append(time.perf_counter())
+
+    def save_as(self, kind, run):
+        """Save as a kind of block does."""
         if kind == "bare":
-            self.copies.append(time.perf_counter())
+            began = time.perf_counter()
             for target, source in zip(self.targets, self.sources):
                 np.copyto(target, source)
-            self.copies[-1] = time.perf_counter() - self.copies[-1]
+            self.copies.append(time.perf_counter() - began)
             threading.Thread(target=self.write_bare).start()
         elif kind != "none":
-            self.save(*arguments)
+            self.save(run)
             if kind == "plain":
-                self.script.saving.wait()
+                run.saver.wait()
 
-    def write(self, path, write, finish):
-        """In the background."""
-        if self.KINDS[self.count // BLOCK % len(self.KINDS)] == "held":
+    def write_in_background(self, checkpoints, name, content, best_epoch):
+        """Write a checkpoint, in the thread that saves."""
+        if self.kind() == "held":
             time.sleep(HOLD)
-        self.run(path, write, finish)
+        self.write(checkpoints, name, content, best_epoch)
         if not self.num_bytes:
-            self.num_bytes = next(iter(path.parent.iterdir())).stat().st_size
+            self.num_bytes = (checkpoints.folder / name).stat().st_size
             self.sources = [np.ones(self.num_bytes // 24, np.float32) for _ in range(6)]
             self.targets = [np.ones_like(source) for source in self.sources]
 
@@ -93,16 +110,17 @@ class Probe:
             os.fsync(file.fileno())
 
     def result(self):
-        """Return the medians over the blocks, in seconds; the first round of blocks warms everything up."""
-        lengths = np.diff(self.starts)
+        """Return the medians over the blocks, in seconds, without the first block of each kind."""
+        lengths = np.diff(self.ends, prepend=self.ends[0])
         by_kind = {kind: [] for kind in self.KINDS}
-        for block in range(len(self.KINDS), self.blocks):
-            part = lengths[block * BLOCK : (block + 1) * BLOCK - 1]
-            by_kind[self.KINDS[block % len(self.KINDS)]].append(part)
-        saved = 5  # the number of the step in its block that the save follows
+        for block, part in enumerate(np.split(lengths, len(lengths) // BLOCK)):
+            if block >= len(self.KINDS):
+                by_kind[self.KINDS[block % len(self.KINDS)]].append(part[1:])
 
         def stall(kind):
-            return statistics.median(part[saved : saved + 2].sum() - 2 * np.median(part) for part in by_kind[kind])
+            return statistics.median(
+                part[SAVED - 1 : SAVED + 1].sum() - 2 * np.median(part) for part in by_kind[kind]
+            )
 
         def extra(kind):
             pairs = zip(by_kind[kind], by_kind["none"])
@@ -121,20 +139,17 @@ class Probe:
 def main(framework, model, repetitions):
     """Train, and return what was seen."""
     script = harness.import_script(framework)
-    flags = ["--epochs", 1000, "--checkpoint-seconds", 0, "--log-steps", 0, "--learning-rate", 1e-6]
-    if model == "cnn":
-        flags += ["--train", harness.write_images("images", 4000)]
-    else:
-        flags += ["--batch-size", 8]
+    batch_size = 64
+    if model != "cnn":
+        batch_size = 8
         script.build_model = models.large_model(framework, script)
-    args = script.parse_args(list(map(str, flags)))
-    probe = Probe(script, len(Probe.KINDS) * (1 + int(repetitions)))
-    evaluate = {"loss": 0.0, "accuracy": 0.0}
-    script.evaluate = lambda *_: evaluate
-    try:
-        script.main(args)
-    except script.interruption.Interrupted:
-        script.saving.wait()
+    probe = Probe()
+    steps_per_epoch = BLOCK * len(probe.KINDS)
+    train = harness.write_images("train", steps_per_epoch * batch_size)
+    validation = harness.write_images("validation", 10)
+    flags = ["--train", train, "--validation", validation, "--batch-size", batch_size]
+    flags += ["--epochs", 1 + int(repetitions), "--checkpoint-seconds", 0, "--log-steps", 0]
+    script.main(script.parse_args([*map(str, flags), "--learning-rate", "1e-6"]))
     return probe.result()
 
 

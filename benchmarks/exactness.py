@@ -1,10 +1,10 @@
-"""What bit-identical resuming costs: samples per second of each script with and without all that is there for it.
+"""What bit-identical resuming costs: samples per second of each script with and without it.
 
     python benchmarks/exactness.py --framework mxnet --repetitions 5
 
-"Without" is a copy of the script that lacks the lines below, run with `--no-deterministic`. The runs take turns, so
-that both meet the same noise. A run's figure is that of its last epoch (XGBoost: the median of its rounds); the table
-has their medians, and the median of the ratios of neighbours.
+"Without" is a copy of the script that lacks the lines below, run with `--no-deterministic`. The runs take
+turns, so that both meet the same noise. A run's figure is that of its last epoch (XGBoost: the median of its
+rounds); the table has their medians, and the median of the ratios of neighbours.
 """
 
 import argparse
@@ -19,31 +19,36 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-ONLY_FOR_EXACTNESS = {
-    "pytorch": "        seed(steps.step_seed(args.seed, step))\n",
-    "tensorflow": "        for state in seed_states:\n"
-    "            state.assign([state[0], seed + gpu * 2**20])  # a layer may draw several times in a step\n",
-    "mxnet": "        if progress.step % SEED_STEPS == 0:\n"
-    "            mx.random.seed(steps.step_seed(args.seed, step))\n",
-    "xgboost": '    model["seed_per_iteration"] = True  # row and column samples are a function of (seed, round)\n',
+ONLY_FOR_EXACTNESS = {  # a file, a text in it, and its replacement
+    "pytorch": ("engine.py", "torch.default_generator.manual_seed(batch.seed)", "pass"),
+    "tensorflow": None,  # its checkpoints hold the state of its random numbers
+    "mxnet": (
+        "engine.py",
+        "                mx.random.seed(batch.seed)\n            elif",
+        "                pass\n            elif",
+    ),
+    "xgboost": ("engine.py", ', "seed_per_iteration": True', ""),
 }
 FLAGS = ["--epochs", "3", "--checkpoint-seconds", "0"]
 TREES = ["--epochs", "60", "--subsample", "0.7", "--checkpoint-steps", "1000"]
 
 
 def copy_without(framework, folder):
-    """Make a copy of the framework's folder whose script lacks what is there for exactness only; return the script."""
+    """Copy the framework's folder without the line that only exactness needs; return its script."""
     copy = Path(folder, framework)
     shutil.copytree(ROOT / framework, copy)
-    text = (copy / "train.py").read_text()
-    if ONLY_FOR_EXACTNESS[framework] not in text:
-        sys.exit(f"error: {framework}/train.py has changed: mend ONLY_FOR_EXACTNESS in {__file__}")
-    (copy / "train.py").write_text(text.replace(ONLY_FOR_EXACTNESS[framework], ""))
+    if ONLY_FOR_EXACTNESS[framework] is None:
+        return copy / "train.py"
+    name, old, new = ONLY_FOR_EXACTNESS[framework]
+    text = (copy / name).read_text()
+    if text.count(old) != 1:
+        sys.exit(f"error: {framework}/{name} has changed: adapt ONLY_FOR_EXACTNESS in {__file__}")
+    (copy / name).write_text(text.replace(old, new))
     return copy / "train.py"
 
 
 def samples_per_second(script, flags):
-    """Train in a new process and folder; return the samples per second of the last epoch (XGBoost: of all rounds)."""
+    """Train in a new process and folder; return the rate of the last epoch (XGBoost: of all rounds)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(script), *flags]
         output = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
@@ -53,11 +58,15 @@ def samples_per_second(script, flags):
 
 def main():
     """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--framework", choices=ONLY_FOR_EXACTNESS, action="append")
     args = parser.parse_args()
-    print("| Script | Images | With, samples/s | Without, samples/s | With / without |\n|---|---|---|---|---|")
+    print(
+        "| Script | Images | With, samples/s | Without, samples/s | With / without |\n|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         generator = np.random.default_rng(0)
         pixels = generator.integers(0, 256, (6000, 32, 32, 3)).astype(np.uint8)
@@ -72,7 +81,10 @@ def main():
                     continue
                 flags = (TREES if framework == "xgboost" else FLAGS) + data
                 pairs = [
-                    (samples_per_second(exact_script, flags), samples_per_second(loose_script, flags + loosely))
+                    (
+                        samples_per_second(exact_script, flags),
+                        samples_per_second(loose_script, flags + loosely),
+                    )
                     for _ in range(args.repetitions)
                 ]
                 exact, loose = map(statistics.median, zip(*pairs))

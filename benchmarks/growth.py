@@ -1,12 +1,13 @@
-"""How costs grow, at three sizes each: the exponent is 1 where twice the size costs twice as much, 0 where as much.
+"""How costs grow, at three sizes each: an exponent of 1 means that twice the size costs twice as much.
 
-Seconds per epoch and peak memory over the number of samples (32 x 32 images, a tiny network; rows of 20 columns). The
-same, and seconds per save, over the size of the training state (dense layers; XGBoost: trees), saved in a file system
-in memory where there is one (/dev/shm), as a shared disk takes some saves fast and delays the next ones. Seconds per
-epoch and per save over the number of epochs before, whose checkpoints are in the folder and whose metrics are in each
-checkpoint; and the time to find the newest of these. A figure is the largest of the scripts' exponents, over the two
-larger sizes: at the smallest, what does not grow at all has the larger part. Up to 1.2 counts as linear: what no longer
-fits the processor's cache takes longer for each byte.
+Seconds per epoch and peak memory over the number of samples (32 x 32 images, a tiny network; rows of 20
+columns). The same, and seconds per save, over the size of the training state (dense layers; XGBoost: trees),
+saved in a file system in memory where there is one (/dev/shm), as a shared disk takes some saves fast and
+delays the next ones. Seconds per epoch and per save over the number of epochs before, whose checkpoints are
+in the folder and whose metrics are in each checkpoint; and the time to find the newest of these. A figure is
+the largest of the scripts' exponents, over the two larger sizes: at the smallest, what does not grow at all
+has the larger part. Up to 1.2 counts as linear: what no longer fits the processor's cache takes longer for
+each byte.
 """
 
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from benchmarks import harness, models
 from common import checkpoints
+from common.run import Run
 
 IMAGES, ROWS = (5_000, 15_000, 45_000), (50_000, 150_000, 450_000)
 WIDTHS, ROUNDS = (1024, 1536, 2048), (24, 48, 96)  # of three dense layers; of deep trees
@@ -35,7 +37,9 @@ def measure(repetitions):
                 path = Path(folder, f"{is_table}{size}")
                 if not path.exists():
                     harness.write_table(path, size, 20) if is_table else harness.write_images(path, size)
-                runs = [harness.run_json("growth", "samples", framework, path) for _ in range(min(repetitions, 2))]
+                runs = [
+                    harness.run_json("growth", "samples", framework, path) for _ in range(min(repetitions, 2))
+                ]
                 rows.append((size, *map(min, zip(*runs))))
             _add(curves, framework, SAMPLES, ("seconds per epoch", "peak memory, MB"), rows)
             sizes = ROUNDS if is_table else WIDTHS
@@ -112,19 +116,29 @@ def samples(framework, data):
 
 
 class Saves:
-    """Stands in for `save_checkpoint` of a script, waits until each file is written, and keeps the times."""
+    """Replaces the saves of a training: waits until each file is written, and keeps the times.
 
-    def __init__(self, script):
-        self.save, self.wait, self.ended = script.save_checkpoint, script.saving.wait, None
-        self.epochs, self.saves = [], []  # seconds
-        script.save_checkpoint, script.export_model = self, lambda *_: None
+    Args:
+        before_save: called with the Saves and the Run.
+    """
 
-    def __call__(self, *arguments):
+    def __init__(self, before_save=None):
+        self.save = Run.save
+        self.before_save = before_save
+        self.ended = None
+        self.epochs = []  # seconds
+        self.saves = []
+        Run.save = lambda run: self.save_and_wait(run)
+
+    def save_and_wait(self, run):
+        """Write a checkpoint."""
+        if self.before_save:
+            self.before_save(self, run)
         began = time.perf_counter()
         if self.ended:
             self.epochs.append(began - self.ended)
-        self.save(*arguments)
-        self.wait()
+        self.save(run)
+        run.saver.wait()
         self.ended = time.perf_counter()
         self.saves.append(self.ended - began)
 
@@ -137,8 +151,11 @@ def state(framework, size, repetitions):
     else:
         script.build_model = models.large_model(framework, script, int(size))
         flags = ["--epochs", str(repetitions + 1), "--log-steps", "0", "--learning-rate", "1e-6"]
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:  # noqa: S108
-        saves, args = Saves(script), script.parse_args([*flags, "--checkpoint-path", folder])
+    in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
+    with tempfile.TemporaryDirectory(dir=in_memory) as folder:
+        args = script.parse_args([*flags, "--checkpoint-path", folder])
+        saves = Saves()
+        script.export_model = lambda *_: None
         script.main(args)
         megabytes = max(path.stat().st_size for path in args.checkpoint_path.iterdir()) / 1e6
     return megabytes, min(saves.epochs[-repetitions:]), harness.peak_memory(), min(saves.saves[-repetitions:])
@@ -147,20 +164,20 @@ def state(framework, size, repetitions):
 def before(framework, repetitions):
     """Return for each number of epochs before: the number, seconds per epoch and per save."""
     script, each = harness.import_script(framework), int(repetitions) + 1
-    saves, args = Saves(script), script.parse_args(["--epochs", str(len(EPOCHS) * each), "--checkpoint-seconds", "0"])
 
-    def save_checkpoint(*arguments):
+    def add_epochs(saves, run):
         group, number = divmod(len(saves.saves), each)
-        if number == 0:  # from here on there are more of them
-            history = arguments[-1].history
-            history += [dict(history[-1]) for _ in range(EPOCHS[group] - len(history))]
-            for epoch in range(EPOCHS[group]):
-                (args.checkpoint_path / script.CHECKPOINT.format(10**6 + epoch)).touch()
-            saves.ended = None
-        saves(*arguments)
+        if number:
+            return
+        saves.ended = None
+        history = run.progress.history
+        history += [dict(history[-1]) for _ in range(EPOCHS[group] - len(history))]
+        for epoch in range(EPOCHS[group]):
+            (run.checkpoints.folder / run.checkpoints.name_of(10**6 + epoch)).touch()
 
-    script.save_checkpoint = save_checkpoint
-    script.main(args)
+    saves = Saves(add_epochs)
+    script.export_model = lambda *_: None
+    script.main(script.parse_args(["--epochs", str(len(EPOCHS) * each), "--checkpoint-seconds", "0"]))
     epochs = [saves.epochs[i * (each - 1) : (i + 1) * (each - 1)] for i in range(len(EPOCHS))]
     times = [saves.saves[i * each + 1 : (i + 1) * each] for i in range(len(EPOCHS))]
     return list(zip(EPOCHS, map(min, epochs), map(min, times)))

@@ -1,4 +1,4 @@
-"""What all benchmarks share: runs that take turns, ratios within one run, table and picture of their figures."""
+"""The parts that all benchmarks share: runs in alternation, ratios of neighbours, table and picture."""
 
 import contextlib
 import datetime
@@ -25,7 +25,17 @@ RESULTS = Path(__file__).parent / "results"
 NAMES = ("input", "step", "checkpoint", "rounds", "restart", "memory", "growth", "predecessor")
 FRAMEWORKS = ("pytorch", "tensorflow", "mxnet", "xgboost")
 IMAGES = FRAMEWORKS[:3]
-PACKAGES = ("torch", "torchvision", "tensorflow", "keras", "mxnet", "xgboost", "numpy", "pillow", "simplejpeg")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "tensorflow",
+    "keras",
+    "mxnet",
+    "xgboost",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+)
 
 
 class Figure(NamedTuple):
@@ -46,7 +56,7 @@ class Figure(NamedTuple):
 
 
 def take_turns(repetitions, seconds=math.inf, **variants):
-    """Call each of the functions in turn, so that all meet the same noise; return the lists of their values by name.
+    """Call each function in turn, so that all meet the same noise; return lists of their values by name.
 
     After the first repetition no further one is started that would not end within `seconds`.
     """
@@ -68,7 +78,7 @@ def ratio(values, others):
 
 
 def run(command, cwd=None, env=None):
-    """Run a command in an empty folder, or in `cwd`; return its standard output. RuntimeError where it fails."""
+    """Run a command in an empty folder, or in `cwd`; return its standard output, or raise RuntimeError."""
     with contextlib.ExitStack() as stack:
         cwd = cwd or stack.enter_context(tempfile.TemporaryDirectory())
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
@@ -122,7 +132,7 @@ def peak_memory():
 
 def import_script(framework):
     """Return a training script as a module, to call parts of it."""
-    sys.path.insert(0, str(ROOT / framework))
+    sys.path.insert(0, str(ROOT / framework))  # `engine.py` is beside it
     specification = importlib.util.spec_from_file_location("train", ROOT / framework / "train.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -130,7 +140,7 @@ def import_script(framework):
 
 
 def write_images(folder, count, size=32):
-    """Write `count` colour images of random pixels in ten classes as an .npz file in `folder`; return the folder."""
+    """Write `count` random colour images in ten classes as an .npz file in `folder`; return the folder."""
     generator = np.random.default_rng(0)
     Path(folder).mkdir(parents=True, exist_ok=True)
     pixels = generator.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
@@ -151,7 +161,9 @@ def write_table(folder, rows, columns):
 def machine():
     """Return versions and hardware as a dictionary of texts."""
     described = dict(
-        re.findall(r"^(model name|MemTotal)\s*:\s*(.*)$", _read("/proc/cpuinfo") + _read("/proc/meminfo"), re.M)
+        re.findall(
+            r"^(model name|MemTotal)\s*:\s*(.*)$", _read("/proc/cpuinfo") + _read("/proc/meminfo"), re.M
+        )
     )
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _is_installed(name)}
     return {
@@ -188,7 +200,9 @@ def head():
     program = shutil.which("git")
     if program is None:
         return "unknown"
-    finished = subprocess.run([program, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    finished = subprocess.run(
+        [program, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
     return finished.stdout.strip() or "unknown"
 
 
@@ -224,13 +238,17 @@ def write_report(order, draw=True):
         lines += ["| What | Figure | Limit | Reached | Detail |", "|---|---|---|---|---|"]
         for figure in map(Figure._make, content["figures"]):
             reached = {None: "", True: "yes", False: "**no**"}[figure.reached]
-            lines.append(f"| {figure.what} | {figure.value:.3g} | {figure.limit} | {reached} | {figure.detail} |")
+            lines.append(
+                f"| {figure.what} | {figure.value:.3g} | {figure.limit} | {reached} | {figure.detail} |"
+            )
         if (RESULTS / f"{name}.png").exists():
             lines += ["", f"![{name}]({name}.png)"]
     lines += _gpu_report()
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
     if draw:
-        _draw([(name, Figure._make(figure)) for name, content in kept.items() for figure in content["figures"]])
+        _draw(
+            [(name, Figure._make(figure)) for name, content in kept.items() for figure in content["figures"]]
+        )
 
 
 def _gpu_report():
@@ -289,7 +307,9 @@ def _draw(figures):
     axes.barh(range(len(limited)), [value - 1 for value in shown], left=1, color=colours)
     axes.set_yticks(range(len(limited)), [f"{name}: {figure.what}" for name, figure in limited], fontsize=7)
     for place, (_, figure) in enumerate(limited):
-        axes.annotate(f" {figure.value:.3g} ({figure.limit})", (max(shown[place], 1), place), va="center", fontsize=7)
+        axes.annotate(
+            f" {figure.value:.3g} ({figure.limit})", (max(shown[place], 1), place), va="center", fontsize=7
+        )
     axes.axvline(1, color="black", linewidth=1)
     axes.axvspan(0.25, 1, color="tab:red", alpha=0.08)
     axes.set_xscale("log", base=2)

@@ -1,12 +1,13 @@
-"""Whether the training waits for its input: samples per second with it, relative to one cached batch over and over.
+"""Whether the training waits for its input: samples per second relative to those with one cached batch.
 
-Real input is shuffled, cropped, mirrored and normalised from memory, 32 x 32 x 3 in batches of 128. Epochs of the two
-kinds take turns in one process, with the default model and with a tiny one, a convolution of eight filters, where the
-input shows most.
+Real input is shuffled, cropped, mirrored and normalised from memory, 32 x 32 x 3 in batches of 128. Epochs of
+the two kinds take turns in one process, with the default model and with a tiny one, a convolution of eight
+filters, where the input shows most.
 
-Reading class folders of JPEG files, from their names to the array, is compared with decoders alone that do nothing but
-decode the same files, in a process for each core that has started before. The memory that the images take has been used
-by the same process before: a virtual machine may have to ask its host for it, which would measure the host.
+Reading class folders of JPEG files, from their names to the array, is compared with decoders alone that do
+nothing but decode the same files, in a process for each core that has started before. The memory that the
+images take has been used by the same process before: a virtual machine may have to ask its host for it, which
+would measure the host.
 """
 
 import json
@@ -21,6 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import harness, models
+from common.batches import BatchLoader
+from common.run import Run
 
 SIZES = ((32, 50_000), (256, 5000))  # pixels and number of the JPEG files
 
@@ -33,7 +36,9 @@ def measure(repetitions):
             real, cached = harness.run_json("input", "train", framework, model, repetitions)
             raw = f"{statistics.median(real):,.0f} of {statistics.median(cached):,.0f} samples/s"
             value = harness.ratio(real, cached)
-            figures.append(harness.Figure(f"{framework}, {model}: real / cached input", value, ">= 0.95", raw))
+            figures.append(
+                harness.Figure(f"{framework}, {model}: real / cached input", value, ">= 0.95", raw)
+            )
     for size, number in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             write_jpegs(folder, number, size)
@@ -81,7 +86,7 @@ def _on_all_cores(decoder, folder):
 
 
 def decode(decoder, folder, part, parts):
-    """Return the images per second that a decoder reaches with a part of the files, which are in the page cache."""
+    """Return the images per second that a decoder reaches with a part of the files, in the page cache."""
     names = sorted(map(str, Path(folder).rglob("*.jpg")))[int(part) :: int(parts)]
     if decoder == "pillow":
         from PIL import Image
@@ -122,21 +127,26 @@ def read(folder):
 
 
 def train(framework, model, repetitions):
-    """Return samples per second of epochs with real input, and of those between them with one cached batch."""
+    """Return samples per second of epochs with real input, and of those in between with a cached batch."""
     script = harness.import_script(framework)
     if model == "tiny":
         script.build_model = models.tiny_model(framework, script)
-    training_batches, cache = script.steps.training_batches, []
+    load = BatchLoader.__call__
+    cache = {}  # batches by their number of samples: the last ones of an epoch may have one less
 
-    def in_turns(images, labels, args, epoch, first_step=0):
-        if epoch % 2:
-            return training_batches(images, labels, args, epoch, first_step)
-        cache[:] = cache or [next(training_batches(images, labels, args, 1))]
-        return (cache[0] for _ in range(script.steps.steps_per_epoch(len(labels), args.batch_size)))
+    def load_in_turns(loader, step):
+        if loader.augment is None:  # validation
+            return load(loader, step)
+        epoch = loader.first_step // len(loader.sizes)
+        size = len(loader.indices[step])
+        if epoch % 2 == 0:
+            cache[size] = load(loader, step)
+        return cache[size]
 
-    script.steps.training_batches = in_turns
-    script.save_checkpoint = script.export_model = lambda *_: None
-    flags = ["--train", harness.write_images("images", 3000 if model == "cnn" else 30_000), "--batch-size", 128]
+    BatchLoader.__call__ = load_in_turns
+    Run.save = lambda run: None
+    data = harness.write_images("images", 3000 if model == "cnn" else 30_000)
+    flags = ["--train", data, "--batch-size", 128]
     flags += ["--epochs", 2 * int(repetitions) + 2, "--log-steps", 0, "--augment", "--checkpoint-seconds", 0]
     args = script.parse_args([*map(str, flags), "--learning-rate", "1e-4"])
     script.main(args)

@@ -1,10 +1,10 @@
-"""Peak memory: what checkpoints add, in copies of the training state, and what images add, in copies of the data set.
+"""Peak memory of checkpoints, in copies of the training state, and of images, in copies of the data set.
 
-The first is the peak of a training with about 300 MB of weights and momentum (XGBoost: 130 MB of trees) that saves
-three times, minus the peak of the same without checkpoints; the second the peak with 3,000 images of 224 x 224 minus
-that with 1,000, with a tiny network. Last, XGBoost trains with `--external-memory` on a CSV table of 4,000 columns
-whose float32 numbers take four times the memory that the process may have for its own data (RLIMIT_DATA, `ulimit -d`:
-what the disk's cache holds does not count).
+The first is the peak of a training with about 300 MB of weights and momentum (XGBoost: 130 MB of trees) that
+saves three times, minus the peak of the same without checkpoints; the second the peak with 3,000 images of
+224 x 224 minus that with 1,000, with a tiny network. Last, XGBoost trains with `--external-memory` on a CSV
+table of 4,000 columns whose float32 numbers take four times the memory that the process may have for its own
+data (RLIMIT_DATA, `ulimit -d`: what the disk's cache holds does not count).
 """
 
 import resource
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import harness, models
+from common.run import Run
 
 ROWS, COLUMNS = 200_000, 4_000  # 3.2 GB as float32
 ROUNDS = 240  # of trees as deep as they can be
@@ -41,7 +42,9 @@ def measure(repetitions):
             if framework == "xgboost":
                 break
             turns = harness.take_turns(
-                repetitions, many=lambda: run("tiny", "unsaved", many), few=lambda: run("tiny", "unsaved", few)
+                repetitions,
+                many=lambda: run("tiny", "unsaved", many),
+                few=lambda: run("tiny", "unsaved", few),
             )
             large, small = (statistics.median(seen["peak"] for seen in turns[name]) for name in turns)
             raw = f"{large:.0f} MB with {extra:.0f} MB of images more than {small:.0f} MB"
@@ -53,14 +56,17 @@ def _external_memory(folder):
     """Return by how much the table is larger than the memory with which XGBoost trains on it."""
     _write_digits(folder / "table")
     size = ROWS * COLUMNS * 4
-    # RLIMIT_DATA counts what is reserved too: PyArrow's own allocator reserves a gigabyte at once, the C library 64 MB
-    # for each thread.
+    # RLIMIT_DATA counts what is reserved too: PyArrow's own allocator reserves a gigabyte at once, the C
+    # library 64 MB for each thread.
     environment = {"TMPDIR": str(folder), "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
     environment |= {"MALLOC_TRIM_THRESHOLD_": "1000000", "MALLOC_MMAP_THRESHOLD_": "100000"}
     try:
         words = ["xgboost", "table", "unsaved", folder / "table", size // 4]
         seen = harness.run_json("memory", *words, env=environment)
-        value, ended = size / (size // 4), f"finished; at most {seen['peak']:.0f} MB resident, files among them"
+        value, ended = (
+            size / (size // 4),
+            f"finished; at most {seen['peak']:.0f} MB resident, files among them",
+        )
     except RuntimeError as error:
         value, ended = 0, f"ended with {str(error).strip().splitlines()[-1][:100]}"
     raw = f"{ended}; {ROWS:,} x {COLUMNS:,} float32, {size / 1e6:.0f} MB, allowed {size / 4e6:.0f} MB"
@@ -91,12 +97,14 @@ def main(framework, what, saved, data=None, allowed=None):
         flags = [*models.deep_trees("deep", ROUNDS), "--checkpoint-steps", str(ROUNDS // 3)]
     else:
         large = what == "large"
-        build = models.large_model(framework, script, depth=9) if large else models.tiny_model(framework, script)
+        build = (
+            models.large_model(framework, script, depth=9) if large else models.tiny_model(framework, script)
+        )
         script.build_model = build
         flags = ["--epochs", "3" if large else "1", "--log-steps", "0", "--learning-rate", "1e-6"]
         flags += ["--train", data, "--batch-size", "50"] if data else ["--batch-size", "256"]
     if saved == "unsaved":
-        script.save_checkpoint = lambda *_: None
+        Run.save = lambda run: None
     script.export_model = lambda *_: None
     args = script.parse_args(flags)
     script.main(args)

@@ -1,9 +1,9 @@
-"""The network of the earlier public sample scripts, trained through our script and through a pipeline like theirs.
+"""The network of the earlier public samples, trained by our script and by a pipeline like theirs.
 
-Two 5 x 5 convolutions of 6 and 16 channels, three dense layers of 120, 84 and 10, in batches of 128 of 32 x 32 x 3
-images. Theirs: a transform for each image by torchvision (crop, mirror, to tensor, normalise) in two worker processes
-of a DataLoader. Ours: pytorch/train.py with another `build_model` and `--augment`. Samples per second of the fastest
-epoch but the first.
+Two 5 x 5 convolutions of 6 and 16 channels, three dense layers of 120, 84 and 10, in batches of 128 of 32 x
+32 x 3 images. Theirs: a transform for each image by torchvision (crop, mirror, to tensor, normalise) in two
+worker processes of a DataLoader. Ours: pytorch/train.py with another `build_model` and `--augment`. Samples
+per second of the fastest epoch but the first.
 """
 
 import statistics
@@ -25,7 +25,9 @@ def measure(repetitions):
     )
     raw = f"{statistics.median(turns['ours']):,.0f} and {statistics.median(turns['theirs']):,.0f} samples/s"
     return [
-        harness.Figure("our script / per-image transforms", harness.ratio(turns["ours"], turns["theirs"]), ">= 3", raw)
+        harness.Figure(
+            "our script / per-image transforms", harness.ratio(turns["ours"], turns["theirs"]), ">= 3", raw
+        )
     ]
 
 
@@ -33,7 +35,14 @@ def network():
     """Return the layers after the normalisation."""
     from torch import nn
 
-    convolutions = [nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    convolutions = [
+        nn.Conv2d(3, 6, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    ]
     dense = [nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
     return nn.Sequential(*convolutions, nn.Flatten(), *dense)
 
@@ -41,9 +50,9 @@ def network():
 def ours():
     """Train through our script."""
     script = harness.import_script("pytorch")
-    script.build_model = lambda args, data: script.nn.Sequential(script.Normalize(data), network())
+    script.build_model = lambda args, data: network()
     flags = ["--train", harness.write_images("images", NUMBER * 10 // 9), "--batch-size", 128, "--augment"]
-    args = script.parse_args([*map(str, flags), "--epochs", str(EPOCHS), "--momentum", "0.9", "--log-steps", "0"])
+    args = script.parse_args([*map(str, flags), "--epochs", str(EPOCHS), "--log-steps", "0"])
     script.main(args)
     return max(harness.history(args, "samples_per_second")[1:])
 

@@ -1,8 +1,9 @@
-"""What a restart costs: from the start of the process to the end of the first training step or boosting round.
+"""The cost of a restart: from the start of the process to the end of the first training step or round.
 
-Resuming is divided by a fresh start plus the time to read the file once, which the disk's cache holds by then; with the
-default model, and with one of the framework's zoo whose training state has 100 MB or more. Then: finding the newest of
-10,000 checkpoints with their markers, and how long `--help` and a misspelt flag take.
+Resuming is divided by a fresh start plus the time to read the file once, which the disk's cache holds by
+then; with the default model, and with one of the framework's zoo whose training state has 100 MB or more.
+Then: finding the newest of 10,000 checkpoints with their markers, and how long `--help` and a misspelt flag
+take.
 """
 
 import os
@@ -59,7 +60,9 @@ def _restart(framework, model, data, repetitions):
         )
     expected = [fresh + read for fresh, read in zip(turns["fresh"], turns["read"])]
     middle = {name: statistics.median(values) for name, values in turns.items()}
-    raw = f"{middle['resumed']:.2f} s; fresh {middle['fresh']:.2f} s, reading the file of {size / 1e6:.1f} MB "
+    raw = (
+        f"{middle['resumed']:.2f} s; fresh {middle['fresh']:.2f} s, reading the file of {size / 1e6:.1f} MB "
+    )
     raw += f"{1000 * middle['read']:.0f} ms ({size / 1e6 / middle['read']:,.0f} MB/s)"
     return harness.Figure(
         f"{framework}, {model}: resumed / fresh", harness.ratio(turns["resumed"], expected), "<= 1.1", raw
@@ -70,7 +73,9 @@ def _until(framework, start, flags, folder):
     """Return the seconds from the start of the process to its first line that begins like this."""
     command = [sys.executable, str(harness.ROOT / framework / "train.py"), *map(str, flags)]
     began = time.monotonic()
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         for line in process.stdout:
             if line.startswith(start):
                 seconds = time.monotonic() - began
@@ -109,7 +114,9 @@ def _usage(framework, repetitions):
         assert subprocess.run(command, capture_output=True).returncode == code  # noqa: S101
         return time.monotonic() - began
 
-    turns = harness.take_turns(repetitions, help=lambda: seconds("--help", 0), error=lambda: seconds("--epoch", 2))
+    turns = harness.take_turns(
+        repetitions, help=lambda: seconds("--help", 0), error=lambda: seconds("--epoch", 2)
+    )
     for name, flag in (("help", "--help"), ("error", "a misspelt flag")):
         times = sorted(turns[name])
         detail = f"{times[0]:.2f} to {times[-1]:.2f} s"

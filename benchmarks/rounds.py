@@ -1,7 +1,7 @@
-"""XGBoost: 2,000 boosting rounds with the default, a checkpoint after a round, against the same with one at the end.
+"""XGBoost: 2,000 boosting rounds with the default checkpoints, against the same with one at the end.
 
-The time is that of the whole process. Then runs are killed at random moments: what is lost is the time from the round
-of the newest checkpoint to the kill.
+The time is that of the whole process. Then runs are killed at random moments: what is lost is the time from
+the round of the newest checkpoint to the kill.
 """
 
 import random
@@ -43,7 +43,7 @@ def measure(repetitions):
 
 
 def _lost(data, after):
-    """Start a run and kill it after so many seconds; return how many seconds of training are in no checkpoint."""
+    """Start a run and kill it after so many seconds; return the seconds of training that are lost."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(harness.ROOT / "xgboost/train.py"), *map(str, data)]
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
@@ -57,5 +57,7 @@ def _lost(data, after):
         killed = time.monotonic()
         process.wait()
         names = [path.name for path in Path(folder, "output/xgboost/checkpoints").iterdir()]
-        finished = [int(name.split(".")[1]) + 1 for name in names if re.fullmatch(r"xgboost-checkpoint\.\d+", name)]
+        finished = [
+            int(name.split(".")[1]) + 1 for name in names if re.fullmatch(r"xgboost-checkpoint\.\d+", name)
+        ]
         return killed - ends.get(max(finished, default=0), killed)

@@ -2,10 +2,11 @@
 
     python benchmarks/scaling.py --framework pytorch --repetitions 5
 
-Three ways to train take turns, so that all meet the same noise: one process with two threads; two workers with a thread
-each that train one model, with the same global batch; and two processes with a thread each that know nothing of each
-other, each with half the batch. What the two workers lose against the last is the share of the communication. A run's
-figure is that of its last epoch (XGBoost: the median of its rounds); the table has medians, and medians of ratios.
+Three ways to train take turns, so that all meet the same noise: one process with two threads; two workers
+with a thread each that train one model, with the same global batch; and two processes with a thread each that
+know nothing of each other, each with half the batch. What the two workers lose against the last is the share
+of the communication. A run's figure is that of its last epoch (XGBoost: the median of its rounds); the table
+has medians, and medians of ratios.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def measure(framework, flags, batch_size):
     two = [start(framework, shared, 1, SM_HOSTS=json.dumps(HOSTS), SM_CURRENT_HOST=host) for host in HOSTS]
     workers = rates(two)
     apart = rates([start(framework, [*flags, *batch(batch_size // 2)], threads=1) for _ in HOSTS])
-    # Each of the two boosters sees all rows, a worker's half of them: a round of theirs is two of the workers'.
+    # Each of the two boosters sees all rows, a worker's half of them: a round of theirs is two of the
+    # workers'.
     return sum(one), sum(workers), sum(apart)
 
 
@@ -81,11 +83,14 @@ def make_data(folder):
 
 def main():
     """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--framework", choices=("pytorch", "tensorflow", "mxnet", "xgboost"), action="append")
     args = parser.parse_args()
-    print("| Script | Data | One process | Two workers | Two apart | Two workers / one process | Communication |")
+    columns = ["Script", "Data", "One process", "Two workers", "Two apart"]
+    print(f"| {' | '.join([*columns, 'Two workers / one process', 'Communication'])} |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         images, table = make_data(folder)

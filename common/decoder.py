@@ -1,20 +1,22 @@
-"""Decodes image files in a process of its own: threads of one process would wait for each other at every small image.
+"""Decodes image files in another process: threads would wait for each other at every small image.
 
-    python common/decoder.py WIDTH HEIGHT RESIZE DESCRIPTOR FIRST STEP < names
+    python common/decoder.py PARENT DESCRIPTOR FIRST STEP WIDTH HEIGHT RESIZE < names
 
-Writes the pixels of the named files, bytes (height, width, 3), into the open file DESCRIPTOR, an array of images, at
-the indices FIRST, FIRST + STEP and so on. Ends at the first file that cannot be read or, unless RESIZE is 1, has
-another size, and prints how many were read. It needs nothing but Pillow and starts in a tenth of a second.
+Writes the pixels of the named files, bytes (height, width, 3), into the open file DESCRIPTOR, an array of
+images, at the indices FIRST, FIRST + STEP and so on. Ends at the first file that cannot be read or, unless
+RESIZE is 1, has another size, or if the process PARENT has ended. Prints how many files were read. It needs
+nothing but Pillow and starts in a tenth of a second.
 """
 
 import io
+import itertools
 import os
 import signal
 import sys
 
 
 def open_image(file):
-    """Return an image, given its name or an open file, in colour. Raises what Pillow raises, and ValueError."""
+    """Return the image of a name or an open file in colour. Raises Pillow's errors and ValueError."""
     from PIL import Image
 
     with Image.open(file, formats=("JPEG", "PNG")) as image:
@@ -24,26 +26,28 @@ def open_image(file):
         return image if image.mode == "RGB" else image.convert("RGB")  # the conversion would copy it
 
 
-def main(width, height, resize, descriptor, first, step):
-    """Do what is told above."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the business of whoever has started this
-    parent, finished = os.getppid(), 0
-    for name in sys.stdin.buffer.read().split(b"\0"):
+def main(parent, descriptor, indices, size, resize):
+    """Decode the images; the arguments are those of the command line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and with it this process
+    num_bytes = size[0] * size[1] * 3
+    finished = 0
+    for name, index in zip(sys.stdin.buffer.read().split(b"\0"), indices):
         try:
             with open(name, "rb", buffering=0) as file:
                 image = open_image(io.BytesIO(file.read()))  # Pillow reads a few bytes at a time
         except Exception:
-            break  # whoever misses the pixels finds out why
-        if image.size != (width, height):
+            break  # the parent reads this file again and reports the error
+        if image.size != size:
             if not resize:
                 break
-            image = image.resize((width, height))
-        os.pwrite(descriptor, image.tobytes(), (first + finished * step) * width * height * 3)
-        finished += 1
+            image = image.resize(size)
         if os.getppid() != parent:
-            return  # nobody wants them any more
+            return
+        os.pwrite(descriptor, image.tobytes(), index * num_bytes)
+        finished += 1
     print(finished)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parent, descriptor, first, step, width, height, resize = map(int, sys.argv[1:])
+    main(parent, descriptor, itertools.count(first, step), (width, height), resize)

@@ -25,15 +25,41 @@ def image_flags(framework):
         checkpoint_seconds=300,
         help="epochs to train in total, over all restarts",
     )
-    add = parser.add_argument
-    add("--model", default="cnn", help="cnn (a small network) or a name from the framework's own model zoo, untrained")
+    env, add = os.environ.get, parser.add_argument
+    add(
+        "--model",
+        default="cnn",
+        help="cnn (a small network) or a name from the framework's own model zoo, untrained",
+    )
     add("--image-size", type=integer(1), help="resize all images to this height and width, in pixels")
-    add("--augment", action=_Switch, default=False, help="random crops and horizontal flips of the training images")
+    add(
+        "--augment",
+        action=_Switch,
+        default=False,
+        help="random crops and horizontal flips of the training images",
+    )
     add("--batch-size", type=integer(1), default=64, help="samples per training step, of all hosts together")
-    add("--learning-rate", type=real(0), default=0.01, help="step size of SGD")
-    add("--momentum", type=real(0, 1), default=0.9, help="momentum of SGD")
-    add("--weight-decay", type=real(0), default=5e-4, help="weight decay of SGD")
-    add("--schedule", choices=("constant", "cosine"), default="constant", help="learning rate over all the epochs")
+    add(
+        "--optimizer",
+        choices=("sgd", "adamw"),
+        default="sgd",
+        help="SGD with momentum 0.9, or AdamW (decoupled weight decay)",
+    )
+    add("--learning-rate", type=real(0), default=0.01, help="step size of the optimizer")
+    add("--weight-decay", type=real(0), default=5e-4, help="weight decay of the optimizer")
+    add(
+        "--schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="learning rate after the warm-up",
+    )
+    add("--warmup-epochs", type=real(0), default=0, help="epochs in which the learning rate rises from zero")
+    add(
+        "--weights",
+        type=_path,
+        default=env("SM_CHANNEL_MODEL"),
+        help="file of weights to start from (.pth, .safetensors, .keras, .params) without a checkpoint",
+    )
     add(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
@@ -44,25 +70,25 @@ def image_flags(framework):
         "--deterministic",
         action=_Switch,
         default=True,
-        help="the same bits in each run, also where that needs slower kernels",
+        help="the same bits in each run, even if that needs slower kernels",
     )
     add(
         "--compile",
         action=_Switch,
         default=False,
-        help="compile the network: torch.compile, or XLA in TensorFlow (with --no-deterministic); MXNet always does",
+        help="torch.compile, or XLA in TensorFlow (with --no-deterministic); MXNet always compiles",
     )
     add(
-        "--workers",
+        "--loaders",
         type=integer(0),
         default=0,
-        help="threads that prepare the next batches while images come from a disk or a GPU computes; 0: none",
+        help="threads that load batches ahead (PyTorch: processes for your own data set); 0: no threads",
     )
     add(
         "--log-steps",
         type=integer(0),
         default=100,
-        help="log a line after so many steps, where no progress bar is shown; 0: none",
+        help="log a line after this many steps if no progress bar is shown; 0: never",
     )
     return parser
 
@@ -85,25 +111,39 @@ def xgboost_flags():
     add("--eval-metric", help="metrics to report, separated by commas; default: chosen from the objective")
     add("--booster", choices=("gbtree", "dart"), default="gbtree", help="kind of booster")
     add(
-        "--tree-method", choices=("auto", "exact", "approx", "hist"), default="hist", help="tree construction algorithm"
+        "--tree-method",
+        choices=("auto", "exact", "approx", "hist"),
+        default="hist",
+        help="tree construction algorithm",
     )
-    add("--eta", "--learning-rate", type=real(0, 1), default=0.3, help="shrinkage of each round's contribution")
+    add(
+        "--eta",
+        "--learning-rate",
+        type=real(0, 1),
+        default=0.3,
+        help="shrinkage of each round's contribution",
+    )
     add("--gamma", type=real(0), default=0.0, help="minimum loss reduction for a split")
     add("--max-depth", type=integer(0), default=6, help="maximum depth of a tree; 0: no limit")
     add("--max-leaves", type=integer(0), default=0, help="maximum number of leaves of a tree; 0: no limit")
     add("--max-bin", type=integer(2), default=256, help="maximum number of bins of a feature")
-    add("--grow-policy", choices=("depthwise", "lossguide"), default="depthwise", help="which node is split next")
+    add(
+        "--grow-policy",
+        choices=("depthwise", "lossguide"),
+        default="depthwise",
+        help="which node is split next",
+    )
     add("--min-child-weight", type=real(0), default=1.0, help="minimum sum of instance weights in a child")
-    add("--max-delta-step", type=real(0), default=0.0, help="maximum step of a leaf's output; 0: no limit")
+    add("--max-delta-step", type=real(0), default=0.0, help=argparse.SUPPRESS)
     add("--subsample", type=_share, default=1.0, help="share of the rows drawn for each tree")
     add("--colsample-bytree", type=_share, default=1.0, help="share of the columns drawn for each tree")
-    add("--colsample-bylevel", type=_share, default=1.0, help="share of the columns drawn for each level")
-    add("--colsample-bynode", type=_share, default=1.0, help="share of the columns drawn for each split")
+    add("--colsample-bylevel", type=_share, default=1.0, help=argparse.SUPPRESS)
+    add("--colsample-bynode", type=_share, default=1.0, help=argparse.SUPPRESS)
     add("--lambda", type=real(0), default=1.0, help="L2 regularization of the weights")
     add("--alpha", type=real(0), default=0.0, help="L1 regularization of the weights")
     add("--scale-pos-weight", type=real(0), default=1.0, help="weight of the positive class")
-    add("--rate-drop", type=real(0, 1), default=0.0, help="share of the earlier trees dropped in a round (dart)")
-    add("--skip-drop", type=real(0, 1), default=0.0, help="probability of dropping no tree in a round (dart)")
+    add("--rate-drop", type=real(0, 1), default=0.0, help=argparse.SUPPRESS)
+    add("--skip-drop", type=real(0, 1), default=0.0, help=argparse.SUPPRESS)
     add("--nthread", type=integer(0), default=0, help="CPU threads; 0: all")
     add(
         "--external-memory",
@@ -115,7 +155,7 @@ def xgboost_flags():
 
 
 def hyperparameters(words):
-    """Return a script's flags as SageMaker's hyperparameters: `--epochs 5 --augment` as epochs "5", augment "True".
+    """Return flags as SageMaker's hyperparameters: `--epochs 5 --augment` as epochs "5", augment "True".
 
     Raises UserError for a word that belongs to no flag.
     """
@@ -135,17 +175,13 @@ def hyperparameters(words):
 def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_seconds, help):
     """Add the flags that all four scripts have."""
     env, add = os.environ.get, parser.add_argument
-    output = Path("output", framework)
-    in_sagemaker = "SM_MODEL_DIR" in os.environ
-    checkpoints = Path(env("SAGEMAKER_BASE_DIR", "/opt/ml"), "checkpoints") if in_sagemaker else output / "checkpoints"
-
     add(*epochs_flag, dest="epochs", type=integer(1), default=default_epochs, help=help)
-    add("--seed", type=integer(0, 2**32 - 1), default=42, help="seed of everything random")
+    add("--seed", type=integer(0, 2**32 - 1), default=42, help="seed of all random numbers")
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="where to compute; auto: a GPU when there is one",
+        help="where to compute; auto: a GPU if there is one",
     )
     add(
         "--num-gpus",
@@ -155,62 +191,93 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
     )
     add(
         "--train",
-        type=_channel,
+        type=_path,
         default=env("SM_CHANNEL_TRAIN") or env("SM_CHANNEL_TRAINING"),
         help="folder with the training data; default: scikit-learn's handwritten digits",
     )
     add(
         "--validation",
-        type=_channel,
+        type=_path,
         default=env("SM_CHANNEL_VALIDATION") or env("SM_CHANNEL_TEST"),
         help="folder with the validation data; default: a tenth of the training data, held out",
     )
-    add("--checkpoint-path", type=_local_path, default=checkpoints, help="folder of the checkpoints")
+    add(
+        "--output",
+        type=_local_path,
+        default=Path("output", framework),
+        help="folder of everything that a training writes, unless one of the next three flags is set",
+    )
+    add("--checkpoint-path", type=_local_path, help="folder of the checkpoints; default: OUTPUT/checkpoints")
+    add("--model-dir", help="folder of the trained model; default: OUTPUT/model")
+    add(
+        "--output-data-dir",
+        type=_local_path,
+        help="folder of metrics.json and history.csv; default: OUTPUT/data",
+    )
     add(
         "--checkpoint-seconds",
         type=real(0),
         default=checkpoint_seconds,
-        help="save inside an epoch too, when so much time has passed; 0: do not (XGBoost: after a round)",
+        help="also save inside an epoch when this time has passed; 0: do not (XGBoost: after a round)",
     )
     add(
         "--checkpoint-steps",
         type=integer(0),
         default=0,
-        help="save inside an epoch too, after so many steps; 0: do not (XGBoost: so many rounds)",
+        help="also save inside an epoch after this many steps; 0: do not (XGBoost: rounds)",
     )
-    add("--keep-checkpoints", type=integer(0), default=0, help="epochs whose checkpoints to keep, the newest; 0: all")
     add(
-        "--keep-best",
+        "--keep-checkpoints",
+        type=integer(0),
+        default=0,
+        help="number of epochs whose checkpoints are kept; 0: all",
+    )
+    add(
+        "--best-metric",
+        metavar="NAME[:min|:max]",
+        help="validation metric that chooses the exported epoch, and keeps its checkpoint; default: the last",
+    )
+    add(
+        "--patience",
+        type=integer(0),
+        default=0,
+        help="stop after this many epochs without a better --best-metric (default: loss); 0: never",
+    )
+    add(
+        "--resume-anyway",
         action=_Switch,
         default=False,
-        help="keep the checkpoint with the best validation metric too, and export its model instead of the last",
-    )
-    add("--resume-anyway", action=_Switch, default=False, help="resume even where the flags or the data have changed")
-    add("--model-dir", default=env("SM_MODEL_DIR", output / "model"), help="folder of the trained model")
-    add(
-        "--output-data-dir",
-        type=_local_path,
-        default=env("SM_OUTPUT_DATA_DIR", output / "data"),
-        help="folder of metrics.json and history.csv",
+        help="resume even if the flags or the data have changed",
     )
     add(
         "--hosts",
         type=_hosts,
         default=env("SM_HOSTS", '["localhost"]'),
-        help="names of all hosts that train together, as a JSON list; the first in sorted order leads",
+        help="names of all hosts that train together, as a JSON list; the first by name is the main process",
     )
     add("--current-host", default=env("SM_CURRENT_HOST", "localhost"), help="name of this host")
     add(
         "--port",
         type=integer(0, 65535),
         default=0,
-        help="port of the leader where the hosts meet; 0: 29400, or under torchrun the one after its own",
+        help="port of the main process, where the hosts meet; 0: 29400, or the one after torchrun's",
     )
     add("--join-seconds", type=real(0), default=600, help="seconds to wait for the other hosts to start")
 
 
+def _default_folders(framework_output):
+    """Return the folders of checkpoints, model and results: SageMaker's own, or else below the output."""
+    env = os.environ.get
+    checkpoints = framework_output / "checkpoints"
+    if "SM_MODEL_DIR" in os.environ:
+        checkpoints = Path(env("SAGEMAKER_BASE_DIR", "/opt/ml"), "checkpoints")
+    model = Path(env("SM_MODEL_DIR") or framework_output / "model")
+    results = Path(env("SM_OUTPUT_DATA_DIR") or framework_output / "data")
+    return checkpoints, model, results
+
+
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that takes `--batch_size` for `--batch-size` and names the nearest flag to a misspelt one."""
+    """An argument parser that accepts `--batch_size` and names the nearest flag to a misspelt one."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
@@ -221,12 +288,15 @@ class _Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(self._explain(unknown[0]))
+        args.output = args.output or self.get_default("output")
+        checkpoints, model, results = _default_folders(args.output)
         if str(args.model_dir).startswith("s3://"):
             # SageMaker's TensorFlow estimator adds this hyperparameter by itself.
-            local = self.get_default("model_dir")
-            print(f"Not used: --model-dir {args.model_dir}; the model is written to {local}", flush=True)
-            args.model_dir = local
-        args.model_dir = Path(args.model_dir)
+            print(f"Not used: --model-dir {args.model_dir}; the model is written to {model}", flush=True)
+            args.model_dir = None
+        args.checkpoint_path = args.checkpoint_path or checkpoints
+        args.model_dir = Path(args.model_dir or model)
+        args.output_data_dir = args.output_data_dir or results
         return args
 
     def error(self, message):
@@ -250,7 +320,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class _Switch(argparse.Action):
-    """`--flag` and `--no-flag`, each also with True or False behind it, as SageMaker passes hyperparameters."""
+    """`--flag` and `--no-flag`, optionally with True or False, as SageMaker passes hyperparameters."""
 
     def __init__(self, option_strings, dest, **options):
         negative = [name.replace("--", "--no-", 1) for name in option_strings]
@@ -275,11 +345,13 @@ def _hosts(text):
     except ValueError:
         hosts = None
     if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
-        raise argparse.ArgumentTypeError(f"expected a JSON list of names such as '[\"algo-1\"]', got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a JSON list of names such as '[\"algo-1\"]', got {text!r}"
+        )
     return hosts
 
 
-def _channel(text):
+def _path(text):
     return Path(text) if text else None  # SageMaker passes an empty word for a hyperparameter that is null
 
 
@@ -302,7 +374,9 @@ def _share(text):
 
 
 def _number(kind, what, minimum, maximum):
-    expected = f"{what} of at least {minimum}" if maximum == float("inf") else f"{what} from {minimum} to {maximum}"
+    expected = (
+        f"{what} of at least {minimum}" if maximum == float("inf") else f"{what} from {minimum} to {maximum}"
+    )
 
     def parse(text):
         try:
@@ -318,5 +392,7 @@ def _number(kind, what, minimum, maximum):
 
 def _local_path(text):
     if str(text).startswith("s3://"):
-        raise argparse.ArgumentTypeError(f"expected a local folder, got {text!r}; SageMaker copies it to S3 by itself")
-    return Path(text)
+        raise argparse.ArgumentTypeError(
+            f"expected a local folder, got {text!r}; SageMaker copies it to S3 by itself"
+        )
+    return _path(text)

@@ -1,4 +1,4 @@
-"""Reading image data: class folders, `.npz` files, pairs of `.npy` files, or the digits that come with scikit-learn."""
+"""Reading images: class folders, `.npz` files, pairs of `.npy` files, or the digits of scikit-learn."""
 
 import contextlib
 import importlib.util
@@ -8,117 +8,85 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from common import cluster, decoder
+from common import decoder
+from common.datasets import ArrayDataset
 from common.errors import UserError
 from common.report import log
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
-EXPECTED = "expected one folder per class with .jpg or .png files, one .npz file, or {0}_data.npy and {0}_labels.npy"
-
-
-class Rows:
-    """Some rows of an array, picked by their indices without copying the array."""
-
-    def __init__(self, array, indices):
-        self.array, self.indices, self.dtype = array, indices, array.dtype
-        self.shape = (len(indices), *array.shape[1:])
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, key):
-        return self.array[self.indices[key]]
-
-
-class Dataset(NamedTuple):
-    """Images as uint8 or float32 arrays (n, height, width, channels), labels as int64 arrays (n,) of class indices."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    validation_images: np.ndarray
-    validation_labels: np.ndarray
-    class_names: list
-
-    @property
-    def image_shape(self):
-        """(height, width, channels)."""
-        return tuple(self.train_images.shape[1:])
-
-    def channel_statistics(self):
-        """Return mean and standard deviation of each channel over the training images, as two float32 arrays."""
-        count, total, squares = 0, 0.0, 0.0
-        rows = max(1, 2**20 // math.prod(self.image_shape))  # parts of some megabytes: no float copy of all the images
-        for start in range(0, self.train_images.shape[0], rows):
-            part = self.train_images[start : start + rows].astype(np.float64)
-            count += part[..., 0].size
-            total, squares = total + part.sum((0, 1, 2)), squares + (part**2).sum((0, 1, 2))
-        mean = total / count
-        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        return mean.astype(np.float32), np.where(deviation > 0, deviation, 1).astype(np.float32)
-
-    def describe_content(self):
-        """Return facts, as plain values, that are the same on all workers where all have the same data."""
-        facts = {"class names": self.class_names}
-        for name, images, labels in (("training", *self[:2]), ("validation", *self[2:4])):
-            facts[f"shape of the {name} images"] = list(images.shape)
-            facts[f"checksum of the {name} labels"] = zlib.crc32(np.ascontiguousarray(labels))
-            facts[f"checksum of the first {name} images"] = zlib.crc32(np.ascontiguousarray(images[:16]))
-        return facts
-
-    def describe_job(self, args, optimizer):
-        """Return what a checkpoint must have in common with the run that resumes from it."""
-        return {
-            "--model": args.model,
-            "optimizer": type(optimizer).__name__,
-            "--batch-size": args.batch_size,
-            "--seed": args.seed,
-            "number of training images": len(self.train_labels),
-            "number of classes": len(self.class_names),
-            "class names": self.class_names,
-            "image shape": list(self.image_shape),
-        }
+EXPECTED = (
+    "expected one folder per class with .jpg or .png files, one .npz file, or {0}_data.npy and {0}_labels.npy"
+)
 
 
 def load_images(args):
-    """Read the training and validation images that the flags name, all at once, as a Dataset.
+    """Return the training and the validation data set that the flags name, as a pair of `ArrayDataset`.
 
     Without `--validation` a tenth of the training images, drawn with the seed, is held out.
-    Raises UserError where the folders do not hold what is expected.
+    Raises UserError if the folders do not contain what is expected.
     """
     if args.train is None:
-        images, labels, class_names = _digits(args)
+        images, labels, classes = _digits(args)
     else:
-        images, labels, class_names = _read_folder(args, args.train, "--train", "train")
-    if len(class_names) < 2:
+        images, labels, classes = _read_folder(args, args.train, "--train", "train")
+    if len(classes) < 2:
         raise UserError(
-            f"--train {args.train} has one class only ({class_names[0]}): expected two or more to tell apart"
+            f"--train {args.train} has one class only ({classes[0]}): expected two or more to tell apart"
         )
+    train_indices = validation_indices = None
     if args.validation is None:
-        order = np.random.default_rng((args.seed, 0)).permutation(len(labels))
-        held_out, kept = np.split(order, [max(1, len(order) // 10)])
-        data = Dataset(Rows(images, kept), labels[kept], Rows(images, held_out), labels[held_out], class_names)
+        rng = np.random.default_rng((args.seed, 0))
+        order = rng.permutation(len(labels))
+        num_held_out = max(1, len(order) // 10)
+        validation_indices, train_indices = np.split(order, [num_held_out])
+        validation_images, validation_labels = images, labels
     else:
-        data = Dataset(images, labels, *_read_validation(args, images.shape, class_names), class_names)
-    if len(data.validation_labels) < cluster.size:
-        raise UserError(
-            f"{len(data.validation_labels)} validation samples for {cluster.size} workers: expected one for each"
-        )
-    num_images = len(data.train_labels) + len(data.validation_labels)
+        validation_images, validation_labels = _read_validation(args, images.shape, classes)
+    train = ArrayDataset(images, labels, classes, train_indices)
+    validation = ArrayDataset(validation_images, validation_labels, classes, validation_indices)
+    num_images = len(train) + len(validation)
     megabytes = num_images * images[0].nbytes / 1e6
     log(
-        f"Data: {len(data.train_labels)} training and {len(data.validation_labels)} validation images of shape "
-        f"{data.image_shape}, {len(class_names)} classes, {megabytes:.1f} MB of {images.dtype} "
+        f"Data: {len(train)} training and {len(validation)} validation images of shape {images.shape[1:]}, "
+        f"{len(classes)} classes, {megabytes:.1f} MB of {images.dtype} "
         f"{'on disk' if isinstance(images, np.memmap) else 'in memory'}"
     )
-    return data
+    return train, validation
+
+
+def random_crop_and_flip(images, rng):
+    """Return images (n, height, width, channels), shifted at random, and about every second one mirrored.
+
+    The shift is up to an eighth of the size; black moves in. This is the augmentation of "Deep Residual
+    Learning for Image Recognition", https://arxiv.org/abs/1512.03385.
+
+    Args:
+        images: the batch.
+        rng: NumPy's random generator.
+    """
+    count, height, width, channels = images.shape
+    margin_y = max(1, height // 8)
+    margin_x = max(1, width // 8)
+    top = rng.integers(0, 2 * margin_y + 1, count)
+    left = rng.integers(0, 2 * margin_x + 1, count)
+    flip = rng.integers(0, 2, count).astype(bool)
+
+    row = width * channels  # a row of pixels as one dimension: it is copied in one piece
+    margin = margin_x * channels
+    padded = np.zeros((count, height + 2 * margin_y, row + 2 * margin), images.dtype)
+    padded[:, margin_y:-margin_y, margin:-margin] = images.reshape(count, height, row)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, row), axis=(1, 2))
+    rows = windows[np.arange(count), top, left * channels]
+    columns = np.arange(row).reshape(width, channels)
+    mirrored = columns[::-1].ravel()
+    rows[flip] = rows[flip].take(mirrored, axis=2)
+    return rows.reshape(images.shape)
 
 
 def _digits(args):
@@ -126,20 +94,26 @@ def _digits(args):
 
     log("No --train folder: using the handwritten digits that come with scikit-learn")
     digits = load_digits()
-    images = (digits.images * (255 / 16)).round().astype(np.uint8)[..., np.newaxis]
-    return _resize(images, args.image_size), digits.target.astype(np.int64), [str(name) for name in digits.target_names]
+    pixels = digits.images * (255 / 16)
+    images = pixels.round().astype(np.uint8)[..., np.newaxis]
+    images = _resize(images, args.image_size)
+    classes = [str(name) for name in digits.target_names]
+    return images, digits.target.astype(np.int64), classes
 
 
 def _read_validation(args, train_shape, class_names):
     images, labels, found = _read_folder(args, args.validation, "--validation", "eval")
     if strange := sorted(set(found) - set(class_names)):
-        raise UserError(f"--validation {args.validation} has classes that --train lacks: {', '.join(strange)}")
+        raise UserError(
+            f"--validation {args.validation} has classes that --train lacks: {', '.join(strange)}"
+        )
     if images.shape[1:] != train_shape[1:]:
         raise UserError(
-            f"--validation {args.validation} has images of shape {images.shape[1:]}, but those of --train have "
-            f"{train_shape[1:]}: pass --image-size to resize both"
+            f"--validation {args.validation} has images of shape {images.shape[1:]}, "
+            f"but those of --train have {train_shape[1:]}: pass --image-size to resize both"
         )
-    return images, np.array([class_names.index(name) for name in found], dtype=np.int64)[labels]
+    indices = [class_names.index(name) for name in found]
+    return images, np.array(indices, dtype=np.int64)[labels]
 
 
 def _read_folder(args, folder, flag, stem):
@@ -152,31 +126,38 @@ def _read_folder(args, folder, flag, stem):
     if len(archives) == 1:
         with _readable(archives[0]), np.load(archives[0], allow_pickle=False) as archive:
             if not {"x", "y"} <= set(archive.files):
-                raise UserError(f"{archives[0]} holds {', '.join(archive.files)}: expected arrays named x and y")
+                raise UserError(
+                    f"{archives[0]} holds {', '.join(archive.files)}: expected arrays named x and y"
+                )
             return _check_arrays(args, archives[0], archive["x"], archive["y"])
     if all(path.is_file() for path in pair):
         with _readable(pair[0]):
             fits = pair[0].stat().st_size < _available_memory() / 2
-            images = np.load(pair[0], mmap_mode=None if fits else "r", allow_pickle=False)
+            mode = None if fits else "r"
+            images = np.load(pair[0], mmap_mode=mode, allow_pickle=False)
             labels = np.load(pair[1], allow_pickle=False)
         return _check_arrays(args, pair[0], images, labels)
     classes = {path.name: _image_files(path) for path in entries if path.is_dir()}
     if empty := [name for name, files in classes.items() if not files]:
-        log(f"Skipping the folders without {', '.join(EXTENSIONS)} files in {flag} {folder}: {', '.join(empty)}")
+        endings = ", ".join(EXTENSIONS)
+        log(f"Skipping the folders without {endings} files in {flag} {folder}: {', '.join(empty)}")
     classes = {name: files for name, files in classes.items() if files}
     if not classes:
         names = ", ".join(path.name for path in entries[:5]) or "nothing"
         raise UserError(f"{flag} {folder} holds {names}: {EXPECTED.format(stem)}")
     files = [file for paths in classes.values() for file in paths]
-    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in classes.values()])
-    return _decode(args, flag, folder, files), labels.astype(np.int64), list(classes)
+    counts = [len(paths) for paths in classes.values()]
+    labels = np.repeat(np.arange(len(classes)), counts)
+    images = _decode(args, flag, folder, files)
+    return images, labels.astype(np.int64), list(classes)
 
 
 def _check_arrays(args, path, images, labels):
-    """Return arrays from a file in the form of a Dataset's, or say what is wrong with them."""
+    """Return arrays from a file as those of an ArrayDataset. Raises UserError if that is impossible."""
     if images.ndim == 3:
         images = images[..., np.newaxis]
-    if images.ndim != 4 or images.dtype.kind not in "uif" or 0 in images.shape[1:]:
+    are_images = images.ndim == 4 and 0 not in images.shape[1:]
+    if not are_images or images.dtype.kind not in "uif":
         raise UserError(
             f"{path} holds images as {images.dtype} of shape {images.shape}: "
             "expected numbers of shape (n, height, width) or (n, height, width, channels)"
@@ -190,25 +171,30 @@ def _check_arrays(args, path, images, labels):
             "expected one integer per image"
         )
     if len(images) == 0:
-        raise UserError(f"{path} holds no images: expected some")
+        raise UserError(f"{path} contains no images")
     labels = labels.ravel()
-    if labels.dtype.kind not in "uif" or not np.isfinite(labels).all() or (labels != np.floor(labels)).any():
+    are_numbers = labels.dtype.kind in "uif" and np.isfinite(labels).all()
+    if not are_numbers or (labels != np.floor(labels)).any():
         raise UserError(f"{path} has labels that are not integers ({labels.dtype}, such as {labels[0]!r})")
     names, indices = np.unique(labels.astype(np.int64), return_inverse=True)
     if images.dtype != np.uint8:
         images = images.astype(np.float32, copy=False)
         if not np.isfinite(images).all():
-            raise UserError(f"{path} holds images with values that are infinite or not a number: expected finite ones")
-    return _resize(images, args.image_size), indices.astype(np.int64), [str(name) for name in names]
+            raise UserError(
+                f"{path} holds images with values that are infinite or not a number: expected finite ones"
+            )
+    images = _resize(images, args.image_size)
+    classes = [str(name) for name in names]
+    return images, indices.astype(np.int64), classes
 
 
 def _image_files(folder):
-    """Return the names of the image files anywhere below `folder`, folder by folder in order, hidden ones left out."""
+    """Return the names of the image files below `folder`, folder by folder in order, without hidden ones."""
     found = []
     for parent, folders, names in os.walk(folder):  # pathlib would take as long as decoding small images
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = [name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-        found += [f"{parent}/{name}" for name in sorted(images)]
+        images = [name for name in names if name.lower().endswith(EXTENSIONS)]
+        found += [f"{parent}/{name}" for name in sorted(images) if not name.startswith(".")]
     return found
 
 
@@ -217,7 +203,9 @@ def _decode(args, flag, folder, files):
     first = _open(files[0]).size
     size = (args.image_size, args.image_size) if args.image_size else first
     log(f"Reading {len(files)} images from {flag} {folder}")
-    if all(file.lower().endswith((".jpg", ".jpeg")) for file in files) and importlib.util.find_spec("simplejpeg"):
+    endings = (".jpg", ".jpeg")
+    are_jpegs = all(file.lower().endswith(endings) for file in files)
+    if are_jpegs and importlib.util.find_spec("simplejpeg"):
         images, finished = _read_jpegs(files, size, args.image_size, first)
     else:
         images, finished = _read_with_pillow(files, size, args.image_size)
@@ -225,17 +213,21 @@ def _decode(args, flag, folder, files):
         image = _open(files[index])
         if image.size != size and not args.image_size:
             raise UserError(
-                f"{flag} has images of different sizes: {files[0]} is {size[0]}x{size[1]} and {files[index]} is "
-                f"{image.width}x{image.height}: pass --image-size to resize them all"
+                f"{flag} has images of different sizes: {files[0]} is {size[0]}x{size[1]} "
+                f"and {files[index]} is {image.width}x{image.height}: pass --image-size to resize them all"
             )
-        images[index] = image.resize(size) if image.size != size else image
+        if image.size != size:
+            image = image.resize(size)
+        images[index] = image
     return images
 
 
 def _read_jpegs(files, size, resize, first):
-    """Return the pixels of JPEG files and which were read, by threads of their own; `first` is the first one's size."""
-    images, _ = _allocate((len(files), size[1], size[0], 3), np.uint8)
-    finished, waiting = np.zeros(len(files), bool), deque(range(len(files)))
+    """Return the pixels of JPEG files, and which were read, by threads; `first` is the size of the first."""
+    width, height = size
+    images, _ = _allocate((len(files), height, width, 3), np.uint8)
+    finished = np.zeros(len(files), bool)
+    waiting = deque(range(len(files)))
 
     def read():
         with contextlib.suppress(IndexError):  # none is waiting any more
@@ -243,14 +235,15 @@ def _read_jpegs(files, size, resize, first):
                 index = waiting.popleft()
                 finished[index] = _read_jpeg(files[index], images[index], resize)
 
-    # Decoding 1,000 pixels takes as long as what is done to a file under Python's lock, where threads take turns.
-    count = min(len(os.sched_getaffinity(0)), max(1, math.prod(first) // 1000))
+    # Under Python's lock, where threads take turns, opening a file takes as long as decoding 1,000 pixels.
+    num_useful = max(1, math.prod(first) // 1000)
+    count = min(len(os.sched_getaffinity(0)), num_useful)
     with ThreadPoolExecutor(count) as pool:
         try:
             for thread in [pool.submit(read) for _ in range(count)]:
                 thread.result()
         finally:
-            waiting.clear()  # nobody wants them after a signal
+            waiting.clear()  # not needed after a signal
     return images, finished
 
 
@@ -271,36 +264,49 @@ def _read_jpeg(file, pixels, resize):
         if (height, width) == pixels.shape[:2]:
             simplejpeg.decode_jpeg(content, buffer=pixels)
         elif resize and height * width <= Image.MAX_IMAGE_PIXELS:
-            pixels[:] = Image.fromarray(simplejpeg.decode_jpeg(content)).resize(pixels.shape[1::-1])
+            image = Image.fromarray(simplejpeg.decode_jpeg(content))
+            pixels[:] = image.resize(pixels.shape[1::-1])
         else:
             return False
     except (OSError, ValueError):
-        return False  # Pillow reads more than this, and tells what is wrong
+        return False  # Pillow reads more kinds of files, and its errors say what is wrong
     return True
 
 
 def _read_with_pillow(files, size, resize):
-    """Return the pixels of image files and which were read, by a process for each core: threads would take turns."""
-    images, place = _allocate((len(files), size[1], size[0], 3), np.uint8, shared=True)
+    """Return the pixels of image files, and which were read, by processes: threads would take turns."""
+    width, height = size
+    images, place = _allocate((len(files), height, width, 3), np.uint8, shared=True)
     finished = np.zeros(len(files), bool)
-    count = min(len(os.sched_getaffinity(0)), len(files) // 100)  # a process starts in the time of some hundred images
+    num_useful = len(files) // 100  # a process starts in the time of some hundred images
+    count = min(len(os.sched_getaffinity(0)), num_useful)
     with contextlib.ExitStack() as stack:
-        shares = ((files[first::count], range(first, len(files), count)) for first in range(count))
-        processes = [stack.enter_context(_start_decoder(*share, size, resize, place)) for share in shares]
+        processes = []
+        for first in range(count):
+            indices = range(first, len(files), count)
+            process = _start_decoder(files[first::count], indices, size, resize, place)
+            processes.append(stack.enter_context(process))
         for first, process in enumerate(processes):
-            finished[first::count][: int(process.stdout.read() or 0)] = True
+            num_read = int(process.stdout.read() or 0)
+            finished[first::count][:num_read] = True
     return images, finished
 
 
 def _start_decoder(files, indices, size, resize, place):
     """Return a process that writes the pixels of the files to the file `place`: see `decoder.py`."""
-    numbers = [*size, int(bool(resize)), place.fileno(), indices.start, indices.step]
+    numbers = [os.getpid(), place.fileno()]
+    numbers += [indices.start, indices.step]
+    numbers += [*size, int(bool(resize))]
     command = [sys.executable, decoder.__file__, *map(str, numbers)]
     with tempfile.TemporaryFile() as names:
         names.write(b"\0".join(map(os.fsencode, files)))
         names.seek(0)
-        pipes = {"stdin": names, "stdout": subprocess.PIPE, "pass_fds": [place.fileno()]}
-        return subprocess.Popen(command, **pipes)  # noqa: S603 - nothing in it is from outside
+        return subprocess.Popen(  # noqa: S603 - nothing in it is from outside
+            command,
+            stdin=names,
+            stdout=subprocess.PIPE,
+            pass_fds=[place.fileno()],
+        )
 
 
 def _open(path):
@@ -314,21 +320,24 @@ def _open(path):
 
 
 def _resize(images, size):
-    """Return (n, height, width, channels) images resized to (n, size, size, channels); no size: as they are."""
+    """Return images (n, height, width, channels) resized to (n, size, size, channels), if there is a size."""
     if not size or images.shape[1:3] == (size, size):
         return images
     from PIL import Image
 
-    resized, _ = _allocate((len(images), size, size, images.shape[3]), images.dtype)
+    num_channels = images.shape[3]
+    resized, _ = _allocate((len(images), size, size, num_channels), images.dtype)
     for image, target in zip(images, resized):
-        for channel in range(images.shape[3]):
-            target[..., channel] = Image.fromarray(image[..., channel]).resize((size, size), Image.BILINEAR)
+        for channel in range(num_channels):
+            plane = Image.fromarray(image[..., channel])
+            target[..., channel] = plane.resize((size, size), Image.BILINEAR)
     return resized
 
 
 def _allocate(shape, dtype, shared=False):
-    """Return an empty array in memory, or on disk where it does not fit there, and the file that `shared` ones are."""
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    """Return an empty array in memory, or on disk if it does not fit, and the file of a `shared` one."""
+    num_values = int(np.prod(shape, dtype=np.int64))
+    num_bytes = num_values * np.dtype(dtype).itemsize
     fits = num_bytes < _available_memory() / 2
     if fits and not shared:
         return np.empty(shape, dtype), None  # in large pages, which makes it four times as fast to fill
@@ -343,7 +352,8 @@ def _allocate(shape, dtype, shared=False):
 def _available_memory():
     """Return the free memory in bytes; without Linux's own figure, no limit."""
     try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":") for line in lines)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return float("inf")

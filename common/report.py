@@ -1,125 +1,98 @@
-"""What a training script tells: log lines, a progress bar, and the files `metrics.json` and `history.csv`."""
+"""The log of a training, its progress bar, and the files `metrics.json` and `history.csv`."""
 
 import csv
 import io
 import json
+import logging
 import math
 import os
 import re
 import sys
-import time
 
-from common import cluster
-from common.files import atomic_write
+from common.atomic_io import atomic_write
 
-_STARTED = time.time()
-
-
-def log(message):
-    """Print one line, at once; of several workers only the leader does."""
-    if not cluster.leads():
-        return
-    try:
-        print(f"{message}\n", end="", flush=True)  # at once: a signal's line must not come into the middle
-    except BrokenPipeError:  # nobody reads it any more, which is no reason to lose a training
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+LOGGER = logging.getLogger("train")
+log = LOGGER.info
 
 
-def log_device(args, device):
-    """Say where the network is computed, and which share of a batch each worker gets."""
-    log(f"Device: {device} ({args.precision}){cluster.describe(args.batch_size, 'samples of a batch')}")
+class LogHandler(logging.StreamHandler):
+    """Prints each log line at once. A line that cannot be written is dropped: it must not end a training."""
+
+    def handleError(self, record):  # noqa: N802 - the name is that of the base class
+        """Ignore an error; after `train.py | head` Python itself would fail when it exits."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def log_start(progress, epochs):
-    """Say where training starts, or that nothing is left to train."""
-    if progress.epoch < epochs:
-        step = f", step: {progress.step + 1}" if progress.step else ""
-        log(f"Starting training from epoch: {progress.epoch + 1}{step}")
-    else:
-        log(f"Nothing left to train: {progress.epoch} epochs are finished, --epochs asks for {epochs}")
+def start_logging(is_main_process):
+    """Let `log` print, on the main process only; return a function that restores the state before."""
+    handler = LogHandler(sys.stdout)
+    level, propagate = LOGGER.level, LOGGER.propagate
+    LOGGER.setLevel(logging.INFO if is_main_process else logging.CRITICAL)
+    LOGGER.propagate = False
+    LOGGER.addHandler(handler)
+
+    def stop_logging():
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+        LOGGER.propagate = propagate
+
+    return stop_logging
 
 
-def log_epoch(epoch, train, validation, seconds, num_samples):
-    """Log an epoch in one line, keys in the same order in all four scripts, and return it as a dictionary.
-
-    Args:
-        epoch: counted from 1.
-        train, validation: metrics by name, such as {"loss": 0.1, "accuracy": 0.97}.
-        seconds: what the training took, without validation and checkpoint.
-        num_samples: what was trained on in these seconds.
-    """
-    row = {"epoch": epoch}
-    row.update({f"train_{name}": value for name, value in train.items()})
-    row.update({f"validation_{name}": value for name, value in validation.items()})
-    row.update(seconds=seconds, samples_per_second=num_samples / seconds)
+def epoch_line(row):
+    """Return the log line of a finished epoch; the keys have the same order in all four scripts."""
     digits = {"epoch": "d", "seconds": ".2f", "samples_per_second": ".0f"}
-    log(" ".join(f"{key}={value:{digits.get(key, '.4f')}}" for key, value in row.items()))
-    return row
+    return " ".join(f"{key}={value:{digits.get(key, '.4f')}}" for key, value in row.items())
 
 
 def metric_definitions(metrics=("loss", "accuracy", "rmse")):
-    """Return SageMaker's `metric_definitions` for the lines of `log_epoch`: a list of {"Name": ..., "Regex": ...}.
+    """Return SageMaker's `metric_definitions` for `epoch_line`: a list of {"Name": ..., "Regex": ...}.
 
     Args:
-        metrics: what a script may log; these are all, unless `--eval-metric` names others.
+        metrics: the names that a script may log; the default covers all scripts unless `--eval-metric` names
+            others.
     """
     keys = [f"{split}_{metric}" for split in ("train", "validation") for metric in metrics]
     keys += ["seconds", "samples_per_second"]
-    names = [re.sub("^(train|validation)_", r"\1:", key) for key in keys]  # as SageMaker writes them: train:loss
-    regexes = [f"^epoch=.* {re.escape(key)}=([-+.0-9a-z]+)" for key in keys]
-    return [{"Name": name, "Regex": regex} for name, regex in zip(names, regexes)]
+    definitions = []
+    for key in keys:
+        name = re.sub("^(train|validation)_", r"\1:", key)  # SageMaker's own spelling: train:loss
+        definitions.append({"Name": name, "Regex": f"^epoch=.* {re.escape(key)}=([-+.0-9a-z]+)"})
+    return definitions
 
 
-class _Lines:
-    """What `progress_bar` returns where there is no terminal: now and then a line."""
-
-    def __init__(self, args, progress, total, batches):
-        self.args, self.progress, self.total, self.batches = args, progress, total, batches
-
-    def __iter__(self):
-        for batch in self.batches:
-            yield batch
-            self.update()
-
-    def update(self):
-        step = self.progress.step
-        if self.args.log_steps and step % self.args.log_steps == 0:
-            log(f"step={step}/{self.total} epoch={self.progress.epoch + 1}")
-
-    def close(self):
-        pass
-
-
-def progress_bar(args, progress, total, batches=()):
-    """Return a bar over the `total` batches of an epoch: tqdm's on a terminal, otherwise lines (`--log-steps`)."""
-    if not sys.stderr.isatty() or not cluster.leads():
-        return _Lines(args, progress, total, batches)
+def progress_bar(epoch, first_step, num_steps, is_main_process):
+    """Return tqdm's bar over the steps of an epoch, or None if standard error is not a terminal."""
+    if not is_main_process or not sys.stderr.isatty():
+        return None
     from tqdm import tqdm
 
-    name = f"epoch {progress.epoch + 1}"
-    return tqdm(batches, desc=name, initial=progress.step, total=total, unit="step", leave=False)
+    return tqdm(desc=f"epoch {epoch}", initial=first_step, total=num_steps, unit="step", leave=False)
 
 
-def write_results(args, progress, **facts):
+def write_results(folder, history, facts):
     """Write `metrics.json` (the last epoch's metrics and `facts`) and `history.csv` (one row per epoch)."""
-    history = progress.history
-    metrics = {**(history[-1] if history else {}), "initial_epoch": progress.initial_epoch, **facts}
-    metrics["epochs"] = metrics.pop("epoch", progress.epoch)
-    if args.keep_best and history:
-        metrics["best_epoch"] = progress.best_epoch()
-    metrics["wall_seconds"] = time.time() - _STARTED
-    # JSON has no word for a loss that is not a number.
-    finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
-    _write(args.output_data_dir / "metrics.json", json.dumps(finite, indent=2) + "\n")
+    metrics = {**(history[-1] if history else {}), **facts}
+    finite = {key: _finite_or_none(value) for key, value in metrics.items()}  # JSON has no NaN
+    _write_text(folder / "metrics.json", json.dumps(finite, indent=2) + "\n")
 
     table = io.StringIO(newline="")
-    columns = dict.fromkeys(key for row in history for key in row)  # in order; the metrics may change with a restart
+    columns = dict.fromkeys(
+        key for row in history for key in row
+    )  # in order; the metrics may change with a restart
     writer = csv.DictWriter(table, columns or ["epoch"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    _write(args.output_data_dir / "history.csv", table.getvalue())
+    _write_text(folder / "history.csv", table.getvalue())
 
 
-def _write(path, text):
+def _finite_or_none(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _write_text(path, text):
     with atomic_write(path) as file:
         file.write(text.encode())

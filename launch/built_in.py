@@ -1,12 +1,13 @@
 r"""Train one of SageMaker's built-in algorithms that save checkpoints, with SDK v2: pip install "sagemaker<3"
 
-Look:    python launch/built_in.py xgboost --role arn:aws:iam::123456789012:role/SageMaker --region us-east-1 \
-             --train s3://bucket/train/ --dry-run -- --num-round 100 --objective reg:squarederror
+Look:    python launch/built_in.py xgboost --role arn:aws:iam::123456789012:role/SageMaker \
+             --region us-east-1 --train s3://bucket/train/ --dry-run \
+             -- --num-round 100 --objective reg:squarederror
 Train:   python launch/built_in.py image-classification --role ... --spot --train s3://bucket/train/ \
              --validation s3://bucket/validation/ -- --num-classes 10 --num-training-samples 60000 --epochs 20
 Resume:  the same with --resume-from s3://bucket/image-classification-20261123-091500/checkpoints/
 
-What stands behind `--` are the hyperparameters of the algorithm. `--help` lists the flags of the launcher.
+The flags after `--` are the hyperparameters of the algorithm. `--help` lists the flags of the launcher.
 """
 
 import job
@@ -43,10 +44,16 @@ ALGORITHMS = {
 
 def parse_args():
     """Return the flags; what is missing is an error before anything is sent."""
-    parser = job.make_parser("Train a built-in algorithm on SageMaker (SDK v2).", ALGORITHMS, instance_type=None)
-    parser.add_argument("--train-annotation", type=job.address, help="address of the masks (semantic-segmentation)")
+    parser = job.make_parser(
+        "Train a built-in algorithm on SageMaker (SDK v2).", ALGORITHMS, instance_type=None
+    )
+    parser.add_argument(
+        "--train-annotation", type=job.address, help="address of the masks (semantic-segmentation)"
+    )
     parser.add_argument("--validation-annotation", type=job.address, help="the same for validation")
-    parser.add_argument("--content-type", help="type of the data, such as text/libsvm; default: csv, RecordIO or jpeg")
+    parser.add_argument(
+        "--content-type", help="type of the data, such as text/libsvm; default: csv, RecordIO or jpeg"
+    )
     args = job.parse_args(parser)
     algorithm = ALGORITHMS[args.what]
     for channel in algorithm["channels"]:
@@ -59,7 +66,9 @@ def parse_args():
             parser.error(f"{args.what} needs --{name.replace('_', '-')} behind `--`")
     if args.what == "semantic-segmentation" and args.instance_count != 1:
         parser.error(f"--instance-count {args.instance_count}: semantic-segmentation trains on one machine")
-    args.instance_type = args.instance_type or ("ml.m5.xlarge" if args.what == "xgboost" else "ml.g4dn.xlarge")
+    args.instance_type = args.instance_type or (
+        "ml.m5.xlarge" if args.what == "xgboost" else "ml.g4dn.xlarge"
+    )
     args.content_type = args.content_type or algorithm["content_type"]
     return args
 
@@ -67,7 +76,7 @@ def parse_args():
 if __name__ == "__main__":
     args = parse_args()  # before the slow imports
 
-with errors.framework("version 2 of SageMaker's Python SDK", 'Install it with: pip install "sagemaker<3"'):
+with errors.importing("version 2 of SageMaker's Python SDK", 'Install it with: pip install "sagemaker<3"'):
     from sagemaker import Session, image_uris
     from sagemaker.estimator import Estimator
     from sagemaker.inputs import TrainingInput

@@ -1,11 +1,13 @@
 r"""Train one of the scripts on SageMaker with SDK v2: pip install "sagemaker<3"
 
-Look:    python launch/estimator.py pytorch --role arn:aws:iam::123456789012:role/SageMaker --region us-east-1 --dry-run
-Train:   python launch/estimator.py pytorch --role ... --spot --train s3://bucket/train/ -- --epochs 20 --augment
+Look:    python launch/estimator.py pytorch --role arn:aws:iam::123456789012:role/SageMaker \
+             --region us-east-1 --dry-run
+Train:   python launch/estimator.py pytorch --role ... --spot --train s3://bucket/train/ \
+             -- --epochs 20 --augment
 Resume:  python launch/estimator.py pytorch --role ... --spot --train s3://bucket/train/ \
              --resume-from s3://bucket/pytorch-20261123-091500/checkpoints/ -- --epochs 40 --augment
 
-What stands behind `--` are the flags of the script. `--help` lists those of the launcher.
+The flags after `--` are those of the script. `--help` lists those of the launcher.
 """
 
 import job
@@ -14,7 +16,7 @@ from common import errors
 if __name__ == "__main__":
     args = job.parse_script_args("Train one of the scripts on SageMaker (SDK v2).")  # before the slow imports
 
-with errors.framework("version 2 of SageMaker's Python SDK", 'Install it with: pip install "sagemaker<3"'):
+with errors.importing("version 2 of SageMaker's Python SDK", 'Install it with: pip install "sagemaker<3"'):
     from sagemaker import Session
     from sagemaker.estimator import Estimator
     from sagemaker.mxnet import MXNet

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import errors, flags, report
 
-with errors.framework(
+with errors.importing(
     "SageMaker's Python SDK", 'Install it with: pip install "sagemaker<3" or pip install "sagemaker>=3"'
 ):
     import boto3
@@ -22,7 +22,8 @@ with errors.framework(
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = ("pytorch", "tensorflow", "mxnet", "xgboost")
 CHECKPOINT_PATH = "/opt/ml/checkpoints"  # where the scripts keep them in a SageMaker container
-SET_BY_SAGEMAKER = ("train", "validation", "checkpoint-path", "model-dir", "output-data-dir", "hosts", "current-host")
+SET_BY_SAGEMAKER = {"train", "validation", "weights", "output", "checkpoint-path", "model-dir"}
+SET_BY_SAGEMAKER |= {"output-data-dir", "hosts", "current-host"}
 GPU_INSTANCE = r"ml\.[gp]\d.*"
 
 
@@ -31,14 +32,18 @@ def make_parser(description, choices, instance_type):
     parser = _Parser(
         description=description,
         usage="%(prog)s WHAT --role ARN [flags of the launcher] [-- flags of what trains]",
-        epilog="Addresses look like s3://bucket/folder/. Credentials come from where all AWS tools look for them.",
+        epilog="Addresses look like s3://bucket/folder/. Credentials are found as by all AWS tools.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("what", choices=choices, metavar="WHAT", help=f"what trains: {', '.join(choices)}")
     add("--role", required=True, type=_role, help="ARN of the IAM role that the job runs with")
     add("--region", help="AWS region; default: that of your AWS settings")
-    add("--instance-type", default=instance_type, help="machine to train on; default: the smallest that makes sense")
+    add(
+        "--instance-type",
+        default=instance_type,
+        help="machine to train on; default: the smallest that makes sense",
+    )
     add("--instance-count", type=flags.integer(1), default=1, help="number of machines (default: 1)")
     add("--image-uri", help="training image; default: SageMaker's own")
     add("--spot", action="store_true", help="train on Spot instances, which cost less and may be interrupted")
@@ -50,19 +55,26 @@ def make_parser(description, choices, instance_type):
     )
     add("--train", type=address, help="address of the training data")
     add("--validation", type=address, help="address of the validation data")
-    add("--bucket", help="bucket for all that is written; default: the SDK's own, sagemaker-<region>-<account>")
+    add(
+        "--bucket",
+        help="bucket for all that is written; default: the SDK's own, sagemaker-<region>-<account>",
+    )
     add("--job-name", type=_job_name, help="name of the job; default: what trains, and the time")
     add("--output", type=_folder, help="address of model and metrics; default: the bucket")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--checkpoints", type=_folder, help="address of the checkpoints; default: bucket and job name")
+    where.add_argument(
+        "--checkpoints", type=_folder, help="address of the checkpoints; default: bucket and job name"
+    )
     where.add_argument("--resume-from", type=_folder, help="go on from the checkpoints of an earlier job")
     add("--no-wait", dest="wait", action="store_false", help="do not wait for the end of the job")
-    add("--dry-run", action="store_true", help="print the request instead of sending it; needs no credentials")
+    add(
+        "--dry-run", action="store_true", help="print the request instead of sending it; needs no credentials"
+    )
     return parser
 
 
 def parse_args(parser):
-    """Return the launcher's flags, and as `hyperparameters` what stands behind `--`; a mistake is one line."""
+    """Return the launcher's flags, with those after `--` as `hyperparameters`; a mistake is one line."""
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:end])
@@ -80,7 +92,7 @@ def parse_args(parser):
     args.job_name = args.job_name or f"{args.what}-{time.strftime('%Y%m%d-%H%M%S')}"
     if args.dry_run:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            os.environ[name] = "dry-run"  # SDK v2 looks for real ones, even on the network, when it is imported
+            os.environ[name] = "dry-run"  # on import SDK v2 looks for real ones, even on the network
         os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # SDK v3 asks AWS what the role may do
         logging.getLogger("sagemaker.config").disabled = True  # SDK v2 logs on standard output
         args.wait = False
@@ -90,12 +102,17 @@ def parse_args(parser):
 
 
 def parse_script_args(description):
-    """Return the flags of a launcher of our scripts; those behind `--` are checked by the script's own parser."""
+    """Return the flags of a launcher of our scripts; the script's own parser checks those after `--`."""
     parser = make_parser(description, FRAMEWORKS, instance_type="ml.m5.xlarge")
+    parser.add_argument("--weights", type=address, help="address of weights to start from (not for xgboost)")
     args = parse_args(parser)
+    if args.weights:
+        if args.what == "xgboost":
+            parser.error("--weights is for image classifiers: xgboost continues from --resume-from")
+        args.channels["model"] = args.weights  # the channel that the scripts read their --weights from
     for name in args.hyperparameters:
         if name in SET_BY_SAGEMAKER:
-            parser.error(f"--{name} cannot stand behind `--`: in the cloud SageMaker sets it")
+            parser.error(f"--{name} cannot be passed after `--`: in the cloud SageMaker sets it")
     # Nobody should have to pay for a cloud job to find out that a flag is wrong.
     script = flags.xgboost_flags() if args.what == "xgboost" else flags.image_flags(args.what)
     script.parse_args(args.script_flags)
@@ -103,8 +120,9 @@ def parse_script_args(description):
     # One process for each GPU; elsewhere the scripts find the other machines by themselves.
     on_gpus = bool(re.fullmatch(GPU_INSTANCE, args.instance_type))
     args.torchrun = on_gpus and args.what == "pytorch" and not args.image_uri
-    # SageMaker takes its own XGBoost image for an algorithm whose metrics are not ours to define, even when it runs a
-    # script: https://github.com/aws/sagemaker-xgboost-container/issues/121. A copy in your own registry is free of it.
+    # SageMaker takes its own XGBoost image for an algorithm whose metrics are not ours to define, even when
+    # it runs a script: https://github.com/aws/sagemaker-xgboost-container/issues/121. A copy in your own
+    # registry is free of it.
     fixed_metrics = args.what == "xgboost" and not args.image_uri
     args.metric_definitions = None if fixed_metrics else report.metric_definitions()
     return args
@@ -121,7 +139,7 @@ def boto_session(args):
 
 
 def _answer(args, model, params):
-    """Answer a request in the place of AWS, so that boto3 sends nothing; that for the training job is printed."""
+    """Answer a request in place of AWS, so that boto3 sends nothing; print the one for the training job."""
     if model.name == "CreateTrainingJob":
         print(json.dumps(json.loads(params["body"]), indent=2))
     answers = {
@@ -144,23 +162,25 @@ def prepare(args, session):
     args.checkpoints = args.checkpoints or args.resume_from or f"s3://{bucket}/{args.job_name}/checkpoints/"
     if args.resume_from and not args.dry_run:
         bucket, _, folder = args.resume_from[len("s3://") :].partition("/")
-        if not session.boto_session.client("s3").list_objects_v2(Bucket=bucket, Prefix=folder, MaxKeys=1)["KeyCount"]:
-            raise ValueError(f"--resume-from {args.resume_from}: nothing is there")
+        s3 = session.boto_session.client("s3")
+        if not s3.list_objects_v2(Bucket=bucket, Prefix=folder, MaxKeys=1)["KeyCount"]:
+            raise ValueError(f"--resume-from {args.resume_from}: no objects found at this address")
     print(f"Checkpoints: {args.checkpoints}", file=sys.stderr)
 
 
 def forwarding_sigterm(*command):
-    """Return `command` with the few lines of shell before it that pass SIGTERM on from the container's process 1.
+    """Return `command` behind a few lines of shell that pass on SIGTERM from the container's process 1.
 
     Without them the signal, which SageMaker sends two minutes before the end, does not reach the script.
     """
     lines = Path(__file__).with_name("forward_sigterm.sh").read_text().splitlines()
-    # As one line: the pattern of these words in SageMaker's API is `.*`. An & ends a command, as a semicolon does.
+    # As one line: the pattern of these words in SageMaker's API is `.*`. An & ends a command, as a semicolon
+    # does.
     return ["bash", "-c", "; ".join(lines).replace("&;", "&"), "forward-sigterm", *command]
 
 
 def print_savings(training_seconds, billable_seconds, spot):
-    """Print what the job took and cost, in the words of SDK v2; for a job that never started there is nothing."""
+    """Print what the job took and cost, in the words of SDK v2; nothing for a job that never started."""
     if training_seconds:
         print(f"Training seconds: {training_seconds}")
     if training_seconds and billable_seconds:

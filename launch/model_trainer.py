@@ -1,12 +1,13 @@
 r"""Train one of the scripts on SageMaker with SDK v3: pip install "sagemaker>=3"
 
-Look:    python launch/model_trainer.py pytorch --role arn:aws:iam::123456789012:role/SageMaker --region us-east-1 \
-             --dry-run
-Train:   python launch/model_trainer.py pytorch --role ... --spot --train s3://bucket/train/ -- --epochs 20 --augment
+Look:    python launch/model_trainer.py pytorch --role arn:aws:iam::123456789012:role/SageMaker \
+             --region us-east-1 --dry-run
+Train:   python launch/model_trainer.py pytorch --role ... --spot --train s3://bucket/train/ \
+             -- --epochs 20 --augment
 Resume:  python launch/model_trainer.py pytorch --role ... --spot --train s3://bucket/train/ \
              --resume-from s3://bucket/pytorch-20261123-091500/checkpoints/ -- --epochs 40 --augment
 
-What stands behind `--` are the flags of the script. `--help` lists those of the launcher.
+The flags after `--` are those of the script. `--help` lists those of the launcher.
 """
 
 import job
@@ -15,7 +16,7 @@ from common import errors
 if __name__ == "__main__":
     args = job.parse_script_args("Train one of the scripts on SageMaker (SDK v3).")  # before the slow imports
 
-with errors.framework("version 3 of SageMaker's Python SDK", 'Install it with: pip install "sagemaker>=3"'):
+with errors.importing("version 3 of SageMaker's Python SDK", 'Install it with: pip install "sagemaker>=3"'):
     from sagemaker.core import image_uris
     from sagemaker.core.helper.iam_role_resolver import RoleValidationError
     from sagemaker.core.helper.session_helper import Session
@@ -76,7 +77,10 @@ def main(args):
     )
     if args.metric_definitions:
         trainer.with_metric_definitions(
-            [MetricDefinition(name=metric["Name"], regex=metric["Regex"]) for metric in args.metric_definitions]
+            [
+                MetricDefinition(name=metric["Name"], regex=metric["Regex"])
+                for metric in args.metric_definitions
+            ]
         )
     channels = [InputData(channel_name=name, data_source=address) for name, address in args.channels.items()]
     trainer.train(input_data_config=channels, wait=args.wait, logs=args.wait)
@@ -86,7 +90,7 @@ def main(args):
 
 
 def forward_sigterm(params, **_):
-    """Put the forwarding of SIGTERM around the command that the SDK has chosen; it has no parameter for this."""
+    """Wrap the command of the SDK in the forwarding of SIGTERM; the SDK has no parameter for this."""
     image = params["AlgorithmSpecification"]
     command = image.pop("ContainerEntrypoint") + image.pop("ContainerArguments")
     image["ContainerEntrypoint"] = job.forwarding_sigterm(*command)

@@ -3,9 +3,10 @@
     python -m spot pytorch/train.py --interrupt-after 20s,upload,20s --verify -- --epochs 10
     python -m spot xgboost/train.py --mean-time-between-interruptions 15s --forward-sigterm -- --num-round 500
 
-What stands after `--` are the script's own flags; they become hyperparameters. The script runs under SageMaker's own
-toolkit, its checkpoints are copied to an S3 server that runs on this machine meanwhile, and each attempt starts with
-what is there. At the end it tells what the interruptions have cost, and writes a report and a picture of it.
+What stands after `--` are the script's own flags; they become hyperparameters. The script runs under
+SageMaker's own toolkit, its checkpoints are copied to an S3 server that runs on this machine meanwhile, and
+each attempt starts with what is there. At the end it tells what the interruptions have cost, and writes a
+report and a picture of it.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from pathlib import Path
 from common import errors
 from common.flags import hyperparameters, integer, real
 
-with errors.framework("what spot/requirements.txt lists", "pip install -r requirements.txt -r spot/requirements.txt"):
+with errors.importing(
+    "what spot/requirements.txt lists", "pip install -r requirements.txt -r spot/requirements.txt"
+):
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -49,14 +52,18 @@ def channel(text):
     """Parse `train=folder`."""
     name, _, folder = text.partition("=")
     if not name or not folder or not Path(folder).is_dir():
-        raise argparse.ArgumentTypeError(f"expected a name and an existing folder such as train=photos, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a name and an existing folder such as train=photos, got {text!r}"
+        )
     return name, Path(folder)
 
 
 def s3_folder(text):
     """Parse `s3://bucket/folder/`; with the slash, without which `job-1` is the beginning of `job-10` too."""
     if not re.fullmatch("s3://[^/]+/.*[^/]/*", text):
-        raise argparse.ArgumentTypeError(f"expected an address such as s3://bucket/job/checkpoints/, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected an address such as s3://bucket/job/checkpoints/, got {text!r}"
+        )
     return text.rstrip("/") + "/"
 
 
@@ -83,22 +90,58 @@ def parse_args(argv=None):
         metavar="20s,upload,...",
         help="when to interrupt each attempt: so long after its start, or in the middle of its second upload",
     )
-    when.add_argument("--mean-time-between-interruptions", type=seconds, metavar="60s", help="at random moments")
+    when.add_argument(
+        "--mean-time-between-interruptions", type=seconds, metavar="60s", help="at random moments"
+    )
     add(
         "--interruptions",
         type=integer(0),
         help="how many; default: as many as --interrupt-after has, or 3 random ones",
     )
     add("--seed", type=int, default=0, help="of the random moments")
-    add("--forward-sigterm", action="store_true", help="with the entry point of our launchers, which passes it on")
+    add(
+        "--forward-sigterm",
+        action="store_true",
+        help="with the entry point of our launchers, which passes it on",
+    )
     add("--grace", type=seconds, default=120, metavar="120s", help="from SIGTERM to SIGKILL")
-    add("--channel", type=channel, action="append", default=[], metavar="train=FOLDER", help="a folder with data")
-    add("--checkpoint-s3-uri", type=s3_folder, default="s3://simulator/job/checkpoints/", help="where they go in S3")
-    add("--endpoint-url", type=endpoint, help="an S3 server; default: one that runs on the loopback address meanwhile")
+    add(
+        "--channel",
+        type=channel,
+        action="append",
+        default=[],
+        metavar="train=FOLDER",
+        help="a folder with data",
+    )
+    add(
+        "--checkpoint-s3-uri",
+        type=s3_folder,
+        default="s3://simulator/job/checkpoints/",
+        help="where they go in S3",
+    )
+    add(
+        "--endpoint-url",
+        type=endpoint,
+        help="an S3 server; default: one that runs on the loopback address meanwhile",
+    )
     add("--upload-rate", type=real(0.001), default=50, help="megabytes per second to S3")
-    add("--spot-price", type=real(0, 1), default=0.3, help="of a Spot instance, as a share of the on-demand price")
-    add("--verify", action="store_true", help="train once more without interruption and compare the models' bits")
-    add("--output", type=Path, default=Path("output/spot"), help="folder of the logs, the report and the picture")
+    add(
+        "--spot-price",
+        type=real(0, 1),
+        default=0.3,
+        help="of a Spot instance, as a share of the on-demand price",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="train once more without interruption and compare the models' bits",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("output/spot"),
+        help="folder of the logs, the report and the picture",
+    )
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     if args.interruptions and not (args.interrupt_after or args.mean_time_between_interruptions):
@@ -122,7 +165,7 @@ def plan(args):
 
 
 def script_hyperparameters(script, words):
-    """Return the script's flags as hyperparameters, and ask it for a log line after each step, which are counted here.
+    """Return the script's flags as hyperparameters, with a log line after each step, which the report counts.
 
     Raises UserError where the script does not start at all.
     """
@@ -159,13 +202,15 @@ def show(event):
 
 
 def main(args):
-    """Run the job, tell what it has cost, and compare its model with that of a job that nobody interrupted."""
+    """Run the job, print what it has cost, and compare its model with that of an uninterrupted job."""
     values = script_hyperparameters(args.script, args.script_flags)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in ("job", "uninterrupted"):  # of an earlier run
         if (args.output / name / "attempt-1").exists():
             shutil.rmtree(args.output / name)
-    place = "process 1 of its own PID namespace" if namespace() else "a plain process group (no PID namespaces here)"
+    place = "a plain process group (no PID namespaces here)"
+    if namespace():
+        place = "process 1 of its own PID namespace"
     print(f"The training runs as {place}", flush=True)
     with service.s3_server(args.endpoint_url) as s3:
         uri = args.checkpoint_s3_uri
@@ -191,7 +236,7 @@ def main(args):
 
 
 def run(args, s3, name, uri, values, interruptions, watch):
-    """Run a job whose checkpoints go to `uri`; return it and the base folder of the container that completed it."""
+    """Run a job whose checkpoints go to `uri`; return it and the base folder of its last container."""
     channels, folder = dict(args.channel), args.output.resolve() / name
     entry_point = forwarding_sigterm("train") if args.forward_sigterm else None
     variables = environment(args.script)
@@ -219,4 +264,4 @@ if __name__ == "__main__":
     except (errors.UserError, OSError) as error:
         errors.fail(error)
     except (Boto3Error, BotoCoreError, ClientError) as error:
-        errors.fail(f"S3 does not answer as it should: {error}")
+        errors.fail(f"S3 request failed: {error}")

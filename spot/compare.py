@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Keras writes the variables a second time, in another order each time, and a fingerprint of that: here are the first.
+# Keras writes the variables a second time, in another order each time, and a fingerprint of that: here are
+# the first.
 SAVED_MODEL = """
 import sys
 import tensorflow as tf
@@ -18,7 +19,7 @@ TIMES = ("seconds", "samples_per_second")
 
 
 def differences(folder, other):
-    """Return what differs in the models and in the metrics' history of two base folders; none means the same bits."""
+    """Return what differs in the models and the histories of two base folders."""
     models, others = read_model(folder / "model"), read_model(other / "model")
     if not models:
         return ["no model was written"]
@@ -28,13 +29,17 @@ def differences(folder, other):
 
 
 def read_model(folder):
-    """Return the content of an exported model: bytes by the names of files, or of variables for a SavedModel."""
+    """Return the content of an exported model: bytes by names of files, or of variables of a SavedModel."""
     files = {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
     saved_models = {str(Path(name).parent) for name in files if Path(name).name == "saved_model.pb"}
-    content = {name: path.read_bytes() for name, path in files.items() if Path(name).parts[0] not in saved_models}
+    content = {
+        name: path.read_bytes() for name, path in files.items() if Path(name).parts[0] not in saved_models
+    }
     for name in saved_models:
         command = [sys.executable, "-c", SAVED_MODEL, str(folder / name / "variables/variables")]
-        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+        lines = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ).stdout
         content.update((f"{name}/{line.split()[0]}", line) for line in lines.splitlines())
     return content
 

@@ -26,13 +26,16 @@ def lay_out(folder, request, s3):
     hosts = {"current_host": HOST, "hosts": [HOST], "network_interface_name": "lo"}
     documents = {
         "hyperparameters.json": request["HyperParameters"],
-        "inputdataconfig.json": {channel["ChannelName"]: {"TrainingInputMode": "File"} for channel in channels},
+        "inputdataconfig.json": {
+            channel["ChannelName"]: {"TrainingInputMode": "File"} for channel in channels
+        },
         "resourceconfig.json": hosts,
     }
     for name, document in documents.items():
         (folder / "input/config" / name).write_text(json.dumps(document))
     for channel in channels:
-        uri, path = channel["DataSource"]["S3DataSource"]["S3Uri"], folder / "input/data" / channel["ChannelName"]
+        uri = channel["DataSource"]["S3DataSource"]["S3Uri"]
+        path = folder / "input/data" / channel["ChannelName"]
         if uri.startswith("file://"):
             path.symlink_to(uri.removeprefix("file://"), target_is_directory=True)
         else:
@@ -43,7 +46,7 @@ def lay_out(folder, request, s3):
 
 @functools.cache
 def namespace():
-    """Return the command that makes what follows it process 1 of its own PID namespace; empty where it cannot be."""
+    """Return the command that makes another one process 1 of a PID namespace, or [] if that is forbidden."""
     as_root = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     as_user = ["unshare", "--user", "--map-root-user", *as_root[1:]]
     for command in (as_root, as_user):
@@ -64,7 +67,9 @@ class Container:
 
     def __init__(self, folder, request, tell):
         command = request["AlgorithmSpecification"].get("ContainerEntrypoint", ["train"])
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))}
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))
+        }
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the toolkit's `train` is
         job = {"SAGEMAKER_BASE_DIR": str(folder), "TRAINING_JOB_NAME": request["TrainingJobName"]}
         self.process = subprocess.Popen(
@@ -99,7 +104,7 @@ class Container:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def wait(self, seconds=None):
-        """Return the exit code of process 1, after which no other process is left; None where it is still running."""
+        """Return the exit code of process 1, after ending all others; None if it is still running."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:

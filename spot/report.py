@@ -13,10 +13,10 @@ EPOCH = re.compile(r"epoch=(\d+) ")
 def read_attempts(events):
     """Return a list with a dictionary for each attempt.
 
-    `start`, `end`: times in seconds since the first one started. `steps`: a list of (time, step), the step counted from
-    the training's beginning, the first entry being where the attempt began. `epochs`: a list of (time, epoch, metrics).
-    `uploaded`: a list of (time, name). `interruption`: stalled (an upload), sigterm or None. `code`: the exit code or
-    None.
+    `start`, `end`: times in seconds since the first one started. `steps`: a list of (time, step), the step
+    counted from the training's beginning, the first entry being where the attempt began. `epochs`: a list of
+    (time, epoch, metrics). `uploaded`: a list of (time, name). `interruption`: stalled (an upload), sigterm
+    or None. `code`: the exit code or None.
     """
     lines = (STEP.match(event.get("line", "")) for event in events)
     steps_per_epoch = next((int(match[2]) for match in lines if match), 1)
@@ -26,7 +26,14 @@ def read_attempts(events):
         moment, kind = event["time"] - origin, event["event"]
         if kind == "started":
             attempts.append(
-                {"start": moment, "steps": [], "epochs": [], "uploaded": [], "interruption": None, "code": None}
+                {
+                    "start": moment,
+                    "steps": [],
+                    "epochs": [],
+                    "uploaded": [],
+                    "interruption": None,
+                    "code": None,
+                }
             )
         attempt = attempts[-1]
         attempt["end"] = moment
@@ -117,7 +124,9 @@ def draw(path, attempts, numbers, title):
     figure, (curves, bars) = pyplot.subplots(
         2, 1, sharex=True, figsize=(10, 6), height_ratios=(2, 1), layout="constrained"
     )
-    names = list(dict.fromkeys(name for attempt in attempts for *_, metrics in attempt["epochs"] for name in metrics))
+    names = list(
+        dict.fromkeys(name for attempt in attempts for *_, metrics in attempt["epochs"] for name in metrics)
+    )
     metric = next((name.split(":")[1] for name in names if ":" in name), "loss")
     for number, attempt in enumerate(attempts, 1):
         start, end = attempt["start"], attempt["end"]
@@ -126,23 +135,34 @@ def draw(path, attempts, numbers, title):
         bars.barh(number, end - begin, left=begin, color="tab:green", label="training")
         if "lost_since" in attempt:
             since = attempt["lost_since"]
-            bars.barh(number, end - since, left=since, color="none", edgecolor="crimson", hatch="////", label="lost")
+            bars.barh(
+                number, end - since, left=since, color="none", edgecolor="crimson", hatch="////", label="lost"
+            )
         uploads = [moment for moment, _ in attempt["uploaded"]]
         bars.plot(uploads, [number] * len(uploads), "k|", markersize=12, label="checkpoint in S3")
         for split, style in (("train", "o-C0"), ("validation", "s--C1")):
             points = [(moment, metrics.get(f"{split}:{metric}")) for moment, _, metrics in attempt["epochs"]]
-            curves.plot(*(zip(*points) if points else ((), ())), style, markersize=4, label=f"{split}_{metric}")
+            curves.plot(
+                *(zip(*points) if points else ((), ())), style, markersize=4, label=f"{split}_{metric}"
+            )
         if attempt["interruption"]:
             moment = attempt["interrupted_at"]
             for axes in (curves, bars):
                 axes.axvline(moment, color="crimson", linewidth=1)
             label = {"sigterm": "SIGTERM", "stalled": "mid-upload"}[attempt["interruption"]]
-            curves.annotate(f" {label}", (moment, 0.98), xycoords=("data", "axes fraction"), color="crimson", va="top")
+            curves.annotate(
+                f" {label}", (moment, 0.98), xycoords=("data", "axes fraction"), color="crimson", va="top"
+            )
     for axes in (curves, bars):
         handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
         axes.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     lost = f"{numbers['steps_lost']} of {numbers['steps_trained']} steps lost"
     curves.set(ylabel=metric, title=f"{title}: {numbers['interruptions']} interruptions, {lost}")
-    bars.set(xlabel="seconds", ylabel="attempt", ylim=(len(attempts) + 0.6, 0.4), yticks=range(1, len(attempts) + 1))
+    bars.set(
+        xlabel="seconds",
+        ylabel="attempt",
+        ylim=(len(attempts) + 0.6, 0.4),
+        yticks=range(1, len(attempts) + 1),
+    )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

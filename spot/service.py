@@ -1,7 +1,8 @@
-"""The part of SageMaker: it starts a training job in a container, takes the machine away, and starts it again.
+"""The part of SageMaker: it starts a training job in a container, interrupts it, and starts it again.
 
-All that happens becomes a list of events, each a dictionary with `time` (seconds since 1970), `attempt` (from 1) and
-`event`: started, log (a line), stalled, uploaded, deleted (a file), sigterm, killed, ended (an exit code).
+All that happens becomes a list of events, each a dictionary with `time` (seconds since 1970), `attempt` (from
+1) and `event`: started, log (a line), stalled, uploaded, deleted (a file), sigterm, killed, ended (an exit
+code).
 """
 
 import contextlib
@@ -45,7 +46,7 @@ def s3_server(endpoint_url=None):
         server.start()
         host, port = server.get_host_and_port()
         endpoint_url = f"http://{host}:{port}"
-        variables.update(AWS_ACCESS_KEY_ID="any", AWS_SECRET_ACCESS_KEY="any")  # noqa: S106 - boto3 wants to have some
+        variables.update(AWS_ACCESS_KEY_ID="any", AWS_SECRET_ACCESS_KEY="any")  # noqa: S106 - boto3 needs some
         variables.update(AWS_DEFAULT_REGION="us-east-1", NO_PROXY=host, no_proxy=host)
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL"):  # the last is the toolkit's
         variables[name] = endpoint_url
@@ -58,8 +59,10 @@ def s3_server(endpoint_url=None):
             server.stop()
 
 
-def make_request(s3, name, script, hyperparameters, channels, checkpoint_uri, entry_point=None, environment=None):
-    """Upload the folder of `script` as SageMaker's SDK does, and return a CreateTrainingJob request that runs it.
+def make_request(
+    s3, name, script, hyperparameters, channels, checkpoint_uri, entry_point=None, environment=None
+):
+    """Upload the folder of `script` as SageMaker's SDK does, and return a CreateTrainingJob request for it.
 
     Args:
         hyperparameters: a dictionary of strings.
@@ -81,9 +84,11 @@ def make_request(s3, name, script, hyperparameters, channels, checkpoint_uri, en
     program = {"sagemaker_program": script.name, "sagemaker_submit_directory": f"s3://{bucket}/{key}"}
     program["sagemaker_container_log_level"] = 40  # of the toolkit, which would print its whole environment
     algorithm = {"TrainingInputMode": "File"}
+    if entry_point:
+        algorithm["ContainerEntrypoint"] = entry_point
     return {
         "TrainingJobName": name,
-        "AlgorithmSpecification": {**algorithm, "ContainerEntrypoint": entry_point} if entry_point else algorithm,
+        "AlgorithmSpecification": algorithm,
         "HyperParameters": {key: json.dumps(value) for key, value in {**program, **hyperparameters}.items()},
         "InputDataConfig": [
             {"ChannelName": channel, "DataSource": {"S3DataSource": {"S3Uri": f"file://{folder.resolve()}"}}}
@@ -101,8 +106,8 @@ class Job:
         s3: a boto3 client.
         request: a CreateTrainingJob request.
         folder: where the containers' base folders and logs go.
-        interruptions: for each attempt the seconds after which it is interrupted, or UPLOAD: in the middle of its
-            second upload; further attempts are left alone.
+        interruptions: for each attempt the seconds after which it is interrupted, or UPLOAD: in the middle of
+            its second upload; further attempts are left alone.
         grace: seconds from SIGTERM to SIGKILL.
         rate: bytes per second to S3.
         watch: called with each event.
@@ -118,7 +123,9 @@ class Job:
 
         Raises UserError, with the job's FailureReason, when the training fails.
         """
-        for attempt, interruption in enumerate(itertools.chain(self.interruptions, itertools.repeat(None)), 1):
+        for attempt, interruption in enumerate(
+            itertools.chain(self.interruptions, itertools.repeat(None)), 1
+        ):
             folder = self.folder / f"attempt-{attempt}"
             code = self._attempt(attempt, folder, interruption)
             if code == 0:
@@ -155,7 +162,9 @@ class Job:
                 copies.kill()
 
     def _watch(self, box, copies, interruption, tell):
-        interrupt_at = time.monotonic() + interruption if isinstance(interruption, (int, float)) else float("inf")
+        interrupt_at = (
+            time.monotonic() + interruption if isinstance(interruption, (int, float)) else float("inf")
+        )
         while not copies.stalled.is_set() and time.monotonic() < interrupt_at:
             copies.check()
             code = box.wait(0.02)

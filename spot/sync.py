@@ -1,9 +1,9 @@
 """The part of the service that copies between the checkpoint folder and S3; a process of its own, as there.
 
-At the start all objects under the prefix are copied into the folder. While the training runs, new and changed files
-are copied out one after the other, and what is deleted in the folder is deleted in S3. `<name>.sagemaker-uploading`
-and `<name>.sagemaker-uploaded` beside a file tell the training how far its upload is; names ending in
-`.sagemaker-ignore` stay where they are.
+At the start all objects under the prefix are copied into the folder. While the training runs, new and changed
+files are copied out one after the other, and what is deleted in the folder is deleted in S3.
+`<name>.sagemaker-uploading` and `<name>.sagemaker-uploaded` beside a file tell the training how far its
+upload is; names ending in `.sagemaker-ignore` stay where they are.
 
 https://docs.aws.amazon.com/sagemaker/latest/dg/model-checkpoints.html
 """
@@ -55,9 +55,10 @@ class Sync:
     Args:
         s3: a boto3 client.
         folder: the local checkpoint path.
-        uri: its address in S3; what is there already is in the folder.
+        uri: its address in S3, whose content has been copied into the folder.
         rate: bytes per second.
-        stall_upload: the number of the upload, counted from 1, that stops half way until `stop` is called; 0: none.
+        stall_upload: the number of the upload, counted from 1, that stops half way until `stop` is called;
+            0: none.
         tell: called with what happens and the name of the file.
     """
 
@@ -136,7 +137,9 @@ class Sync:
 
 def main():
     """Copy until SIGTERM, telling each event as a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("uri")
     parser.add_argument("--rate", type=float, required=True, help="bytes per second")

@@ -1,11 +1,11 @@
-"""The folder of checkpoints: which file is the newest, and that no write ever harms one."""
+"""The folder of checkpoints: finding the newest one, and never harming one."""
 
 import errno
 import io
+import json
 import os
 import re
 import tempfile
-import types
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -15,9 +15,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common import checkpoints, files
+from common import atomic_io, checkpoints
+from common.checkpoints import Checkpoints, find_checkpoints
+from common.distributed import Workers
 from common.errors import UserError
-from common.progress import Progress
+
+pytestmark = pytest.mark.quick
 
 PATTERN = "checkpoint-{}.pt"
 NAMES = re.compile("checkpoint-(0|[1-9][0-9]*)(-[1-9][0-9]*)?[.]pt")
@@ -43,10 +46,53 @@ FOREIGN = st.one_of(
             "model.pth",
         ]
     ),
-    st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=20).filter(
-        lambda name: name not in (".", "..") and not NAMES.fullmatch(name)
-    ),
+    st.text(
+        st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=20
+    ).filter(lambda name: name not in (".", "..") and not NAMES.fullmatch(name)),
 )
+
+
+class Engine:
+    """A framework whose checkpoints are JSON."""
+
+    CHECKPOINT = PATTERN
+    FIRST_NUMBER = 1
+
+    @staticmethod
+    def read_checkpoint(file):
+        content = file.read()
+        if not content.startswith(b"{"):
+            raise ValueError("damaged")
+        return json.loads(content)
+
+    @staticmethod
+    def write_checkpoint(content, file):
+        file.write(json.dumps(content).encode())
+
+
+def checkpoints_in(folder, engine=Engine, **flags):
+    args = Namespace(
+        **{"checkpoint_path": Path(folder), "keep_checkpoints": 0, "resume_anyway": False, **flags}
+    )
+    return Checkpoints(args, engine, Workers())
+
+
+def content_of(position):
+    epoch, step = position
+    return json.dumps({"progress": {"epoch": epoch, "step": step}}).encode()
+
+
+@pytest.fixture
+def log(caplog):
+    """Return a function that returns the text logged since its last call."""
+    caplog.set_level("INFO", logger="train")
+
+    def read():
+        text = "".join(f"{message}\n" for message in caplog.messages)
+        caplog.clear()
+        return text
+
+    return read
 
 
 def write(folder, *names, content=b"x"):
@@ -67,72 +113,87 @@ POSITIONS = st.tuples(st.integers(0, 10**12), st.one_of(st.just(0), st.integers(
 def test_checkpoints_are_found_by_number_whatever_else_lies_there(positions, foreign):
     with tempfile.TemporaryDirectory() as folder:
         write(folder, *map(name, positions), *foreign)
-        found = checkpoints.find_checkpoints(folder, PATTERN)
+        found = find_checkpoints(folder, PATTERN)
     assert found == [(position, name(position)) for position in sorted(positions, reverse=True)]
 
 
 def test_a_checkpoint_inside_an_epoch_lies_between_those_of_the_epochs(tmp_path):
     write(tmp_path, *map(PATTERN.format, ["3", "3-9", "3-10", "4", "0-1"]))
-    found = [name for _, name in checkpoints.find_checkpoints(tmp_path, PATTERN)]
+    found = [name for _, name in find_checkpoints(tmp_path, PATTERN)]
     assert found == [PATTERN.format(text) for text in ("4", "3-10", "3-9", "3", "0-1")]
     for epoch, step in ((3, 0), (3, 9), (0, 1)):
-        assert checkpoints.name_of(PATTERN, Progress(epoch=epoch, step=step)) == name((epoch, step))
+        assert checkpoints_in(tmp_path).name_of(epoch, step) == name((epoch, step))
 
 
 def test_a_folder_with_the_name_of_a_checkpoint_is_none(tmp_path):
     (tmp_path / "checkpoint-5.pt").mkdir()
-    assert checkpoints.find_checkpoints(tmp_path, PATTERN) == []
+    assert find_checkpoints(tmp_path, PATTERN) == []
 
 
 def test_the_xgboost_container_names_are_found_from_zero(tmp_path):
-    write(tmp_path, "xgboost-checkpoint.0", "xgboost-checkpoint.10", "xgboost-checkpoint.9", "xgboost-checkpointx11")
-    found = checkpoints.find_checkpoints(tmp_path, "xgboost-checkpoint.{}")
+    write(
+        tmp_path,
+        "xgboost-checkpoint.0",
+        "xgboost-checkpoint.10",
+        "xgboost-checkpoint.9",
+        "xgboost-checkpointx11",
+    )
+    found = find_checkpoints(tmp_path, "xgboost-checkpoint.{}")
     assert [position for position, _ in found] == [(10, 0), (9, 0), (0, 0)]
+
+    class FromZero(Engine):
+        CHECKPOINT = "xgboost-checkpoint.{}"
+        FIRST_NUMBER = 0
+
+    assert checkpoints_in(tmp_path, FromZero).name_of(10) == "xgboost-checkpoint.9"
 
 
 SMALL = st.tuples(st.integers(0, 9), st.integers(0, 3))
 
 
-def read_good(file):
-    if file.read() != b"good":
-        raise RuntimeError("damaged")
-    return Path(file.name).name
-
-
-@given(st.dictionaries(SMALL, st.sampled_from([b"good", b"bad", b""]), max_size=8), st.sets(FOREIGN, max_size=4))
-def test_the_newest_readable_checkpoint_is_used_and_damaged_ones_never_count_again(contents, foreign):
+@given(
+    st.dictionaries(SMALL, st.sampled_from(["good", "bad", "empty"]), max_size=8),
+    st.sets(FOREIGN, max_size=4),
+)
+def test_the_newest_readable_checkpoint_is_used_and_damaged_ones_never_count_again(kinds, foreign):
     with tempfile.TemporaryDirectory() as folder:
         write(folder, *foreign)
-        for position, content in contents.items():
-            write(folder, name(position), content=content)
+        contents = {}
+        for position, kind in kinds.items():
+            contents[position] = {"good": content_of(position), "bad": b"bad", "empty": b""}[kind]
+            write(folder, name(position), content=contents[position])
         before = sorted(os.listdir(folder))
-        good = [position for position, content in contents.items() if content == b"good"]
-        if not contents:
-            assert checkpoints.read_newest_checkpoint(folder, PATTERN, read_good) is None
+        good = [position for position, kind in kinds.items() if kind == "good"]
+        if not kinds:
+            assert checkpoints_in(folder).read_newest() is None
         elif not good:
             with pytest.raises(UserError, match=r"none of the checkpoints .* can be read") as caught:
-                checkpoints.read_newest_checkpoint(folder, PATTERN, read_good)
-            assert all(name(position) in str(caught.value) for position in contents)
+                checkpoints_in(folder).read_newest()
+            assert all(name(position) in str(caught.value) for position in kinds)
             assert sorted(os.listdir(folder)) == before
         else:
-            path = Path(folder, name(max(good)))
-            damaged = [position for position in contents if position > max(good)]
+            expected = name(max(good)), json.loads(contents[max(good)])
+            damaged = [position for position in kinds if position > max(good)]
             for _ in range(2):
-                assert checkpoints.read_newest_checkpoint(folder, PATTERN, read_good) == (path, path.name)
-                assert checkpoints.find_checkpoints(folder, PATTERN)[0] == (max(good), path.name)
-                for position in damaged:  # left for inspection
+                assert checkpoints_in(folder).read_newest() == expected
+                assert find_checkpoints(folder, PATTERN)[0] == (max(good), expected[0])
+                for position in damaged:  # kept for inspection
                     assert Path(folder, name(position) + ".damaged").read_bytes() == contents[position]
             assert len(os.listdir(folder)) == len(before)
 
 
-def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, log):
+    write(tmp_path, "checkpoint-4.pt", content=content_of((3, 0)))
     write(tmp_path, "checkpoint-2.pt", content=b"")
     write(tmp_path, "checkpoint-1-5.pt")
-    write(tmp_path, "checkpoint-1.pt", content=b"good")
-    checkpoints.read_newest_checkpoint(tmp_path, PATTERN, read_good)
-    assert capsys.readouterr().out.splitlines() == [
+    write(tmp_path, "checkpoint-1.pt", content=content_of((1, 0)))
+    checkpoints_in(tmp_path).read_newest()
+    assert log().splitlines() == [
+        "Cannot read checkpoint-4.pt, trying the one before: ValueError: it holds epoch 3 and step 0, "
+        "which does not match its name",
         "Cannot read checkpoint-2.pt, trying the one before: ValueError: the file is empty",
-        "Cannot read checkpoint-1-5.pt, trying the one before: RuntimeError: damaged",
+        "Cannot read checkpoint-1-5.pt, trying the one before: ValueError: damaged",
+        "Kept for inspection: checkpoint-4.pt.damaged",
         "Kept for inspection: checkpoint-2.pt.damaged",
         "Kept for inspection: checkpoint-1-5.pt.damaged",
     ]
@@ -147,7 +208,9 @@ def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, capsys):
         (MemoryError(), "parse"),
     ],
 )
-def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, error, operation):
+def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(
+    tmp_path, monkeypatch, error, operation
+):
     write(tmp_path, "checkpoint-2.pt", "checkpoint-1.pt")
 
     def fail(*_):
@@ -158,24 +221,26 @@ def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(tmp_pat
 
         read = fail
 
-    def parse(file):  # as the scripts do, for which a disk that fails is a damaged file
-        try:
-            return fail() if operation == "parse" else files.check_zip(file)
-        except OSError as error:
-            raise ValueError("damaged") from error
+    class Careless(Engine):
+        @staticmethod
+        def read_checkpoint(file):  # as the scripts do, for which a disk that fails is a damaged file
+            try:
+                return fail() if operation == "parse" else atomic_io.check_zip(file)
+            except OSError as error:
+                raise ValueError("damaged") from error
 
     if operation != "parse":
         opened = fail if operation == "open" else lambda *_: BadDisk()
         monkeypatch.setattr(checkpoints, "open", opened, raising=False)
     expected = r"cannot read .*checkpoint-2.pt: (Permission denied|bad block|not enough memory)"
     with pytest.raises(UserError, match=expected):
-        checkpoints.read_newest_checkpoint(tmp_path, PATTERN, parse)
+        checkpoints_in(tmp_path, Careless).read_newest()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1.pt", "checkpoint-2.pt"]
 
 
 def test_atomic_write_shows_the_name_only_with_the_whole_content(tmp_path):
     path = tmp_path / "checkpoint-1.pt"
-    with files.atomic_write(path) as file:
+    with atomic_io.atomic_write(path) as file:
         file.write(b"half")
         file.flush()
         assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1.pt.sagemaker-ignore"]
@@ -186,13 +251,15 @@ def test_atomic_write_shows_the_name_only_with_the_whole_content(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()]
+)
 def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "checkpoint-1.pt"
     write(tmp_path, path.name, content=b"earlier")
 
     def fail():
-        with files.atomic_write(path) as file:
+        with atomic_io.atomic_write(path) as file:
             file.write(b"half")
             raise error
 
@@ -210,14 +277,14 @@ def test_an_export_replaces_what_was_there_when_all_of_it_is_written(tmp_path):
     write(tmp_path, "1/old", "shapes.json", "other", content=b"old")
 
     def export(fail):
-        with files.atomic_export(tmp_path) as folder:
+        with atomic_io.atomic_export(tmp_path, "--model-dir") as folder:
             (folder / "1").mkdir()
             write(folder, "1/new", "shapes.json", content=b"new")
             if fail:
-                raise RuntimeError
+                raise RuntimeError("no space\nand more")
 
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match=r"^cannot write the model to --model-dir .*: no space$"):
         export(fail=True)
     assert sorted(tmp_path.rglob("*")) == before
     export(fail=False)
@@ -231,10 +298,9 @@ def test_an_export_replaces_what_was_there_when_all_of_it_is_written(tmp_path):
 
 
 def retain(folder, keep, best=None):
-    """Apply the flags and return what is left."""
-    args = Namespace(checkpoint_path=folder, keep_checkpoints=keep, keep_best=best is not None)
-    checkpoints.remove_old_checkpoints(args, PATTERN, best)
-    return [position for position, _ in checkpoints.find_checkpoints(folder, PATTERN)]
+    """Apply `--keep-checkpoints` and return what is left."""
+    checkpoints_in(folder, keep_checkpoints=keep).remove_old(best)
+    return [position for position, _ in find_checkpoints(folder, PATTERN)]
 
 
 def test_only_the_newest_epochs_are_kept_and_the_best(tmp_path):
@@ -269,6 +335,20 @@ def test_what_is_in_s3_stays_until_what_replaces_it_is_there_too(tmp_path):
     assert retain(tmp_path, keep=1) == [(2, 0)]
 
 
+def test_what_came_from_s3_stays_until_something_is_uploaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("SM_MODEL_DIR", str(tmp_path))
+    write(tmp_path, *map(PATTERN.format, ["1", "2"]))
+    folder = checkpoints_in(tmp_path, keep_checkpoints=1)
+    folder.open()
+    write(tmp_path, PATTERN.format(3))
+    folder.remove_old()
+    assert len(find_checkpoints(tmp_path, PATTERN)) == 3
+    write(tmp_path, "checkpoint-3.pt.sagemaker-uploaded")
+    folder.remove_old()
+    assert find_checkpoints(tmp_path, PATTERN) == [((3, 0), "checkpoint-3.pt")]
+    folder.close()
+
+
 @given(
     st.dictionaries(SMALL, st.sets(st.sampled_from(["uploading", "uploaded"])), min_size=1, max_size=10),
     st.integers(0, 3),
@@ -293,65 +373,78 @@ def test_whatever_the_markers_the_newest_and_the_newest_uploaded_stay(markers, k
 
 def test_leftovers_of_killed_saves_are_removed_and_nothing_else(tmp_path):
     write(tmp_path, "checkpoint-3.pt.sagemaker-ignore", "checkpoint-3.pt", "notes.sagemaker-ignore")
-    checkpoints.prepare_folder(tmp_path, PATTERN)
+    folder = checkpoints_in(tmp_path)
+    folder.open()
+    folder.close()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-3.pt", "notes.sagemaker-ignore"]
 
 
-def test_another_job_is_refused_and_changed_flags_are_logged(capsys):
-    path = Path("checkpoint-5.pt")
-    args = Namespace(resume_anyway=False, learning_rate=0.1, epochs=5)
-    job = {"--model": "cnn", "number of classes": 10}
-    saved = checkpoints.describe_run(args, job, os_like("1.0"), threads=2)
+def test_another_job_is_refused_and_changed_flags_are_logged(tmp_path, log):
+    def description(job=(), data=(), machine=(), flags=()):
+        return {
+            "job": {"--model": "cnn", "classes": ["a", "b"], **dict(job)},
+            "data": {"checksum of the labels (training data)": 1, **dict(data)},
+            "machine": {"CPU threads": 2, "torch": "1.0", **dict(machine)},
+            "flags": {"--learning-rate": "0.1", "--epochs": "5", "--schedule": "constant", **dict(flags)},
+        }
 
-    def check(args, job, version="1.0", threads=2):
-        checkpoints.check_same_job(args, path, saved, checkpoints.describe_run(args, job, os_like(version), threads))
-        *changes, resuming = capsys.readouterr().out.splitlines(keepends=True)
-        assert resuming == "Resuming training from checkpoint-5.pt\n"
-        return "".join(changes)
+    def check(now, resume_anyway=False):
+        folder = checkpoints_in(tmp_path, resume_anyway=resume_anyway)
+        folder.check_same_job("checkpoint-5.pt", description(), now)
+        return log()
 
-    args.new_flag = 1
-    assert check(args, job) == ""
-    args.epochs, args.learning_rate = 10, 0.2
-    assert check(args, job) == "Changed since checkpoint-5.pt: --learning-rate was 0.1 and is now 0.2\n"
-    args.learning_rate = 0.1
+    changed = "Changed since checkpoint-5.pt: "
+    assert check(description()) == ""
+    assert check(description(flags={"--new-flag": "1", "--epochs": "10", "--loaders": "2"})) == ""
+    rate = "--learning-rate was 0.1 and is now 0.2"
+    assert check(description(flags={"--learning-rate": "0.2"})) == f"{changed}{rate}\n"
+    cosine = description(flags={"--schedule": "cosine", "--epochs": "10"})  # its rates follow from --epochs
+    assert "--epochs was 5 and is now 10" in check(cosine)
     other_bits = "the result will be equally good but not bit-identical\n"
-    assert check(args, job, threads=1) == f"Warning: CPU threads was 2 and is now 1: {other_bits}"
-    assert check(args, job, version="2.0") == f"Warning: framework was 1.0 and is now 2.0: {other_bits}"
+    threads = "CPU threads was 2 and is now 1"
+    assert check(description(machine={"CPU threads": 1})) == f"Warning: {threads}: {other_bits}"
+    assert check(description(machine={"torch": "2"})) == f"Warning: torch was 1.0 and is now 2: {other_bits}"
+    data = "Warning: the data has changed since checkpoint-5.pt: checksum of the labels (training data) was 1"
+    assert data in check(description(data={"checksum of the labels (training data)": 2}))
 
-    other = {"--model": "resnet18", "number of classes": 3}
-    changes = "--model was cnn and is now resnet18; number of classes was 10 and is now 3"
-    with pytest.raises(UserError, match=changes):
-        check(args, other)
-    args.resume_anyway = True
-    assert changes in check(args, other)
-
-
-def os_like(version):
-    """Return a module with a version."""
-    module = types.ModuleType("framework")
-    module.__version__ = version
-    return module
+    other = description(job={"--model": "resnet18", "classes": ["a"]})
+    changes = "--model was cnn and is now resnet18; classes was ['a', 'b'] and is now ['a']"
+    with pytest.raises(UserError, match=re.escape(changes)) as caught:
+        check(other)
+    assert "--output" in str(caught.value)
+    assert "--resume-anyway" in str(caught.value)
+    assert changes in check(other, resume_anyway=True)
 
 
-def test_the_number_of_threads_is_that_of_openmp_or_of_the_cpus(monkeypatch):
-    def threads(wanted):
-        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
-        return checkpoints.describe_run(Namespace(), {}, os_like("1"))["machine"]["CPU threads"]
+def test_a_state_that_does_not_fit_is_an_error_of_one_line(tmp_path):
+    error = checkpoints.misfit(tmp_path / "checkpoint-1.pt", RuntimeError("size mismatch\n  for 3: expected"))
+    assert isinstance(error, UserError)
+    assert (
+        "checkpoint-1.pt does not fit the model that build_model returns: size mismatch for 3: expected"
+        in str(error)
+    )
 
-    cpus = len(os.sched_getaffinity(0))
-    assert [threads("3"), threads(""), threads("0"), threads("4,2")] == [3, cpus, cpus, cpus]
+
+def test_the_lock_of_the_folder_goes_with_the_run(tmp_path):
+    first, second = checkpoints_in(tmp_path), checkpoints_in(tmp_path)
+    first.open()
+    first.close()
+    second.open()
+    second.close()
 
 
 @given(st.binary(), st.binary(), st.data())
 def test_any_damage_to_a_sealed_content_is_found(before, after, data):
-    content = files.seal(bytearray(before + files.UNSEALED + after))
-    files.check_seal(content)
+    file = io.BytesIO()
+    atomic_io.write_sealed(bytearray(before + atomic_io.UNSEALED + after), file)
+    content = bytearray(file.getvalue())
+    atomic_io.check_seal(content)
     damaged = flip_a_bit(content, data)
     if damaged[: len(before)] != before or damaged[len(content) - len(after) :] != after:
         with pytest.raises(ValueError, match="damaged"):
-            files.check_seal(damaged)
+            atomic_io.check_seal(damaged)
     with pytest.raises(ValueError, match="no checksum"):
-        files.check_seal(before)
+        atomic_io.check_seal(before)
 
 
 def flip_a_bit(content, data):
@@ -360,7 +453,9 @@ def flip_a_bit(content, data):
     return bytes(damaged)
 
 
-@given(st.dictionaries(st.text("abc/", min_size=1), st.binary(max_size=50), min_size=1, max_size=3), st.data())
+@given(
+    st.dictionaries(st.text("abc/", min_size=1), st.binary(max_size=50), min_size=1, max_size=3), st.data()
+)
 def test_damage_to_a_zip_file_is_found_or_does_no_harm(members, data):
     def write_members(file):
         with zipfile.ZipFile(file, "w") as archive:
@@ -377,17 +472,19 @@ def test_damage_to_a_zip_file_is_found_or_does_no_harm(members, data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "checkpoint-1.pt")
         path.write_bytes(content)
-        files.check_zip(io.BytesIO(path.read_bytes()))
+        atomic_io.check_zip(io.BytesIO(path.read_bytes()))
         path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
         with pytest.raises(ValueError, match="damaged"):
-            files.check_zip(io.BytesIO(path.read_bytes()))
+            atomic_io.check_zip(io.BytesIO(path.read_bytes()))
         path.write_bytes(flip_a_bit(content, data))
         try:
-            files.check_zip(io.BytesIO(path.read_bytes()))
+            atomic_io.check_zip(io.BytesIO(path.read_bytes()))
         except ValueError:
             return
         left = read_members(path)
-    assert set(left.values()) <= set(members.values())  # whole members: one may be missing or have another name
+    assert set(left.values()) <= set(
+        members.values()
+    )  # whole members: one may be missing or have another name
 
 
 def test_arrays_come_back_as_they_were_written(tmp_path):
@@ -401,14 +498,20 @@ def test_arrays_come_back_as_they_were_written(tmp_path):
     facts = {"class names": ["Käse"], "history": [{"epoch": 1, "loss": 0.1 + 0.2}]}
     path = tmp_path / "arrays"
     with path.open("wb") as file:
-        files.write_arrays(file, arrays, facts)
+        atomic_io.write_arrays((arrays, facts), file)
     with path.open("rb") as file:
-        read, told = files.read_arrays(file)
+        read, told = atomic_io.read_arrays(file)
     assert told == facts
     assert list(read) == list(arrays)
     for name, array in arrays.items():
-        assert (read[name].dtype, read[name].shape, read[name].tobytes()) == (array.dtype, array.shape, array.tobytes())
+        assert (read[name].dtype, read[name].shape, read[name].tobytes()) == (
+            array.dtype,
+            array.shape,
+            array.tobytes(),
+        )
     with path.open("wb") as file:
-        np.savez(file, objects=np.array([{}], dtype=object), json="{}")  # a pickle, which could execute something
+        np.savez(
+            file, objects=np.array([{}], dtype=object), json="{}"
+        )  # a pickle, which could execute something
     with path.open("rb") as file, pytest.raises(ValueError, match="pickle"):
-        files.read_arrays(file)
+        atomic_io.read_arrays(file)

@@ -1,8 +1,14 @@
 """The flags: spelling, defaults from SageMaker's environment, and mistakes."""
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 
 from common import flags
+
+pytestmark = pytest.mark.quick
 
 SAGEMAKER = {
     "SM_MODEL_DIR": "/opt/ml/model",
@@ -12,13 +18,14 @@ SAGEMAKER = {
     "SM_HOSTS": '["algo-1"]',
     "SM_CURRENT_HOST": "algo-1",
     "SM_NUM_GPUS": "0",
+    "SM_CHANNEL_MODEL": "/opt/ml/input/data/model",
 }
 
 
 @pytest.fixture(autouse=True)
 def _no_sagemaker(monkeypatch):
-    for name in (*SAGEMAKER, "SM_CHANNEL_TRAIN", "SM_CHANNEL_VALIDATION", "SAGEMAKER_BASE_DIR"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("SM_", "SAGEMAKER_"))]:
+        monkeypatch.delenv(name)
 
 
 def parse(*argv):
@@ -44,16 +51,32 @@ def test_outside_sagemaker_everything_goes_below_the_current_folder():
     assert (args.epochs, args.keep_checkpoints, args.schedule) == (5, 0, "constant")
 
 
-def test_inside_sagemaker_its_folders_are_the_defaults(monkeypatch):
+def folders(args):
+    return str(args.checkpoint_path), str(args.model_dir), str(args.output_data_dir)
+
+
+@pytest.mark.parametrize("spelling", [["--output", "runs/1"], ["--output=runs/1"]])
+def test_three_folders_follow_from_the_output_and_each_has_a_flag(spelling):
+    assert folders(parse(*spelling)) == ("runs/1/checkpoints", "runs/1/model", "runs/1/data")
+    assert folders(parse(*spelling, "--model-dir", "m")) == ("runs/1/checkpoints", "m", "runs/1/data")
+    own = ["--checkpoint-path", "c", "--output-data-dir", "d"]
+    assert folders(parse(*spelling, *own)) == ("c", "runs/1/model", "d")
+    assert folders(flags.xgboost_flags().parse_args(spelling))[0] == "runs/1/checkpoints"
+    assert parse("--output", "").output == Path("output/pytorch")  # a hyperparameter that is null
+
+
+def test_inside_sagemaker_its_folders_win_over_the_output_but_not_over_their_flags(monkeypatch):
     for name, value in SAGEMAKER.items():
         monkeypatch.setenv(name, value)
+    sagemaker = ("/opt/ml/checkpoints", "/opt/ml/model", "/opt/ml/output/data")
     args = parse()
-    assert str(args.checkpoint_path) == "/opt/ml/checkpoints"
-    assert str(args.model_dir) == "/opt/ml/model"
-    assert str(args.output_data_dir) == "/opt/ml/output/data"
+    assert folders(args) == folders(parse("--output", "runs/1")) == sagemaker
     assert str(args.train) == "/opt/ml/input/data/training"
     assert str(args.validation) == "/opt/ml/input/data/test"
+    assert str(args.weights) == "/opt/ml/input/data/model"
     assert (args.hosts, args.current_host, args.num_gpus) == (["algo-1"], "algo-1", 0)
+    own = ["--checkpoint-path", "c", "--model-dir", "m", "--output-data-dir", "d"]
+    assert folders(parse("--output", "runs/1", *own)) == ("c", "m", "d")
     monkeypatch.setenv("SM_CHANNEL_TRAIN", "/train")
     monkeypatch.setenv("SM_CHANNEL_VALIDATION", "/validation")
     monkeypatch.setenv("SAGEMAKER_BASE_DIR", "/base")
@@ -77,7 +100,6 @@ def test_every_flag_with_a_hyphen_is_taken_with_underscores_and_values_keep_thei
                         "tree_method": "hist",
                         "max_bin": "2",
                         "resume_anyway": "True",
-                        "keep_best": "True",
                         "external_memory": "True",
                         "hosts": '["a_b"]',
                     }
@@ -129,14 +151,23 @@ def test_an_s3_address_as_model_dir_is_logged_and_not_used(monkeypatch, capsys):
         (["--batch-size", "-8"], ["--batch-size", "at least 1", "'-8'"]),
         (["--learning-rate", "nan"], ["--learning-rate", "a number of at least 0", "'nan'"]),
         (["--learning-rate", "inf"], ["--learning-rate", "'inf'"]),
-        (["--momentum", "2"], ["--momentum", "from 0 to 1", "'2'"]),
+        (["--warmup-epochs", "-1"], ["--warmup-epochs", "a number of at least 0", "'-1'"]),
+        (["--patience", "1.5"], ["--patience", "a whole number of at least 0", "'1.5'"]),
+        (["--optimizer", "adam"], ["--optimizer", "'adam'", "adamw"]),
+        (["--momentum", "0.9"], ["unknown flag --momentum:"]),
+        (["--workers", "2"], ["unknown flag --workers:"]),
+        (["--keep-best"], ["unknown flag --keep-best:"]),
+        (["--output", "s3://bucket/job"], ["--output", "a local folder", "s3://bucket/job"]),
         (["--batch-sise", "8"], ["--batch-sise", "did you mean --batch-size?"]),
         (["--batch", "8"], ["unknown flag --batch:", "did you mean"]),  # no abbreviations
         (["--lr=0.1"], ["unknown flag --lr:"]),
         (["5"], ["unexpected argument '5'"]),
         (["--device", "tpu"], ["--device", "'tpu'", "cuda"]),
         (["--augment", "maybe"], ["--augment", "True or False", "'maybe'"]),
-        (["--checkpoint-path", "s3://bucket/job"], ["--checkpoint-path", "a local folder", "s3://bucket/job"]),
+        (
+            ["--checkpoint-path", "s3://bucket/job"],
+            ["--checkpoint-path", "a local folder", "s3://bucket/job"],
+        ),
         (["--port", "65536"], ["--port", "from 0 to 65535", "'65536'"]),
         (["--hosts", "algo-1"], ["--hosts", "a JSON list", "'algo-1'"]),
         (["--hosts", "5"], ["--hosts", "a JSON list", "'5'"]),
@@ -154,7 +185,43 @@ def test_shares_of_rows_and_columns_are_above_zero(capsys):
     assert "from 0 to 1" in complain(capsys, flags.xgboost_flags(), "--colsample-bytree", "1.1")
 
 
-def test_each_flag_has_a_help_text():
-    for parser in (flags.image_flags("pytorch"), flags.xgboost_flags()):
-        assert all(action.help for action in parser._actions)
-        parser.format_help()
+PARSERS = {"images": flags.image_flags("pytorch"), "xgboost": flags.xgboost_flags()}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_each_flag_has_a_help_text(name):
+    assert all(action.help for action in PARSERS[name]._actions)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("images", 40), ("xgboost", 45)])
+def test_the_help_is_not_longer_than_a_reader_can_use(name, limit):
+    shown = set(re.findall(r"^  (--[-a-z0-9]+)", PARSERS[name].format_help(), re.MULTILINE))
+    assert len(shown - {"--help", "--version"}) <= limit
+
+
+def test_rare_flags_of_xgboost_are_taken_but_not_shown():
+    shown = PARSERS["xgboost"].format_help()
+    for name in ("rate-drop", "skip-drop", "max-delta-step", "colsample-bylevel", "colsample-bynode"):
+        assert f"--{name}" not in shown
+        args = PARSERS["xgboost"].parse_args([f"--{name}", "0.5"])
+        assert getattr(args, name.replace("-", "_")) == 0.5
+
+
+def test_xgboost_shares_the_flags_that_apply_to_it():
+    image, trees = ({action.dest: action for action in PARSERS[name]._actions} for name in PARSERS)
+    differing = {"epochs", "checkpoint_seconds", "checkpoint_path", "learning_rate"}
+    assert {"output", "best_metric", "patience", "seed", "hosts", "keep_checkpoints"} <= set(image) & set(
+        trees
+    )
+    for dest in set(image) & set(trees) - differing:
+        ours, theirs = image[dest], trees[dest]
+        assert (ours.option_strings, ours.help) == (theirs.option_strings, theirs.help)
+
+
+# Hyperparameters --------------------------------------------------------------------------------------------
+
+
+def test_flags_become_hyperparameters_of_sagemaker():
+    words = ["--epochs", "5", "--augment", "--learning_rate=0.1", "--no-compile"]
+    expected = {"epochs": "5", "augment": "True", "learning-rate": "0.1", "no-compile": "True"}
+    assert flags.hyperparameters(words) == expected

@@ -1,18 +1,22 @@
 """Reading images from class folders and arrays, and one clear line for each mistake in them."""
 
+import importlib.util
+import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from common import decoder, flags, images
 from common.errors import UserError
-from conftest import ROOT
+from helpers import ROOT, environment, save_images, start_command
+
+pytestmark = pytest.mark.quick
 
 
 def load(**changes):
@@ -21,37 +25,48 @@ def load(**changes):
     return images.load_images(args)
 
 
-def save_images(folder, arrays, labels, suffixes=(".png",)):
-    """Write one folder per class."""
-    for index, (array, label) in enumerate(zip(arrays, labels)):
-        path = folder / f"class-{label}" / f"{index}{suffixes[index % len(suffixes)]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(path, quality=100) if path.suffix != ".png" else Image.fromarray(array).save(path)
+@pytest.fixture
+def log(caplog):
+    """Return a function that returns the text logged since its last call."""
+    caplog.set_level("INFO", logger="train")
+
+    def read():
+        text = "".join(f"{message}\n" for message in caplog.messages)
+        caplog.clear()
+        return text
+
+    return read
+
+
+def rows_of(dataset):
+    """Return all images and labels of a data set."""
+    return dataset.__getitems__(np.arange(len(dataset)))
 
 
 def all_images(data):
     """Return training and validation images and labels, sorted, to compare sets."""
-    pixels = np.concatenate([data.train_images[:], data.validation_images[:]])
-    labels = np.concatenate([data.train_labels, data.validation_labels])
+    pixels, labels = (np.concatenate(parts) for parts in zip(*map(rows_of, data)))
     order = np.lexsort((*pixels.reshape(len(pixels), -1).T, labels))
     return pixels[order], labels[order]
 
 
-def test_without_a_folder_the_digits_are_used(capsys):
-    data = load()
-    assert data.image_shape == (8, 8, 1)
-    assert data.class_names == [str(digit) for digit in range(10)]
-    assert (len(data.train_labels), len(data.validation_labels)) == (1618, 179)
-    assert data.train_images.dtype == np.uint8
-    assert data.train_images[:].max() == 255
-    assert "1618 training and 179 validation images of shape (8, 8, 1), 10 classes, 0.1 MB" in capsys.readouterr().out
+def test_without_a_folder_the_digits_are_used(log):
+    train, validation = load()
+    assert train.classes == validation.classes == [str(digit) for digit in range(10)]
+    assert (len(train), len(validation)) == (1618, 179)
+    pixels, labels = rows_of(train)
+    assert pixels.shape == (1618, 8, 8, 1)
+    assert (pixels.dtype, labels.dtype) == (np.uint8, np.int64)
+    assert pixels.max() == 255
+    assert "1618 training and 179 validation images of shape (8, 8, 1), 10 classes, 0.1 MB" in log()
 
 
 def test_the_held_out_tenth_is_drawn_with_the_seed_and_shares_no_image():
     first, again, other = load(seed=1), load(seed=1), load(seed=2)
-    np.testing.assert_array_equal(first.validation_images[:], again.validation_images[:])
-    assert not np.array_equal(first.validation_labels, other.validation_labels)
-    assert not set(first.train_images.indices) & set(first.validation_images.indices)
+    held_out, labels = rows_of(first[1])
+    np.testing.assert_array_equal(held_out, rows_of(again[1])[0])
+    assert not np.array_equal(labels, rows_of(other[1])[1])
+    assert not set(first[0].indices) & set(first[1].indices)
     for data in (first, other):
         np.testing.assert_array_equal(all_images(data)[0], all_images(load(seed=3))[0])
 
@@ -63,9 +78,8 @@ def test_class_folders_of_png_and_jpeg(tmp_path, digits):
     (tmp_path / "train/class-0/notes.txt").write_text("not an image")
     (tmp_path / "train/README.md").write_text("not a class")
     data = load(train=tmp_path / "train")
-    assert data.class_names == [f"class-{digit}" for digit in range(10)]
-    assert data.image_shape == (8, 8, 3)
-    assert len(data.train_labels) + len(data.validation_labels) == 300
+    assert data[0].classes == [f"class-{digit}" for digit in range(10)]
+    assert all_images(data)[0].shape == (300, 8, 8, 3)
     png = digits[0][0]  # the first file is a PNG, so its pixels are the same
     assert any((image == png[..., None]).all() for image in all_images(data)[0])
 
@@ -75,10 +89,9 @@ def test_a_validation_channel_keeps_the_class_indices(tmp_path, digits):
     save_images(tmp_path / "train", pixels[:200], labels[:200])
     few = np.isin(labels[200:], [3, 7])
     save_images(tmp_path / "validation", pixels[200:][few], labels[200:][few])
-    data = load(train=tmp_path / "train", validation=tmp_path / "validation")
-    assert len(data.train_labels) == 200
-    assert set(data.validation_labels) == {3, 7}
-    np.testing.assert_array_equal(np.sort(data.validation_labels), np.sort(labels[200:][few]))
+    train, validation = load(train=tmp_path / "train", validation=tmp_path / "validation")
+    assert len(train) == 200
+    np.testing.assert_array_equal(np.sort(rows_of(validation)[1]), np.sort(labels[200:][few]))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
@@ -92,11 +105,12 @@ def test_arrays_as_npz_or_npy(tmp_path, digits, dtype, shape):
     np.save(tmp_path / "npy/train_labels.npy", labels.astype(np.float64).reshape(-1, 1) + 1)
     for folder in ("npz", "npy"):
         data = load(train=tmp_path / folder)
-        assert data.train_images.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
-        assert data.image_shape == (8, 8, 1)
-        assert data.class_names == [str(digit) for digit in range(1, 11)]
-        assert (data.train_labels.dtype, data.train_labels.min(), data.train_labels.max()) == (np.int64, 0, 9)
-        np.testing.assert_array_equal(np.sort(all_images(data)[1]), np.sort(labels))
+        read, indices = all_images(data)
+        assert read.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
+        assert read.shape == (300, 8, 8, 1)
+        assert data[0].classes == [str(digit) for digit in range(1, 11)]
+        assert indices.dtype == np.int64
+        np.testing.assert_array_equal(np.sort(indices), np.sort(labels))
 
 
 def test_validation_arrays(tmp_path, digits):
@@ -105,36 +119,33 @@ def test_validation_arrays(tmp_path, digits):
     validation.mkdir()
     np.save(validation / "eval_data.npy", digits[0][200:])
     np.save(validation / "eval_labels.npy", digits[1][200:])
-    data = load(train=tmp_path, validation=validation)
-    np.testing.assert_array_equal(data.validation_images[..., 0], digits[0][200:])
-    np.testing.assert_array_equal(data.validation_labels, digits[1][200:])
+    pixels, labels = rows_of(load(train=tmp_path, validation=validation)[1])
+    np.testing.assert_array_equal(pixels[..., 0], digits[0][200:])
+    np.testing.assert_array_equal(labels, digits[1][200:])
 
 
 def test_image_size_resizes_all_kinds(tmp_path, digits):
-    assert load(image_size=32).image_shape == (32, 32, 1)
+    def loaded(**changes):
+        return all_images(load(**changes))[0]
+
+    assert loaded(image_size=32).shape[1:] == (32, 32, 1)
     np.savez(tmp_path / "data.npz", x=digits[0] / 255.0, y=digits[1])
-    data = load(train=tmp_path, image_size=16)
-    assert (data.image_shape, data.train_images.dtype) == ((16, 16, 1), np.float32)
-    assert 0 <= data.train_images[:].min() < data.train_images[:].max() <= 1
+    floats = loaded(train=tmp_path, image_size=16)
+    assert (floats.shape[1:], floats.dtype) == ((16, 16, 1), np.float32)
+    assert 0 <= floats.min() < floats.max() <= 1
     save_images(tmp_path / "folders", *digits)
     Image.fromarray(np.zeros((20, 10), np.uint8)).save(tmp_path / "folders/class-0/other-size.png")
-    assert load(train=tmp_path / "folders", image_size=16).image_shape == (16, 16, 3)
+    assert loaded(train=tmp_path / "folders", image_size=16).shape[1:] == (16, 16, 3)
 
 
-def test_channel_statistics_are_those_of_the_training_images():
-    data = load()
-    mean, deviation = data.channel_statistics()
-    np.testing.assert_allclose(mean, data.train_images[:].mean((0, 1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(deviation, data.train_images[:].std((0, 1, 2)), rtol=1e-6)
-
-
-def test_images_that_do_not_fit_into_memory_are_kept_on_disk(tmp_path, digits, monkeypatch, capsys):
+def test_images_that_do_not_fit_into_memory_are_kept_on_disk(tmp_path, digits, monkeypatch, log):
     save_images(tmp_path, *digits)
     in_memory = load(train=tmp_path)
-    monkeypatch.setattr(images, "_available_memory", lambda: 1000)
+    assert "in memory" in log()
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemAvailable: 1 kB")  # of /proc/meminfo
     on_disk = load(train=tmp_path)
-    assert "on disk" in capsys.readouterr().out
-    np.testing.assert_array_equal(in_memory.train_images[:], on_disk.train_images[:])
+    assert "on disk" in log()
+    np.testing.assert_array_equal(rows_of(in_memory[0])[0], rows_of(on_disk[0])[0])
 
 
 JPEG = [("jpg", mode) for mode in ("RGB", "L", "CMYK")]
@@ -159,70 +170,86 @@ def all_kinds(folder, kinds):
 @pytest.mark.parametrize("image_size", [None, 12])
 def test_all_cores_read_the_same_as_pillow_alone(tmp_path, monkeypatch, image_size, kinds):
     all_kinds(tmp_path, kinds)
-    monkeypatch.setattr(images.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(images.os, "sched_getaffinity", lambda _: set())
-    alone = load(train=tmp_path, image_size=image_size)
-    assert alone.image_shape == ((12, 12, 3) if image_size else (16, 24, 3))
+    open_image = decoder.open_image
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set())
+    alone = all_images(load(train=tmp_path, image_size=image_size))
+    assert alone[0].shape[1:] == ((12, 12, 3) if image_size else (16, 24, 3))
     monkeypatch.undo()
-    here = {0, *range(2, 400, 3)} if kinds == JPEG else {0}  # the first, for its size; CMYK that simplejpeg leaves
+    here = (
+        {0, *range(2, 400, 3)} if kinds == JPEG else {0}
+    )  # the first, for its size; CMYK that simplejpeg leaves
 
     def open_few(file):
         assert int(Path(file).name.split()[0]) in here
-        return decoder.open_image(file)
+        return open_image(file)
 
-    monkeypatch.setattr(images, "_open", open_few)
+    monkeypatch.setattr(decoder, "open_image", open_few)
     for cores in (1, 3):
-        monkeypatch.setattr(images.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        helped = load(train=tmp_path, image_size=image_size)
-        np.testing.assert_array_equal(all_images(alone)[0], all_images(helped)[0])
-        np.testing.assert_array_equal(alone.train_labels, helped.train_labels)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        helped = all_images(load(train=tmp_path, image_size=image_size))
+        np.testing.assert_array_equal(alone[0], helped[0])
+        np.testing.assert_array_equal(alone[1], helped[1])
 
 
 def test_what_a_process_does_not_read_is_read_without_it(tmp_path, digits, monkeypatch):
     save_images(tmp_path, *digits)
-    expected = load(train=tmp_path)
-    monkeypatch.setattr(images.sys, "executable", "/bin/true")
-    np.testing.assert_array_equal(expected.train_images[:], load(train=tmp_path).train_images[:])
+    expected = all_images(load(train=tmp_path))[0]
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    np.testing.assert_array_equal(expected, all_images(load(train=tmp_path))[0])
 
 
-def has_ended(pid):
-    """Return whether a process has ended; who has not been waited for yet (Z) has too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+LOAD = """
+import sys
+from pathlib import Path
+from common import flags, images
+args = flags.image_flags("pytorch").parse_args(["--train", sys.argv[1], "--image-size", "8"])
+try:
+    print(flush=True)
+    images.load_images(args)
+except KeyboardInterrupt:
+    sys.exit(17)
+"""
+
+
+def start_loading(folder, suffix):
+    """Start a process that loads 4,000 large images, which takes about a minute; return it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+    image = folder / f"image{suffix}"
+    Image.fromarray(pixels).save(image)
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        for index in range(2000):
+            os.link(image, folder / name / f"{index}{suffix}")
+    env = environment(OPENBLAS_NUM_THREADS="1")  # no threads but ours
+    process = start_command([sys.executable, "-c", LOAD, str(folder)], ROOT, env)
+    process.stdout.readline()
+    return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_process_stays_behind_whoever_it_reads_for(tmp_path, digits, number):
-    save_images(tmp_path, *digits)
-    names = [str(path) for path in tmp_path.rglob("*.png")] * 10_000  # enough for minutes
-    code = "import os, sys; from common import images\n"
-    code += "names = sys.stdin.read().split()\n"
-    code += "pixels, place = images._allocate((len(names), 8, 8, 3), 'uint8', shared=True)\n"
-    code += "reader = images._start_decoder(names, range(len(names)), (8, 8), None, place)\n"
-    code += "while not pixels[10].any(): pass\n"
-    code += f"print(reader.pid, flush=True); os.kill(os.getpid(), {int(number)})"
-    command = [sys.executable, "-c", code]
-    finished = subprocess.run(command, cwd=ROOT, input="\n".join(names), capture_output=True, text=True)
-    assert finished.returncode == -number
-    deadline = time.monotonic() + 20
-    while not has_ended(int(finished.stdout)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert "Error" not in finished.stderr
+def test_no_decoding_process_outlives_the_script(tmp_path, number):
+    with start_loading(tmp_path, ".png") as process:
+        children = []
+        while not children:
+            assert process.poll() is None
+            children = psutil.Process(process.pid).children()
+            time.sleep(0.05)
+        process.send_signal(number)
+        errors = process.communicate(timeout=20)[1]
+    assert process.returncode == (17 if number == signal.SIGINT else -number)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+    assert "Error" not in errors
 
 
-def test_a_signal_ends_the_threads_that_read_jpeg_files(tmp_path, digits):
-    save_images(tmp_path, *digits, suffixes=(".jpg",))
-    names = [str(path) for path in tmp_path.rglob("*.jpg")] * 10_000  # enough for minutes
-    code = "import os, sys, threading; from common import images\n"
-    code += "names = sys.stdin.read().split()\n"
-    code += "threading.Timer(1, os.kill, (os.getpid(), 2)).start()\n"
-    code += "try: images._read_jpegs(names, (8, 8), None, (100, 100))\n"
-    code += "except KeyboardInterrupt: sys.exit(17)"
-    command = [sys.executable, "-c", code]
-    assert subprocess.run(command, cwd=ROOT, input="\n".join(names), text=True, timeout=20).returncode == 17
+def test_a_signal_ends_the_threads_that_read_jpeg_files(tmp_path):
+    with start_loading(tmp_path, ".jpg") as process:
+        while psutil.Process(process.pid).num_threads() == 1:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == 17
 
 
 def one_class(folder, digits):
@@ -270,8 +297,14 @@ MISTAKES = {
     "one label": (arrays(y=lambda digits: np.array(1)), ["(1,)", "one integer per image"]),
     "no pixels": (arrays(x=lambda digits: digits[0][:, :0]), ["(300, 0, 8, 1)"]),
     "empty": (lambda folder, digits: None, ["--train", "holds nothing", "one folder per class"]),
-    "no class folders": (lambda folder, digits: (folder / "a.jpg").touch(), ["holds a.jpg", "one folder per class"]),
-    "empty class folder": (lambda folder, digits: (folder / "cat").mkdir(), ["holds cat", "one folder per class"]),
+    "no class folders": (
+        lambda folder, digits: (folder / "a.jpg").touch(),
+        ["holds a.jpg", "one folder per class"],
+    ),
+    "empty class folder": (
+        lambda folder, digits: (folder / "cat").mkdir(),
+        ["holds cat", "one folder per class"],
+    ),
     "one class": (one_class, ["one class only (class-0)", "two or more"]),
     "unreadable": (unreadable, ["cannot read the image", "class-3/broken.jpg"]),
     "truncated": (truncated, ["cannot read the image", "class-0/0.jpg"]),
@@ -283,7 +316,10 @@ MISTAKES = {
     "one-hot labels": (arrays(y=lambda digits: np.eye(10)[digits[1]]), ["300 images", "(300, 10)"]),
     "flat images": (arrays(x=lambda digits: digits[0].reshape(300, 64)), ["(300, 64)", "(n, height, width)"]),
     "channels first": (arrays(x=lambda digits: np.zeros((300, 3, 8, 8))), ["channels last"]),
-    "no images": (arrays(x=lambda digits: np.zeros((0, 8, 8)), y=lambda digits: np.zeros(0)), ["holds no images"]),
+    "no images": (
+        arrays(x=lambda digits: np.zeros((0, 8, 8)), y=lambda digits: np.zeros(0)),
+        ["contains no images"],
+    ),
     "pickle": (arrays(x=lambda digits: np.array([{}] * 300)), ["cannot read", "data.npz"]),
     "no archive": (not_an_archive, ["cannot read", "data.npz"]),
 }
@@ -306,12 +342,12 @@ def test_wrong_names_in_an_archive(tmp_path, digits):
         load(train=tmp_path)
 
 
-def test_folders_without_images_are_named_and_skipped(tmp_path, digits, capsys):
+def test_folders_without_images_are_named_and_skipped(tmp_path, digits, log):
     save_images(tmp_path, *digits)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/image.webp").touch()
-    assert "notes" not in load(train=tmp_path).class_names
-    assert "Skipping the folders without .jpg, .jpeg, .png files" in capsys.readouterr().out
+    assert "notes" not in load(train=tmp_path)[0].classes
+    assert "Skipping the folders without .jpg, .jpeg, .png files" in log()
 
 
 def test_a_folder_that_does_not_exist(tmp_path):

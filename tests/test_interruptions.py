@@ -1,7 +1,7 @@
 """The promise: interrupted at any instant, the training ends with the same bits.
 
-Here the interruptions come at chosen places, so that each run of the tests meets all of them; `make soak` interrupts at
-random moments.
+Here the interruptions come at chosen places, so that each run of the tests meets all of them; `tests/soak.py`
+interrupts at random moments.
 """
 
 import os
@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -18,122 +17,84 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import checkpoints
-from common import files as common_files
-from conftest import CHECKPOINTS, ROOT, Result, checkpoint_name, environment, run, start
-from test_scripts import LIMIT_FILE_SIZE, files, history, metrics, model_bytes, names
+from common import atomic_io, checkpoints
+from helpers import (
+    CHECKPOINTS,
+    EPOCHS,
+    INTERRUPTIBLE,
+    ROOT,
+    STEPS,
+    Result,
+    assert_same_bits,
+    checkpoint_folder,
+    checkpoint_name,
+    copy_checkpoints,
+    environment,
+    files,
+    finish,
+    history,
+    metrics,
+    model_bytes,
+    names,
+    run,
+    run_many,
+    run_python,
+    run_with,
+    start,
+)
 
-FLAGS = ["--epochs", 2, "--batch-size", 16, "--augment"]
-STEPS = 102  # per epoch: 1,618 digits in batches of 16
-TREES = ["--epochs", 30, "--subsample", 0.7, "--colsample-bytree", 0.5]
-
-# Runs a script as its user does, but with something that happens at an exact place.
-SCRIPT = """
-import os, runpy, signal, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
-from common import interruption
-def at_call(owner, name, number, action):
-    original, calls = getattr(owner, name), []
-    def replacement(*args, **options):
-        calls.append(args)
-        if len(calls) == number:
-            action()
-        return original(*args, **options)
-    setattr(owner, name, replacement)
-def send(number):
-    os.kill(os.getpid(), number)
-{}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def run_with(happening, framework, *flags, cwd, code):
-    """Run a script in which `happening`, a piece of Python, is prepared; return a Result."""
-    command = [sys.executable, "-c", SCRIPT.format(happening), str(ROOT / framework / "train.py"), *map(str, flags)]
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    result = Result(process, *process.communicate(timeout=300))
-    assert result.code == code, f"exit code {result.code}\n{result.output}\n{result.errors}"
-    assert "Traceback" not in result.errors, result.errors
-    return result
+# Signals ----------------------------------------------------------------------------------------------------
 
 
-def last_line(result):
-    return result.output.splitlines()[-1]
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """Return the folder of a framework's run with these flags that nothing interrupted; each runs once."""
-    folders = {}
-
-    def folder_of(framework):
-        if framework not in folders:
-            folders[framework] = tmp_path_factory.mktemp(f"whole-{framework}")
-            run(framework, *(TREES if framework == "xgboost" else FLAGS), cwd=folders[framework])
-        return folders[framework]
-
-    return folder_of
-
-
-def assert_same_bits(folder, other, framework):
-    assert history(folder, framework) == history(other, framework)
-    assert model_bytes(folder, framework) == model_bytes(other, framework)
-
-
-# Signals --------------------------------------------------------------------------------------------------------------
-
-
-def test_sigterm_inside_an_epoch_loses_not_one_step(image_framework, tmp_path, whole):
-    """Four interruptions: in the middle of an epoch, after its last step, in the validation, and while saving."""
+def test_sigterm_inside_an_epoch_loses_not_one_step(image_framework, tmp_path, interruptible):
+    """Four times: in the middle of an epoch, after its last step, in the validation, and while saving."""
     extension = checkpoint_name(image_framework, 1).split(".")[1]
 
-    def interrupt(happening, *flags, code=143):
-        return run_with(happening, image_framework, *FLAGS, *flags, cwd=tmp_path, code=code)
+    def interrupt(event, *flags, code=143):
+        all_flags = [*INTERRUPTIBLE[image_framework], *flags]
+        return run_with(event, image_framework, *all_flags, cwd=tmp_path, code=code)
 
-    in_step_38 = 'at_call(interruption, "check", 38, lambda: (send(signal.SIGTERM), send(signal.SIGINT)))'
-    result = interrupt(in_step_38, "--workers", 0)
+    in_step_37 = 'at_call(Run, "finish_step", 37, lambda: (send(signal.SIGTERM), send(signal.SIGINT)))'
+    result = interrupt(in_step_37, "--loaders", 2)
     saved = f"checkpoint-0-37.{extension}"
     assert "SIGTERM received: finishing the running step and saving\n" in result.output
-    assert last_line(result) == f"Interrupted: saved {saved}, run the same command to resume"
+    assert result.last_line == f"Interrupted: saved {saved}, run the same command to resume"
     assert files(tmp_path, image_framework) == [saved]
 
-    result = interrupt(f'at_call(interruption, "check", {STEPS - 37 + 1}, lambda: send(signal.SIGTERM))')
+    result = interrupt(f'at_call(Run, "finish_step", {STEPS - 37}, lambda: send(signal.SIGTERM))')
     assert f"Resuming training from {saved}\nStarting training from epoch: 1, step: 38\n" in result.output
     saved = f"checkpoint-0-{STEPS}.{extension}"
-    assert last_line(result) == f"Interrupted: saved {saved}, run the same command to resume"
+    assert result.last_line == f"Interrupted: saved {saved}, run the same command to resume"
 
-    result = interrupt('at_call(interruption, "check", 5, lambda: send(signal.SIGINT))', code=130)
+    result = interrupt('at_call(Run, "finish_validation_step", 5, lambda: send(signal.SIGINT))', code=130)
     assert f"Resuming training from {saved}\n" in result.output
-    assert last_line(result) == f"Interrupted: saved {saved}, run the same command to resume"
+    assert result.last_line == f"Interrupted: saved {saved}, run the same command to resume"
     assert result.epochs == []
 
     result = interrupt('at_call(os, "replace", 1, lambda: send(signal.SIGTERM))')
     assert result.epochs == [1]  # and some steps more, as the training does not wait for a save
-    saved = re.fullmatch(r"Interrupted: saved (checkpoint-1(-\d+)?\.\w+), .*", last_line(result))[1]
+    pattern = r"Interrupted: saved (checkpoint-1(-\d+)?\.\w+), .*"
+    saved = re.fullmatch(pattern, result.last_line)[1]
     assert files(tmp_path, image_framework) == sorted({saved, checkpoint_name(image_framework, 1)})
 
-    assert run(image_framework, *FLAGS, cwd=tmp_path).epochs == [2]
-    assert_same_bits(tmp_path, whole(image_framework), image_framework)
+    assert run(image_framework, *INTERRUPTIBLE[image_framework], cwd=tmp_path).epochs == [2]
+    assert_same_bits(tmp_path, interruptible(image_framework), image_framework)
 
 
-def test_sigterm_ends_xgboost_after_the_running_round(tmp_path, whole):
-    at_round_12 = 'at_call(interruption, "check", 12, lambda: (send(signal.SIGTERM), send(signal.SIGTERM)))'
-    flags = [*TREES, "--checkpoint-steps", 5]
-    result = run_with(at_round_12, "xgboost", *flags, cwd=tmp_path, code=143)
-    assert last_line(result) == "Interrupted: saved xgboost-checkpoint.11, run the same command to resume"
+def test_sigterm_ends_xgboost_after_the_running_round(tmp_path, interruptible):
+    in_round_12 = 'at_call(Run, "finish_round", 12, lambda: (send(signal.SIGTERM), send(signal.SIGTERM)))'
+    flags = [*INTERRUPTIBLE["xgboost"], "--checkpoint-steps", 5]
+    result = run_with(in_round_12, "xgboost", *flags, cwd=tmp_path, code=143)
+    assert result.last_line == "Interrupted: saved xgboost-checkpoint.11, run the same command to resume"
     assert files(tmp_path, "xgboost") == names("xgboost", 5, 10, 12)
     result = run("xgboost", *flags, cwd=tmp_path)
     assert result.epochs == list(range(13, 31))
     assert files(tmp_path, "xgboost") == names("xgboost", 5, 10, 12, 15, 20, 25, 30)
-    assert_same_bits(tmp_path, whole("xgboost"), "xgboost")
+    assert_same_bits(tmp_path, interruptible("xgboost"), "xgboost")
 
 
 def test_a_signal_that_comes_again_and_again_does_not_change_the_end(framework, tmp_path):
-    flags = ["--num-round" if framework == "xgboost" else "--epochs", 10**6, "--keep-checkpoints", 1]
-    with start(framework, *flags, cwd=tmp_path) as process:
+    with start(framework, "--epochs", 10**6, "--keep-checkpoints", 1, cwd=tmp_path) as process:
         try:
             while not process.stdout.readline().startswith("epoch=2 "):
                 assert process.poll() is None
@@ -143,28 +104,33 @@ def test_a_signal_that_comes_again_and_again_does_not_change_the_end(framework, 
             result = Result(process, *process.communicate())
         finally:
             process.kill()
-    assert process.returncode == 143
-    assert last_line(result).startswith("Interrupted: saved ")
+    assert result.code == 143
+    assert result.last_line.startswith("Interrupted: saved ")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_before_the_training_ends_the_script_at_once(framework, tmp_path, number, code):
+EARLY = {
+    "pytorch": signal.SIGTERM,
+    "tensorflow": signal.SIGTERM,
+    "mxnet": signal.SIGINT,
+    "xgboost": signal.SIGINT,
+}
+
+
+def test_a_signal_before_the_training_ends_the_script_at_once(framework, tmp_path):
     with start(framework, cwd=tmp_path) as process:
         for line in process.stdout:
             if line.startswith("Device: "):
-                process.send_signal(number)
+                process.send_signal(EARLY[framework])
                 break
-        output = process.stdout.read()
-        errors = process.stderr.read()
-    assert process.returncode == code
-    assert output.splitlines()[-1] == "Interrupted: nothing new to save, run the same command to resume"
-    assert "Traceback" not in errors
+        result = finish(process, code=128 + EARLY[framework])
+    assert result.last_line == "Interrupted: nothing new to save, run the same command to resume"
+    assert "Traceback" not in result.errors
     assert files(tmp_path, framework) == []
 
 
 def test_ctrl_c_on_a_pipe_whose_reader_dies_first_loses_no_step(framework, tmp_path):
-    """As in `train.py | tee log`: the terminal's signal ends tee too, and the script has nobody to talk to."""
-    flags = ["--epochs", 300, "--checkpoint-steps", 299] if framework == "xgboost" else [*FLAGS, "--epochs", 50]
+    """As in `train.py | tee log`: the terminal's signal ends tee too, and nobody reads the output."""
+    flags = ["--epochs", 300, "--checkpoint-steps", 299] if framework == "xgboost" else ["--epochs", 50]
     with start(framework, *flags, cwd=tmp_path) as process:
         for line in process.stdout:
             if line.startswith("epoch=1 "):
@@ -174,37 +140,46 @@ def test_ctrl_c_on_a_pipe_whose_reader_dies_first_loses_no_step(framework, tmp_p
         errors = process.stderr.read()
     assert process.returncode == 130, errors
     assert "error" not in errors.lower() or framework == "tensorflow", errors
-    assert files(tmp_path, framework)
-    assert "Resuming training from" in run(framework, *flags, "--epochs", 2, cwd=tmp_path).output
+    folder = checkpoint_folder(tmp_path, framework)
+    newest, _ = checkpoints.find_checkpoints(folder, CHECKPOINTS[framework])[0]
+    last_step = newest[0] + 1 if framework == "xgboost" else newest[0]
+    assert 0 < last_step < flags[1]
+    result = run(framework, *flags, "--epochs", last_step, cwd=tmp_path)
+    assert "Resuming training from" in result.output
 
 
 def test_a_run_waits_for_the_end_of_another_one(tmp_path):
-    with start("pytorch", "--epochs", 12, cwd=tmp_path) as first:
+    with start("pytorch", "--epochs", 6, cwd=tmp_path) as first:
         assert first.stdout.readline().startswith("Device: ")
-        second = run("pytorch", "--epochs", 12, cwd=tmp_path)
-        assert "Waiting for the end of another run with --checkpoint-path output/pytorch/checkpoints" in second.output
-        assert "Nothing left to train: 12 epochs" in second.output
+        second = run("pytorch", "--epochs", 6, cwd=tmp_path)
+        expected = (
+            "Another run is using --checkpoint-path output/pytorch/checkpoints; waiting for it to finish\n"
+        )
+        assert expected in second.output
+        assert "Nothing left to train: 6 epochs" in second.output
         assert first.wait() == 0
 
 
-def test_a_signal_during_the_export_lets_it_finish_and_still_says_interrupted(framework, tmp_path):
-    in_export = 'from common import files\nat_call(files, "{}", {}, lambda: send(signal.SIGTERM))'
-    exporter = "atomic_write" if framework in ("pytorch", "xgboost") else "atomic_export"
-    in_export = in_export.format(exporter, 1 if exporter == "atomic_export" else 3)
-    result = run_with(in_export, framework, "--epochs", 2, cwd=tmp_path, code=143)
-    assert last_line(result) == "Interrupted: nothing new to save, run the same command to resume"
-    assert metrics(tmp_path, framework)["epochs"] == 2
-    assert "Nothing left to train" in run(framework, "--epochs", 2, cwd=tmp_path).output
+def test_a_signal_during_the_export_lets_it_finish_and_still_says_interrupted(
+    framework, tmp_path, uninterrupted
+):
+    epochs = EPOCHS[framework]
+    copy_checkpoints(uninterrupted(framework), tmp_path, framework, epochs)
+    event = 'at_call(Run, "export", 1, lambda: send(signal.SIGTERM))'
+    result = run_with(event, framework, "--epochs", epochs, cwd=tmp_path, code=143)
+    assert result.last_line == "Interrupted: nothing new to save, run the same command to resume"
+    assert metrics(tmp_path, framework)["epochs"] == epochs
+    assert_same_bits(tmp_path, uninterrupted(framework), framework)
 
 
-# No warning -----------------------------------------------------------------------------------------------------------
+# No warning -------------------------------------------------------------------------------------------------
 
 
 def test_a_long_epoch_is_saved_by_time(image_framework, tmp_path):
-    """Killed in its first epoch, which is long, the training has lost the last tenths of a second only."""
+    """Killed in its first epoch, which is long, the training has lost only the last tenths of a second."""
     flags = ["--epochs", 1, "--batch-size", 2, "--checkpoint-seconds", 0.2]
+    folder = checkpoint_folder(tmp_path, image_framework)
     with start(image_framework, *flags, cwd=tmp_path) as process:
-        folder = tmp_path / "output" / image_framework / "checkpoints"
         while not folder.is_dir() or not checkpoints.find_checkpoints(folder, CHECKPOINTS[image_framework]):
             assert process.poll() is None, "the epoch is over, and nothing was saved inside it"
             time.sleep(0.01)
@@ -215,15 +190,29 @@ def test_a_long_epoch_is_saved_by_time(image_framework, tmp_path):
     assert files(tmp_path, image_framework) == names(image_framework, 1)
 
 
-def test_killed_while_saving_the_earlier_checkpoint_is_used_with_the_same_bits(framework, tmp_path, whole):
-    flags = [*TREES, "--checkpoint-steps", 4] if framework == "xgboost" else [*FLAGS, "--checkpoint-steps", 30]
+SLOW_DISK = """
+from common.checkpoints import Checkpoints
+original = Checkpoints.write
+def write(*arguments):
+    time.sleep(0.3)
+    original(*arguments)
+Checkpoints.write = write
+"""
+
+
+def test_killed_while_saving_the_earlier_checkpoint_is_used_with_the_same_bits(
+    framework, tmp_path, interruptible
+):
+    """What is written is the state at the save, however far the training has come when the disk is slow."""
+    flags = [*INTERRUPTIBLE[framework], "--checkpoint-steps", 4 if framework == "xgboost" else 30]
     kill = "lambda: send(signal.SIGKILL)"
-    folder = tmp_path / "output" / framework / "checkpoints"
+    folder = checkpoint_folder(tmp_path, framework)
 
     def leftovers():
         return [path for path in folder.iterdir() if path.name.endswith(".sagemaker-ignore")]
 
-    written = f'at_call(os, "replace", 3, {kill})'  # the third checkpoint is written, but does not have its name yet
+    # The third checkpoint is written, but does not have its name yet.
+    written = SLOW_DISK + f'at_call(os, "replace", 3, {kill})'
     run_with(written, framework, *flags, cwd=tmp_path, code=-signal.SIGKILL)
     assert len(leftovers()) == 1
     unflushed = f'at_call(os, "fsync", 1, {kill})'
@@ -234,173 +223,190 @@ def test_killed_while_saving_the_earlier_checkpoint_is_used_with_the_same_bits(f
     assert f"Resuming training from {resumed}" in result.output
     assert leftovers() == []
     assert "Cannot read" not in result.output
-    assert_same_bits(tmp_path, whole(framework), framework)
+    assert_same_bits(tmp_path, interruptible(framework), framework)
 
 
-SLOW_DISK = """
-import time
-from common import saving
-original = saving._run
-def write(*arguments):
-    time.sleep(0.3)
-    original(*arguments)
-saving._run = write
-"""
+def test_an_error_while_a_checkpoint_is_written_ends_the_training_at_one_of_the_next_steps(
+    framework, tmp_path
+):
+    flags = ["--epochs", 100000] if framework == "xgboost" else [*INTERRUPTIBLE[framework], "--epochs", 1000]
+    event = 'at_call(os, "fsync", 1, fail)'
+    result = run_with(event, framework, *flags, "--checkpoint-steps", 1, cwd=tmp_path, code=1)
+    assert ": Input/output error. Earlier checkpoints are intact" in result.error_line
 
 
-def test_what_is_written_is_the_state_of_the_save_however_far_the_training_has_come(image_framework, tmp_path, whole):
-    """The training overwrites its state all the time: with another step's weights in it the bits would be others."""
-    flags = [*FLAGS, "--checkpoint-steps", 90]
-    second_is_there = 'at_call(os, "replace", 2, lambda: send(signal.SIGKILL))'
-    run_with(SLOW_DISK + second_is_there, image_framework, *flags, cwd=tmp_path, code=-signal.SIGKILL)
-    result = run(image_framework, *FLAGS, cwd=tmp_path)
-    assert "Resuming training from checkpoint-0-90." in result.output
-    assert_same_bits(tmp_path, whole(image_framework), image_framework)
-
-
-def test_an_error_while_a_checkpoint_is_written_ends_the_training_at_one_of_the_next_steps(framework, tmp_path):
-    flags = ["--epochs", 100000] if framework == "xgboost" else [*FLAGS, "--epochs", 1000]
-    happening = 'def fail(): raise OSError(5, "Input/output error")\nat_call(os, "fsync", 1, fail)'
-    line = run_with(happening, framework, *flags, "--checkpoint-steps", 1, cwd=tmp_path, code=1).error_line
-    assert ": Input/output error. Earlier checkpoints are whole" in line
-
-
-def test_a_write_that_is_cut_anywhere_harms_no_earlier_checkpoint(framework, tmp_path):
-    """A limit of the file size cuts the write at any byte, in whatever library it happens."""
-    run(framework, "--epochs", 1, cwd=tmp_path)
-    earlier = tmp_path / "output" / framework / "checkpoints" / checkpoint_name(framework, 1)
-    content = earlier.read_bytes()
+def test_a_write_that_fails_anywhere_harms_no_earlier_checkpoint(framework, tmp_path, uninterrupted):
+    """A limit of the file size cuts the write at any byte, in any library."""
+    first = checkpoint_folder(uninterrupted(framework), framework) / checkpoint_name(framework, 1)
+    content = first.read_bytes()
+    reasons = {}
     for limit in (1, 30, len(content) // 2, len(content) - 1):
-        command = [
-            sys.executable,
-            "-c",
-            LIMIT_FILE_SIZE,
-            str(limit),
-            str(ROOT / framework / "train.py"),
-            "--epochs",
-            "2",
-        ]
-        finished = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-        assert finished.returncode == 1, finished.stdout + finished.stderr
-        lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, finished.stderr
-        path = f"output/{framework}/checkpoints/{checkpoint_name(framework, 2)}"
-        assert f"cannot write {path}: File too large" in lines[0]
-        assert "Traceback" not in finished.stderr
-        assert files(tmp_path, framework) == names(framework, 1)
-        assert earlier.read_bytes() == content
+        reasons[f"limit_file_size({limit})"] = "File too large"
     for call in ("fsync", "replace"):  # after the write and before the rename
-        happening = f'def fail(): raise OSError(5, "Input/output error")\nat_call(os, "{call}", 1, fail)'
-        line = run_with(happening, framework, "--epochs", 2, cwd=tmp_path, code=1).error_line
-        assert f"cannot write {path}: Input/output error" in line
-        assert files(tmp_path, framework) == names(framework, 1)
-    assert run(framework, "--epochs", 2, cwd=tmp_path).epochs == [2]
+        reasons[f'at_call(os, "{call}", 1, fail)'] = "Input/output error"
+    jobs = []
+    for number, event in enumerate(reasons):
+        folder = copy_checkpoints(uninterrupted(framework), tmp_path / str(number), framework, 1)
+        jobs.append((folder, ["--epochs", 2], event))
+    results = run_many(framework, [*jobs, (jobs[0][0], ["--epochs", 2])], cwd=tmp_path)
+    path = f"output/{framework}/checkpoints/{checkpoint_name(framework, 2)}"
+    for (folder, _, event), result in zip(jobs, results):
+        assert result.code == 1
+        assert f"cannot write {path}: {reasons[event]}" in result.error_line
+        expected = names(framework, 1, 2) if folder is jobs[0][0] else names(framework, 1)
+        assert files(folder, framework) == expected
+        assert (checkpoint_folder(folder, framework) / first.name).read_bytes() == content
+    assert results[-1].epochs == [2]
 
 
-def test_a_full_disk_and_a_read_only_one(framework, tmp_path):
-    run(framework, "--epochs", 1, cwd=tmp_path)
-    folder = tmp_path / "output" / framework / "checkpoints"
-    size = (folder / checkpoint_name(framework, 1)).stat().st_size
+def test_a_full_disk_and_a_read_only_one(framework, tmp_path, uninterrupted):
+    copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
+    first = checkpoint_folder(tmp_path, framework) / checkpoint_name(framework, 1)
     small = tmp_path / "small"
     small.mkdir()
-    options = f"size={size * 7 // 4}"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(small)], capture_output=True)
+    options = f"size={first.stat().st_size * 7 // 4}"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(small)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
     if mounted.returncode != 0:
-        pytest.skip(f"this machine lets nobody mount a small disk here: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"this user may not mount a small disk: {mounted.stderr.strip()}")
+    flags = ["--epochs", 3, "--checkpoint-path", "small"]
+
+    def remounted(options):
+        return (
+            f"import subprocess\nsubprocess.run(['mount', '-o', 'remount,{options}', '{small}'], check=True)"
+        )
+
     try:
-        shutil.copy(folder / checkpoint_name(framework, 1), small)
-        flags = ["--epochs", 3, "--checkpoint-path", "small"]
-        line = run(framework, *flags, cwd=tmp_path, code=1).error_line
-        assert f"cannot write small/{checkpoint_name(framework, 2)}: No space left on device" in line
-        assert os.listdir(small) == names(framework, 1)
-        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        line = run(framework, *flags, cwd=tmp_path, code=1).error_line
-        assert "--checkpoint-path small cannot be written (Read-only file system)" in line
-        subprocess.run(["mount", "-o", "remount,rw,size=100m", str(small)], check=True)
-        assert run(framework, *flags, cwd=tmp_path).epochs == [2, 3]
+        shutil.copy(first, small)
+        jobs = [
+            (tmp_path, flags),
+            (tmp_path, flags, remounted("ro")),
+            (tmp_path, flags, remounted("rw,size=100m")),
+        ]
+        full, read_only, repaired = run_many(framework, jobs, cwd=tmp_path)
+        reason = f"cannot write small/{checkpoint_name(framework, 2)}: No space left on device"
+        assert reason in full.error_line
+        assert "--checkpoint-path small cannot be written (Read-only file system)" in read_only.error_line
+        assert repaired.epochs == [2, 3]
+        assert sorted(os.listdir(small)) == names(framework, 1, 2, 3)
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
-# What a checkpoint knows ----------------------------------------------------------------------------------------------
+# What a checkpoint knows ------------------------------------------------------------------------------------
 
 
-def test_another_number_of_threads_is_told_in_one_line(framework, tmp_path):
-    threads = ["OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"]
-    run(framework, "--epochs", 1, cwd=tmp_path, env=environment(**dict.fromkeys(threads, "2")))
-    result = run(framework, "--epochs", 2, cwd=tmp_path, env=environment(**dict.fromkeys(threads, "1")))
+def test_another_number_of_threads_is_reported_in_one_line(framework, tmp_path, uninterrupted):
+    copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
+    threads = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
+    result = run(framework, "--epochs", 2, cwd=tmp_path, env=environment(**threads))
     warnings = [line for line in result.output.splitlines() if line.startswith("Warning: ")]
-    assert warnings == [
-        "Warning: CPU threads was 2 and is now 1: the result will be equally good but not bit-identical"
-    ]
+    pattern = (
+        r"Warning: CPU threads was \d+ and is now 1: the result will be equally good but not bit-identical"
+    )
+    assert len(warnings) == 1
+    assert re.fullmatch(pattern, warnings[0])
     assert result.epochs == [2]
 
 
-@pytest.mark.parametrize(
-    ("flags", "warned"), [([], False), (["--subsample", 0.5], True), (["--booster", "dart", "--rate-drop", 0.1], True)]
-)
-def test_where_xgboost_cannot_go_on_exactly_one_line_says_so(tmp_path, flags, warned):
-    run("xgboost", "--epochs", 2, *flags, cwd=tmp_path)
-    older = 'import xgboost\nxgboost.__version__ = "3.2.0"'
-    result = run_with(older, "xgboost", "--epochs", 3, *flags, cwd=tmp_path, code=0)
-    assert ("Warning: before XGBoost 3.4 row and column samples" in result.output) is warned
+SAMPLING = [([], False), (["--subsample", 0.5], True), (["--booster", "dart", "--rate-drop", 0.1], True)]
 
 
-def test_harmless_changes_pass_in_silence(framework, tmp_path):
-    run(framework, "--epochs", 1, cwd=tmp_path)
-    flags = ["--keep-checkpoints", 5, "--checkpoint-seconds", 9, "--keep-best", "--device", "cpu", "--num-gpus", 0]
+def test_one_line_says_when_xgboost_cannot_resume_exactly(tmp_path):
+    for number, (flags, warned) in enumerate(SAMPLING):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run("xgboost", "--epochs", 2, *flags, cwd=folder)
+        older = 'import xgboost\nxgboost.__version__ = "3.2.0"'
+        result = run_with(older, "xgboost", "--epochs", 3, *flags, cwd=folder, code=0)
+        assert ("Warning: XGBoost before 3.4 draws other row" in result.output) is warned
+
+
+def test_harmless_changes_pass_in_silence(framework, tmp_path, uninterrupted):
+    copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
+    flags = ["--keep-checkpoints", 5, "--checkpoint-seconds", 9, "--best-metric", "accuracy", "--patience", 3]
+    flags += ["--device", "cpu", "--num-gpus", 0]
     result = run(framework, "--epochs", 2, *flags, cwd=tmp_path)
+    assert "Resuming" in result.output
     assert "Changed" not in result.output
     assert "Warning" not in result.output
 
 
-def test_the_best_model_is_kept_and_exported_also_after_an_interruption(framework, tmp_path):
+# The best epoch ---------------------------------------------------------------------------------------------
+
+
+def test_the_best_epoch_is_kept_and_exported_and_patience_ends_the_training_also_after_a_restart(
+    framework, tmp_path
+):
     """With a learning rate that is far too large, the best epoch is not the last."""
-    bad = ["--eta", 1, "--max-depth", 1] if framework == "xgboost" else ["--learning-rate", 0.6, "--batch-size", 128]
-    bad += ["--keep-checkpoints", 1]
-    for epochs in (3, 8):
-        run(framework, *bad, "--keep-best", "--epochs", epochs, cwd=tmp_path)
-    rows = history(tmp_path, framework)
+    bad = ["--learning-rate", 0.6, "--batch-size", 128]
+    if framework == "xgboost":
+        bad = ["--eta", 1, "--max-depth", 1]
+    flags = [*bad, "--best-metric", "accuracy", "--patience", 3, "--epochs", 60]
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    for folder in (parts, whole):
+        folder.mkdir()
+    name = "finish_round" if framework == "xgboost" else "finish_epoch"
+    event = f'at_call(Run, "{name}", 2, lambda: send(signal.SIGTERM))'
+    run_with(event, framework, *flags, "--keep-checkpoints", 1, cwd=parts, code=143)
+    resumed = run(framework, *flags, "--keep-checkpoints", 1, cwd=parts)
+    rows = history(parts, framework)
     accuracies = [float(row["validation_accuracy"]) for row in rows]
     best = 1 + accuracies.index(max(accuracies))
-    assert metrics(tmp_path, framework)["best_epoch"] == best
-    assert files(tmp_path, framework) == names(framework, *{best, 8})
-    other = tmp_path / "other"
-    other.mkdir()
-    run(framework, *bad, "--epochs", best, cwd=other)
-    assert model_bytes(tmp_path, framework) == model_bytes(other, framework)
-    if best < 8:
-        (tmp_path / "output" / framework / "checkpoints" / checkpoint_name(framework, best)).unlink()
-        if framework != "xgboost":  # whose last checkpoint holds the trees of all rounds
-            line = run(framework, *bad, "--keep-best", "--epochs", 8, cwd=tmp_path, code=1).error_line
-            assert "--keep-best: the best checkpoint, " in line
-            assert f"{checkpoint_name(framework, best)}, cannot be read" in line
+    assert len(rows) == best + 3 < 60
+    stopping = f"Stopping early: no better validation_accuracy since epoch {best} (--patience 3)\n"
+    assert stopping in resumed.output
+    assert metrics(parts, framework)["best_epoch"] == best
+    assert files(parts, framework) == names(framework, best, best + 3)
+
+    jobs = [(whole, flags), (parts, [*flags, "--keep-checkpoints", 1])]
+    unbroken, again = run_many(framework, jobs, cwd=tmp_path)
+    assert stopping in unbroken.output
+    assert again.epochs == []
+    assert stopping in again.output
+    assert_same_bits(parts, whole, framework)
+    only_best = tmp_path / "best"
+    only_best.mkdir()
+    missing = checkpoint_folder(parts, framework) / checkpoint_name(framework, best)
+    missing.unlink()
+    jobs = [(only_best, [*bad, "--epochs", best]), (parts, flags)]
+    reference, without = run_many(framework, jobs, cwd=tmp_path)
+    assert reference.epochs == list(range(1, best + 1))
+    assert model_bytes(whole, framework) == model_bytes(only_best, framework)
+    if framework != "xgboost":  # whose last checkpoint holds the trees of all rounds
+        assert "--best-metric: the best checkpoint, " in without.error_line
+        assert f"{missing.name}, cannot be read" in without.error_line
 
 
-# Hostile and damaged files --------------------------------------------------------------------------------------------
+# Hostile and damaged files ----------------------------------------------------------------------------------
 
 
 class Hostile:
-    """Creates a file where its pickle is loaded."""
+    """Creates a file if its pickle is loaded."""
 
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
 
 
 def hostile_pytorch(path):
-    """Write what `torch.save` writes of an object, but without importing PyTorch into the process of the tests."""
+    """Write what `torch.save` writes of an object, without importing PyTorch here."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"job": {}, "model": Hostile()}, protocol=2))
         archive.writestr("archive/byteorder", "little")
         archive.writestr("archive/version", "3\n")
 
 
+LAMBDA = """
+import os, sys, keras
+from pathlib import Path
+layer = keras.layers.Lambda(lambda x: Path("executed").touch() or x)
+keras.Sequential([keras.Input((1,)), layer]).save(sys.argv[1])
+Path("executed").unlink()  # Keras runs a layer once when it is made
+"""
+
+
 def hostile_tensorflow(path):
-    code = "import sys, keras\nfrom pathlib import Path\n"
-    code += "layer = keras.layers.Lambda(lambda x: Path('executed').touch() or x)\n"
-    code += "keras.Sequential([keras.Input((1,)), layer]).save(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
-    Path("executed").unlink()  # Keras runs a layer once when it is made
+    run_python(LAMBDA, path, cwd=path.parent)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("checkpoint.json", pickle.dumps(Hostile()))
 
@@ -414,69 +420,114 @@ def hostile_xgboost(path):
     path.write_bytes(pickle.dumps(Hostile()) + b"}")
 
 
-def test_a_flipped_bit_in_what_xgboost_says_of_itself_is_damage_too(tmp_path):
-    run("xgboost", "--epochs", 3, cwd=tmp_path)
-    path = tmp_path / "output/xgboost/checkpoints/xgboost-checkpoint.2"
-    content = path.read_bytes()
-    for old, new in ((b'"progress": {', b'"prxgress": {'), (b'"job": {', b'"job"; {'), (b'"epoch": 3', b'"epoch"; 3')):
+def sealed(path):
+    """Write a plain pickle with a right checksum in it."""
+    with open(path, "wb") as file:
+        atomic_io.write_sealed(bytearray(pickle.dumps([Hostile(), atomic_io.UNSEALED])), file)
+
+
+FOREIGN = """
+import sys, torch
+torch.save({"weights": torch.zeros(3)}, sys.argv[1])
+"""
+
+
+def foreign_pytorch(path):
+    """Write a file of PyTorch that is no checkpoint."""
+    run_python(FOREIGN, path, cwd=path.parent)
+
+
+HOSTILE = {
+    "pytorch": [hostile_pytorch, sealed, foreign_pytorch],
+    "tensorflow": [hostile_tensorflow, sealed],
+    "mxnet": [hostile_mxnet, sealed],
+    "xgboost": [hostile_xgboost, sealed],
+}
+
+
+def test_a_hostile_checkpoint_executes_nothing(framework, tmp_path, uninterrupted):
+    """It is renamed if there is an earlier checkpoint; otherwise the training does not begin."""
+    name = checkpoint_name(framework, 7)
+    jobs = []
+    for make in HOSTILE[framework]:
+        beside = copy_checkpoints(uninterrupted(framework), tmp_path / make.__name__, framework, 1)
+        make(checkpoint_folder(beside, framework) / name)
+        alone = tmp_path / f"{make.__name__}-alone"
+        checkpoint_folder(alone, framework).mkdir(parents=True)
+        shutil.copy(checkpoint_folder(beside, framework) / name, checkpoint_folder(alone, framework))
+        jobs += [(beside, ["--epochs", 2]), (alone, ["--epochs", 2])]
+    results = iter(run_many(framework, jobs, cwd=tmp_path))
+    for beside, alone in zip(results, results):
+        assert re.search(
+            rf"^Cannot read {re.escape(name)}, trying the one before", beside.output, re.MULTILINE
+        )
+        assert beside.epochs == [2]
+        assert "none of the checkpoints" in alone.error_line
+    for number, (folder, _) in enumerate(jobs):
+        kept = f"{name}.damaged" if number % 2 == 0 else name
+        assert (checkpoint_folder(folder, framework) / kept).is_file()
+    assert not list(tmp_path.rglob("executed"))
+
+
+def test_a_flipped_bit_in_the_facts_of_xgboost_is_damage_too(tmp_path, uninterrupted):
+    changes = [
+        (b'"progress": {', b'"prxgress": {'),
+        (b'"job": {', b'"job"; {'),
+        (b'"epoch": 3', b'"epoch"; 3'),
+    ]
+    jobs = []
+    for number, (old, new) in enumerate(changes):
+        folder = copy_checkpoints(uninterrupted("xgboost"), tmp_path / str(number), "xgboost", 2, 3)
+        path = checkpoint_folder(folder, "xgboost") / "xgboost-checkpoint.2"
+        content = path.read_bytes()
+        assert old in content
         path.write_bytes(content.replace(old, new))
-        result = run("xgboost", "--epochs", 3, cwd=tmp_path)
+        jobs.append((folder, ["--epochs", 3]))
+    tree = copy_checkpoints(uninterrupted("xgboost"), tmp_path / "tree", "xgboost", 2, 3)
+    path = checkpoint_folder(tree, "xgboost") / "xgboost-checkpoint.2"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    jobs.append((tree, ["--epochs", 3]))
+    for result in run_many("xgboost", jobs, cwd=tmp_path):
         assert "Cannot read xgboost-checkpoint.2, trying the one before" in result.output
         assert result.epochs == [3]
-
-
-def test_keep_best_does_not_go_with_dart(tmp_path):
-    line = run("xgboost", "--booster", "dart", "--keep-best", cwd=tmp_path, code=1).error_line
-    assert "--keep-best: with --booster dart later rounds change earlier trees" in line
-
-
-@pytest.mark.parametrize("sealed", [False, True])
-def test_a_hostile_checkpoint_executes_nothing(framework, tmp_path, monkeypatch, sealed):
-    monkeypatch.chdir(tmp_path)
-    run(framework, "--epochs", 1, cwd=tmp_path)
-    path = tmp_path / "output" / framework / "checkpoints" / checkpoint_name(framework, 7)
-    if sealed:  # a plain pickle with a right checksum in it
-        path.write_bytes(common_files.seal(bytearray(pickle.dumps([Hostile(), common_files.UNSEALED]))))
-    else:
-        globals()[f"hostile_{framework}"](path)
-    result = run(framework, "--epochs", 2, cwd=tmp_path)
-    assert re.search(rf"^Cannot read {re.escape(path.name)}, trying the one before", result.output, re.MULTILINE)
-    assert result.epochs == [2]
-    assert path.with_name(path.name + ".damaged").exists()
-    assert not (tmp_path / "executed").exists()
-    for other in names(framework, 1, 2):
-        path.with_name(other).unlink()
-    path.with_name(path.name + ".damaged").rename(path)
-    assert "none of the checkpoints" in run(framework, "--epochs", 2, cwd=tmp_path, code=1).error_line
-    assert not (tmp_path / "executed").exists()
+    assert "ValueError: its checksum is wrong" in result.output
 
 
 FLIP_BITS = """
 import sys
+from argparse import Namespace
+from pathlib import Path
 import numpy as np
 import torch
-import train
-from common import checkpoints
-from pathlib import Path
+import engine
+from common.checkpoints import Checkpoints
+from common.distributed import Workers
 folder = Path(sys.argv[1])
 weights = torch.arange(1000.0)
-torch.save({"job": {"--model": "cnn"}, "model": {"weight": weights}}, folder / "checkpoint-1.pt")
-content = (folder / "checkpoint-1.pt").read_bytes()
+def save(epoch):
+    content = {"progress": {"epoch": epoch, "step": 0}, "model": {"weight": weights}}
+    path = folder / f"checkpoint-{epoch}.pt"
+    torch.save(content, path)
+    return path.read_bytes()
+save(1)
+content = save(2)
 generator = np.random.default_rng()
+checkpoints = Checkpoints(Namespace(checkpoint_path=folder), engine, Workers())
 for position in generator.integers(0, len(content), 300):
     damaged = bytearray(content)
     damaged[position] ^= 1 << int(generator.integers(0, 8))
     (folder / "checkpoint-2.pt").write_bytes(damaged)
-    path, checkpoint = checkpoints.read_newest_checkpoint(folder, train.CHECKPOINT, train.read_checkpoint)
+    name, checkpoint = checkpoints.read_newest()
     assert torch.equal(checkpoint["model"]["weight"], weights), position
-    print(path.name)
+    print(name)
 """
 
 
 def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path):
-    """PyTorch's file, where a wrong weight would do its harm in silence; the others have checksums of the same kind."""
-    command = [sys.executable, "-c", FLIP_BITS, str(tmp_path)]
-    output = subprocess.check_output(command, cwd=ROOT / "pytorch", env=environment(), text=True)
+    """PyTorch's file, where a wrong weight would do harm in silence; the others have such checksums too."""
+    output = run_python(FLIP_BITS, tmp_path, cwd=ROOT / "pytorch").output
     used = [line for line in output.splitlines() if line.startswith("checkpoint-")]
     assert len(used) == 300
     assert used.count("checkpoint-1.pt") > 100

@@ -1,4 +1,4 @@
-"""The launchers: what they ask SageMaker for, and that what they upload runs; a moto server stands for AWS."""
+"""The launchers: their requests to SageMaker, and the code that they upload; a moto server replaces AWS."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from moto.sagemaker.models import FakeTrainingJob
 from moto.sagemaker.responses import SageMakerResponse
 from moto.server import ThreadedMotoServer
 
-from conftest import FRAMEWORKS, ROOT, Result, environment
+from helpers import FRAMEWORKS, ROOT, Result, environment
 
 sys.path.append(str(ROOT / "launch"))
 import job
@@ -84,7 +84,12 @@ def launch(tmp_path):
         env.update(HOME=str(tmp_path / "home"), PYTHONPATH=str(tmp_path / "start"), CALLED_HOSTS=str(called))
         command = [python(sdk or SDK[launcher]), str(ROOT / "launch" / f"{launcher}.py"), *words]
         finished = subprocess.run(
-            command, cwd=tmp_path / "here", env={**env, **variables}, capture_output=True, text=True, timeout=300
+            command,
+            cwd=tmp_path / "here",
+            env={**env, **variables},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         result = Result(finished, finished.stdout, finished.stderr)
         assert result.code == code, f"exit code {result.code}\n{result.output}\n{result.errors}"
@@ -165,7 +170,7 @@ def dry_run(launch, launcher, what, *flags, code=0, region="us-east-1"):
     return launch(launcher, *flags_of(launcher, what, "--region", region, "--dry-run", *flags), code=code)
 
 
-# What is asked for ----------------------------------------------------------------------------------------------------
+# What is asked for ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("launcher", "what"), ALL)
@@ -174,7 +179,10 @@ def test_a_dry_run_prints_the_request_and_needs_neither_credentials_nor_a_networ
     request = printed_request(dry_run(launch, launcher, what, *flags))
     assert request["EnableManagedSpotTraining"] is True
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 600, "MaxWaitTimeInSeconds": 1200}
-    assert request["CheckpointConfig"] == {"S3Uri": "s3://my-bucket/job-1/", "LocalPath": "/opt/ml/checkpoints"}
+    assert request["CheckpointConfig"] == {
+        "S3Uri": "s3://my-bucket/job-1/",
+        "LocalPath": "/opt/ml/checkpoints",
+    }
     assert request["TrainingJobName"].startswith("my-job")
     assert request["OutputDataConfig"]["S3OutputPath"] == "s3://sagemaker-us-east-1-123456789012/"
     assert request["ResourceConfig"]["InstanceCount"] == 1
@@ -215,6 +223,13 @@ def test_an_image_of_your_own(launch, launcher):
     assert request["AlgorithmSpecification"]["ContainerEntrypoint"][3] == "forward-sigterm"
 
 
+@pytest.mark.parametrize("launcher", OURS)
+def test_weights_to_start_from_are_the_channel_model(launch, launcher):
+    request = printed_request(dry_run(launch, launcher, "pytorch", "--weights", "s3://data/weights/"))
+    channels = {channel["ChannelName"]: channel["DataSource"] for channel in request["InputDataConfig"]}
+    assert channels["model"]["S3DataSource"]["S3Uri"] == "s3://data/weights/"
+
+
 def test_several_machines_share_the_files_of_xgboost(launch):
     request = printed_request(dry_run(launch, "built_in", "xgboost", "--instance-count", "2"))
     sources = [channel["DataSource"]["S3DataSource"] for channel in request["InputDataConfig"]]
@@ -225,16 +240,22 @@ def test_several_machines_share_the_files_of_xgboost(launch):
 @pytest.mark.parametrize("launcher", OURS)
 @pytest.mark.parametrize(
     ("framework", "instance", "torchrun"),
-    [("pytorch", "ml.g5.12xlarge", True), ("pytorch", "ml.m5.xlarge", False), ("mxnet", "ml.g5.xlarge", False)],
+    [
+        ("pytorch", "ml.g5.12xlarge", True),
+        ("pytorch", "ml.m5.xlarge", False),
+        ("mxnet", "ml.g5.xlarge", False),
+    ],
 )
 def test_several_machines_train_together(launch, launcher, framework, instance, torchrun):
-    """With GPUs PyTorch has a process for each, which torchrun starts; otherwise the scripts need no launcher."""
+    """On GPUs torchrun starts a process for each in PyTorch; otherwise the scripts need no launcher."""
     flags = ("--instance-count", "2", "--instance-type", instance)
     request = printed_request(dry_run(launch, launcher, framework, *flags))
     assert request["ResourceConfig"]["InstanceCount"] == 2
     assert request["AlgorithmSpecification"]["ContainerEntrypoint"][3] == "forward-sigterm"
     if launcher == "estimator":
-        assert request["HyperParameters"].get("sagemaker_torch_distributed_enabled") == ("true" if torchrun else None)
+        assert request["HyperParameters"].get("sagemaker_torch_distributed_enabled") == (
+            "true" if torchrun else None
+        )
 
 
 @pytest.mark.parametrize("launcher", OURS)
@@ -242,7 +263,13 @@ def test_several_machines_train_together(launch, launcher, framework, instance, 
 def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, launcher, framework):
     flags = ("--bucket", "my-bucket", "--spot", "--no-wait", *DATA)
     result = launch(
-        launcher, *flags_of(launcher, framework, *flags), "--epochs=1", "--keep_best", "--seed", "7", **aws.variables
+        launcher,
+        *flags_of(launcher, framework, *flags),
+        "--epochs=1",
+        "--resume_anyway",
+        "--seed",
+        "7",
+        **aws.variables,
     )
     assert not [secret for secret in SECRETS.values() if secret in result.output + result.errors]
     request = aws.requests[-1]
@@ -260,11 +287,13 @@ def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, l
     )
     assert specification["ContainerEntrypoint"][3] == "forward-sigterm"
     channels = {
-        channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in request["InputDataConfig"]
+        channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]
+        for channel in request["InputDataConfig"]
     }
     assert (channels["train"], channels["validation"]) == ("s3://data/train/", "s3://data/validation/")
 
-    # What the container does with the request: unpack the source, and call the script with the hyperparameters.
+    # What the container does with the request: unpack the source, and call the script with the
+    # hyperparameters.
     source, values = tmp_path / "source", request["HyperParameters"]
     if launcher == "estimator":
         values = {name: json.loads(value) for name, value in values.items()}
@@ -277,17 +306,21 @@ def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, l
         aws.download(channels["code"], source)
         aws.download(channels["sm_drivers"], tmp_path / "drivers")
         assert (tmp_path / "drivers/sm_train.sh").exists()
-    assert values == {"epochs": "1", "keep-best": "True", "seed": "7"}
+    assert values == {"epochs": "1", "resume-anyway": "True", "seed": "7"}
     assert not (source / "common").is_symlink()
     words = [word for name in values for word in (f"--{name}", values[name])]
     command = [sys.executable, "train.py", *words, "--checkpoint-path", str(tmp_path / "checkpoints")]
-    finished = subprocess.run(command, cwd=source, env=environment(), capture_output=True, text=True, timeout=300)
+    finished = subprocess.run(
+        command, cwd=source, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert finished.returncode == 0, finished.stderr
     assert Result(finished, finished.stdout, finished.stderr).epochs == [1]
     assert len(os.listdir(tmp_path / "checkpoints")) == 1
 
 
-@pytest.mark.parametrize(("instance", "driver"), [("ml.g5.12xlarge", "torchrun_driver"), ("ml.m5.xlarge", "basic_sc")])
+@pytest.mark.parametrize(
+    ("instance", "driver"), [("ml.g5.12xlarge", "torchrun_driver"), ("ml.m5.xlarge", "basic_sc")]
+)
 def test_sdk_v3_is_told_of_torchrun_in_what_it_uploads(launch, aws, tmp_path, instance, driver):
     flags = ("--bucket", "my-bucket", "--no-wait", "--instance-type", instance)
     launch("model_trainer", *flags_of("model_trainer", "pytorch", *flags), **aws.variables)
@@ -305,7 +338,7 @@ def test_a_second_job_goes_on_from_the_checkpoints_of_the_first(launch, aws, lau
     num_requests = len(aws.requests)
 
     result = launch(launcher, *flags, code=1, **aws.variables)
-    assert result.error_line == f"error: --resume-from {address}/: nothing is there"
+    assert result.error_line == f"error: --resume-from {address}/: no objects found at this address"
     assert len(aws.requests) == num_requests
 
     aws.s3.put_object(Bucket=address.split("/")[2], Key="job-1/checkpoints/xgboost-checkpoint.0", Body=b"")
@@ -316,7 +349,9 @@ def test_a_second_job_goes_on_from_the_checkpoints_of_the_first(launch, aws, lau
 
 @pytest.mark.parametrize("launcher", OURS)
 def test_the_savings_are_printed_at_the_end(launch, aws, launcher):
-    result = launch(launcher, *flags_of(launcher, "pytorch", "--bucket", "my-bucket", "--spot"), **aws.variables)
+    result = launch(
+        launcher, *flags_of(launcher, "pytorch", "--bucket", "my-bucket", "--spot"), **aws.variables
+    )
     expected = ["Training seconds: 100", "Billable seconds: 30", "Managed Spot Training savings: 70.0%"]
     assert result.output.rstrip().endswith("\n".join(expected))
 
@@ -328,7 +363,7 @@ def test_a_job_that_never_started_has_no_savings(capsys):
     assert capsys.readouterr().out.splitlines() == ["Training seconds: 50"] * 2 + ["Billable seconds: 50"]
 
 
-# What is refused, before anything is sent -----------------------------------------------------------------------------
+# What is refused, before anything is sent -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -338,14 +373,19 @@ def test_a_job_that_never_started_has_no_savings(capsys):
         (["--max-wait", "599"], "--max-wait is for Spot instances: add --spot"),
         (["--max-run", "0"], "argument --max-run: expected a whole number of at least 1, got '0'"),
         (["--checkpoints", "/opt/ml"], "expected an address such as s3://bucket/folder/, got '/opt/ml'"),
-        (["--checkpoints", "s3://abc/1", "--resume-from", "s3://abc/2"], "not allowed with argument --checkpoints"),
-        (["--role", "SageMaker"], "expected the ARN of a role such as arn:aws:iam::123456789012:role/SageMaker"),
+        (["--checkpoints", "s3://abc/1", "--resume-from", "s3://abc/2"], "not allowed with argument"),
+        (["--role", "SageMaker"], "expected the ARN of a role such as arn:aws:iam::123456789012:role/"),
         (["--job-name", "my_job"], "expected at most 48 letters, digits and hyphens, got 'my_job'"),
-        (["--epochs", "5"], "unrecognized arguments: --epochs 5 (--help lists all flags; those of what trains go"),
+        (["--epochs", "5"], "unrecognized arguments: --epochs 5 (--help lists all flags; those of what"),
         (["--", "--epoch", "5"], "unknown flag --epoch: did you mean --epochs?"),
         (["--", "--epochs", "none"], "argument --epochs: expected a whole number of at least 1, got 'none'"),
         (["--", "5"], "unexpected argument '5': expected --flag value"),
-        (["--", "--checkpoint_path", "here"], "--checkpoint-path cannot stand behind `--`: in the cloud SageMaker"),
+        (["--", "--checkpoint_path", "here"], "--checkpoint-path cannot be passed after `--`: in the cloud"),
+        (
+            ["--", "--weights", "here"],
+            "--weights cannot be passed after `--`: in the cloud SageMaker sets it",
+        ),
+        (["--", "--output=here"], "--output cannot be passed after `--`: in the cloud SageMaker sets it"),
     ],
 )
 def test_a_mistake_is_one_line(monkeypatch, capsys, words, message):
@@ -397,7 +437,9 @@ def test_missing_settings_and_refusals_of_aws_are_one_line(launch, aws, launcher
     assert result.error_line.startswith("error: no AWS region: add --region")
     nobody = {name: value for name, value in aws.variables.items() if name not in SECRETS}
     assert launch(launcher, *words, code=1, **nobody).error_line == "error: Unable to locate credentials"
-    words = flags_of(launcher, "xgboost", "--bucket", "my-bucket", "--no-wait", "--instance-type", "ml.nonsense")
+    words = flags_of(
+        launcher, "xgboost", "--bucket", "my-bucket", "--no-wait", "--instance-type", "ml.nonsense"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SageMakerResponse, "create_training_job", refuse)
         result = launch(launcher, *words, code=1, **aws.variables)
@@ -418,7 +460,7 @@ def test_the_other_sdk_is_one_line_with_the_command_that_installs_the_right_one(
     assert result.error_line.endswith(f"Install it with: pip install {right}")
 
 
-# SIGTERM --------------------------------------------------------------------------------------------------------------
+# SIGTERM ----------------------------------------------------------------------------------------------------
 
 TRAIN = """#!{python}
 import subprocess, sys
@@ -447,7 +489,9 @@ def test_sigterm_reaches_the_script_behind_train(tmp_path, process_1):
         if subprocess.run([*command[:5], "true"], capture_output=True).returncode:
             pytest.skip("this machine does not let its users make PID namespaces")
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
         try:
             assert process.stdout.readline() == "training\n"
             receiver = process.pid

@@ -1,5 +1,6 @@
 """The README tells the truth: its commands run and its table of flags is that of the scripts."""
 
+import argparse
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from common import flags
-from conftest import HAS_MXNET, ROOT, environment
+from helpers import HAS_MXNET, ROOT, environment
 
 README = (ROOT / "README.md").read_text()
 
@@ -24,18 +25,22 @@ def blocks(language):
 def flags_table():
     """Return the README's table of flags, made from the flags themselves."""
     image, trees = (
-        {action.dest: action for action in p._actions} for p in (flags.image_flags("F"), flags.xgboost_flags())
+        {action.dest: action for action in p._actions}
+        for p in (flags.image_flags("F"), flags.xgboost_flags())
     )
     rows = ["| Flag | Default | Scripts | Meaning |", "|---|---|---|---|"]
     for name, action in {**image, **{key: trees[key] for key in trees if key not in image}}.items():
-        if name == "help":
+        if name == "help" or action.help == argparse.SUPPRESS:
             continue
         scripts = "all" if name in image and name in trees else "images" if name in image else "XGBoost"
         defaults = [parser[name].default for parser in (image, trees) if name in parser]
         differs = name in ("epochs", "checkpoint_seconds")
         default = str(defaults[0]) + (f" (XGBoost: {defaults[1]})" if differs else "")
-        default = "" if defaults[0] is None else f"`{default}`".replace("output/F/", "output/<framework>/")
-        default = default.replace("False", "off").replace("True", "on").replace("['", '["').replace("']", '"]')
+        default = "" if defaults[0] is None else f"`{default}`"
+        default = default.replace("output/F", "output/<framework>")
+        default = (
+            default.replace("False", "off").replace("True", "on").replace("['", '["').replace("']", '"]')
+        )
         options = ", ".join(f"`{option}`" for option in action.option_strings)
         if name == "epochs":
             options += ", `--num-round` (XGBoost)"
@@ -53,7 +58,7 @@ def test_the_table_of_flags_is_that_of_the_scripts(monkeypatch):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """Return a copy of the repository whose `.venv` is the environment of this test, with some photos in it."""
+    """Return a copy of the repository with some photos; its `.venv` is the environment of this test."""
     folder = tmp_path_factory.mktemp("clone") / "repository"
     ignored = shutil.ignore_patterns(".git", ".venv*", "output", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
@@ -94,7 +99,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(clone):
     for framework in ("pytorch", "tensorflow", "mxnet", "xgboost"):
         assert (clone / "output" / framework / "data/metrics.json").is_file()
     assert not any(path.is_symlink() for path in (clone / "my-job").rglob("*"))
-    assert (clone / "my-job/checkpoints/checkpoint-1.pt").is_file()
+    assert (clone / "my-job/output/checkpoints/checkpoint-1.pt").is_file()
 
 
 def test_make_train_twice_leaves_nothing_to_train(clone):

@@ -1,40 +1,72 @@
-"""What a run tells: log lines and result files."""
+"""The log lines and the result files of a training."""
 
 import csv
 import json
-from argparse import Namespace
+import re
+import subprocess
+import sys
+
+import pytest
 
 from common import report
-from common.progress import Progress
+from common.train_state import Progress
+from helpers import ROOT, environment
+
+pytestmark = pytest.mark.quick
 
 
-def test_an_epoch_is_one_line_of_keys_and_values(capsys):
-    row = report.log_epoch(6, {"loss": 0.10336, "accuracy": 0.9712}, {"loss": 0.0921, "accuracy": 0.9783}, 1.2, 1692)
-    assert capsys.readouterr().out == (
+def test_an_epoch_is_one_line_of_keys_and_values():
+    progress = Progress(epoch=5, samples=2030, seconds=1.2)
+    row = progress.finish_epoch({"loss": 0.10336, "accuracy": 0.9712}, {"loss": 0.0921, "accuracy": 0.9783})
+    line = report.epoch_line(row)
+    assert line == (
         "epoch=6 train_loss=0.1034 train_accuracy=0.9712 validation_loss=0.0921 validation_accuracy=0.9783 "
-        "seconds=1.20 samples_per_second=1410\n"
+        "seconds=1.20 samples_per_second=1692"
     )
-    assert row["train_loss"] == 0.10336
+    found = {}
+    for definition in report.metric_definitions():
+        match = re.search(definition["Regex"], line)
+        if match:
+            found[definition["Name"]] = match[1]
+    assert found == {
+        "train:loss": "0.1034",
+        "train:accuracy": "0.9712",
+        "validation:loss": "0.0921",
+        "validation:accuracy": "0.9783",
+        "seconds": "1.20",
+        "samples_per_second": "1692",
+    }
 
 
-def test_without_a_terminal_some_steps_are_lines(capsys):
-    progress = Progress(epoch=3, step=7)
-    args = Namespace(log_steps=4)
-    for _ in report.progress_bar(args, progress, 16, range(9)):
-        progress.step += 1
-    assert capsys.readouterr().out == "step=8/16 epoch=4\nstep=12/16 epoch=4\nstep=16/16 epoch=4\n"
-    assert list(report.progress_bar(Namespace(log_steps=0), progress, 16, range(9))) == list(range(9))
-    assert capsys.readouterr().out == ""
+def test_only_the_main_process_logs_and_nothing_stays_changed(capsys):
+    before = report.LOGGER.level, report.LOGGER.propagate, list(report.LOGGER.handlers)
+    for is_main_process, expected in ((True, "a line\n"), (False, "")):
+        stop = report.start_logging(is_main_process)
+        report.log("a line")
+        stop()
+        assert capsys.readouterr().out == expected
+    assert (report.LOGGER.level, report.LOGGER.propagate, list(report.LOGGER.handlers)) == before
+
+
+def test_a_log_line_that_cannot_be_written_ends_nothing():
+    """As in `train.py | head`: neither the line nor the exit of Python fails."""
+    code = "import sys; from common import report; report.start_logging(True)\n"
+    code += "sys.stdin.readline(); report.log('a line'); report.log('another'); sys.exit(7)"
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 7
 
 
 def test_results_with_metrics_that_changed_on_the_way(tmp_path):
     history = [{"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_auc": float("nan")}]
-    progress = Progress(epoch=2, history=history)
-    progress.initial_epoch = 1
-    report.write_results(Namespace(output_data_dir=tmp_path, keep_best=False), progress, class_names=["a", "b"])
+    report.write_results(tmp_path, history, {"epochs": 2, "class_names": ["a", "b"]})
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=None)
-    assert metrics.pop("wall_seconds") >= 0
-    assert metrics == {"epochs": 2, "initial_epoch": 1, "train_auc": None, "class_names": ["a", "b"]}
+    assert metrics == {"epoch": 2, "epochs": 2, "train_auc": None, "class_names": ["a", "b"]}
     with open(tmp_path / "history.csv") as file:
         rows = list(csv.DictReader(file))
     assert rows == [
@@ -44,5 +76,5 @@ def test_results_with_metrics_that_changed_on_the_way(tmp_path):
 
 
 def test_results_without_any_epoch(tmp_path):
-    report.write_results(Namespace(output_data_dir=tmp_path, keep_best=True), Progress(epoch=5))
-    assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 5
+    report.write_results(tmp_path, [], {"epochs": 5})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"epochs": 5}

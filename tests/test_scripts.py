@@ -1,12 +1,10 @@
-"""Each script as its users run it: train, stop, run again, and find everything where it belongs."""
+"""Each script as its users run it: train, stop, run again, and find everything in its place."""
 
-import contextlib
 import fcntl
 import json
 import os
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -14,192 +12,178 @@ import termios
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from conftest import ROOT, checkpoint_name, environment, run, start
-from spot import compare
+from helpers import (
+    EPOCHS,
+    MODEL_FILES,
+    ROOT,
+    TABLE_WRITERS,
+    assert_same_bits,
+    checkpoint_folder,
+    checkpoint_name,
+    copy_checkpoints,
+    copy_script,
+    environment,
+    files,
+    history,
+    metrics,
+    model_bytes,
+    names,
+    read_terminal,
+    run,
+    run_many,
+    run_python,
+    run_with,
+    save_images,
+    start,
+    write_csv,
+)
 
-MODEL_FILES = {
-    "pytorch": "model.pth",
-    "tensorflow": "1/variables/variables.data-00000-of-00001",
-    "mxnet": "model-0000.params",
-    "xgboost": "xgboost-model",
-}
-NUM_EPOCHS = 12
-
-
-def files(folder, framework):
-    return sorted(os.listdir(folder / "output" / framework / "checkpoints"))
-
-
-def names(framework, *epochs):
-    return sorted(checkpoint_name(framework, epoch) for epoch in epochs)
-
-
-def model_bytes(folder, framework):
-    """Return the bits of the exported model, by the names of its files or variables."""
-    model = compare.read_model(folder / "output" / framework / "model")
-    assert len(model) > 10 if framework == "tensorflow" else model
-    return model
-
-
-def history(folder, framework):
-    """Return the rows of history.csv without the columns that hold times."""
-    return compare.read_history(folder / "output" / framework / "data/history.csv")
+# Training and resuming --------------------------------------------------------------------------------------
 
 
-def metrics(folder, framework):
-    return json.loads((folder / "output" / framework / "data/metrics.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory):
-    """Return the folder of a framework's run of twelve epochs that nothing interrupted; each runs once."""
-    folders = {}
-
-    def folder_of(framework):
-        if framework not in folders:
-            folders[framework] = tmp_path_factory.mktemp(f"uninterrupted-{framework}")
-            result = run(framework, "--epochs", NUM_EPOCHS, cwd=folders[framework])
-            assert "Starting training from epoch: 1\n" in result.output
-            assert result.epochs == list(range(1, NUM_EPOCHS + 1))
-        return folders[framework]
-
-    return folder_of
-
-
-# Training and resuming ------------------------------------------------------------------------------------------------
-
-
-def test_the_default_flags_reach_the_promised_accuracy_and_then_nothing_is_left(framework, tmp_path):
+def test_the_default_flags_reach_the_promised_accuracy_and_more_epochs_continue(
+    framework, tmp_path, uninterrupted
+):
     first = run(framework, cwd=tmp_path)
-    num_epochs = 50 if framework == "xgboost" else 5
-    assert first.epochs == list(range(1, num_epochs + 1))
+    epochs = 50 if framework == "xgboost" else 5
+    assert first.epochs == list(range(1, epochs + 1))
     assert first.metric("validation_accuracy") >= (0.95 if framework == "xgboost" else 0.97)
-    assert files(tmp_path, framework) == names(framework, *range(1, num_epochs + 1))
+    assert files(tmp_path, framework) == names(framework, *range(1, epochs + 1))
     assert not re.search("warn", first.errors, re.IGNORECASE) or framework == "tensorflow", first.errors
     model, rows = model_bytes(tmp_path, framework), history(tmp_path, framework)
 
     second = run(framework, cwd=tmp_path)
-    assert f"Resuming training from {checkpoint_name(framework, num_epochs)}\n" in second.output
-    assert f"Nothing left to train: {num_epochs} epochs are finished" in second.output
+    newest = checkpoint_name(framework, epochs)
+    assert f"Resuming training from {newest}\n" in second.output
+    assert f"Nothing left to train: {epochs} epochs are finished" in second.output
     assert second.epochs == []
     assert model_bytes(tmp_path, framework) == model
     assert history(tmp_path, framework) == rows
-    assert metrics(tmp_path, framework)["initial_epoch"] == num_epochs
+    assert metrics(tmp_path, framework)["initial_epoch"] == epochs
 
-
-def test_five_epochs_and_later_ten_leave_ten_files(framework, tmp_path, uninterrupted):
-    run(framework, "--epochs", 5, cwd=tmp_path)
-    assert files(tmp_path, framework) == names(framework, 1, 2, 3, 4, 5)
-    result = run(framework, "--epochs", 10, cwd=tmp_path)
-    assert f"Resuming training from {checkpoint_name(framework, 5)}\nStarting training from epoch: 6\n" in result.output
-    assert result.epochs == [6, 7, 8, 9, 10]
-    assert files(tmp_path, framework) == names(framework, *range(1, 11))
-    assert history(tmp_path, framework) == history(uninterrupted(framework), framework)[:10]
+    third = run(framework, "--epochs", 2 * epochs, cwd=tmp_path)
+    resumed = f"Resuming training from {newest}\nStarting training from epoch: {epochs + 1}\n"
+    assert resumed in third.output
+    assert third.epochs == list(range(epochs + 1, 2 * epochs + 1))
+    assert files(tmp_path, framework) == names(framework, *range(1, 2 * epochs + 1))
+    assert history(tmp_path, framework) == history(uninterrupted(framework), framework)[: 2 * epochs]
     facts = metrics(tmp_path, framework)
-    assert (facts["epochs"], facts["initial_epoch"]) == (10, 5)
-    assert facts["validation_accuracy"] == pytest.approx(result.metric("validation_accuracy"), abs=1e-4)
+    assert (facts["epochs"], facts["initial_epoch"]) == (2 * epochs, epochs)
+    assert facts["validation_accuracy"] == pytest.approx(third.metric("validation_accuracy"), abs=1e-4)
     assert facts["wall_seconds"] > facts["seconds"] > 0
 
 
 def test_twelve_starts_of_one_epoch_are_one_run_of_twelve(framework, tmp_path, uninterrupted):
-    checkpoints = tmp_path / "output" / framework / "checkpoints"
-    for epoch in range(1, NUM_EPOCHS + 1):
-        result = run(framework, "--epochs", epoch, cwd=tmp_path)
-        assert result.epochs == [epoch]
-        assert f"Starting training from epoch: {epoch}\n" in result.output
-        # What SageMaker, an editor or a crash may leave there must not confuse the next start.
-        (checkpoints / (checkpoint_name(framework, epoch) + ".sagemaker-uploaded")).touch()
-        (checkpoints / (checkpoint_name(framework, epoch + 1) + ".sagemaker-uploading")).touch()
-        (checkpoints / (checkpoint_name(framework, epoch + 2) + ".sagemaker-ignore")).write_bytes(b"half a file")
-        (checkpoints / f"{checkpoint_name(framework, 70)}.bak").write_bytes(b"foreign")
-        (checkpoints / f"my-{checkpoint_name(framework, 80)}").write_bytes(b"foreign")
-        (checkpoints / checkpoint_name(framework, 90)).mkdir(exist_ok=True)
-        assert not (checkpoints / (checkpoint_name(framework, epoch + 1) + ".sagemaker-ignore")).exists()
-    there = set(files(tmp_path, framework))
-    assert set(names(framework, *range(1, NUM_EPOCHS + 1))) <= there
-    assert checkpoint_name(framework, NUM_EPOCHS + 1) not in there
-    assert history(tmp_path, framework) == history(uninterrupted(framework), framework)
-    assert model_bytes(tmp_path, framework) == model_bytes(uninterrupted(framework), framework)
+    """Four of them in each process, so that a second `main` in one process has to be right too."""
+    folder = checkpoint_folder(tmp_path, framework)
+    folder.mkdir(parents=True)
+    epochs = 12
+    for first in (1, 5, 9):
+        for epoch in range(first, first + 4):  # what SageMaker, an editor or a crash may leave there
+            later = checkpoint_name(framework, epoch + 1)
+            (folder / (checkpoint_name(framework, epoch - 1) + ".sagemaker-uploaded")).touch()
+            (folder / f"{later}.sagemaker-uploading").touch()
+            (folder / f"{later}.sagemaker-ignore").write_bytes(b"half a file")
+            (folder / f"{checkpoint_name(framework, 70)}.bak").write_bytes(b"foreign")
+            (folder / f"my-{checkpoint_name(framework, 80)}").write_bytes(b"foreign")
+            (folder / checkpoint_name(framework, 90)).mkdir(exist_ok=True)
+        jobs = [(tmp_path, ["--epochs", epoch]) for epoch in range(first, first + 4)]
+        for epoch, result in enumerate(run_many(framework, jobs, cwd=tmp_path), start=first):
+            assert result.epochs == [epoch]
+            assert f"Starting training from epoch: {epoch}\n" in result.output
+        assert not [name for name in os.listdir(folder) if name.endswith(".sagemaker-ignore")]
+    found = set(files(tmp_path, framework))
+    assert set(names(framework, *range(1, epochs + 1))) <= found
+    assert checkpoint_name(framework, epochs + 1) not in found
+    if framework == "xgboost":
+        assert history(tmp_path, framework) == history(uninterrupted(framework), framework)[:epochs]
+    else:
+        assert_same_bits(tmp_path, uninterrupted(framework), framework)
 
 
-def test_a_killed_run_goes_on_where_it_was(framework, tmp_path, uninterrupted):
-    num_epochs, whole = NUM_EPOCHS, None
-    if framework == "xgboost":  # whose rounds take milliseconds: more of them, to be killed before the last
-        num_epochs, whole = 100, tmp_path / "whole"
-        whole.mkdir()
-        run(framework, "--epochs", num_epochs, cwd=whole)
-    whole = whole or uninterrupted(framework)
-    with start(framework, "--epochs", num_epochs, cwd=tmp_path) as process:
+def test_a_killed_run_continues_with_the_same_bits(framework, tmp_path, uninterrupted):
+    epochs = EPOCHS[framework]
+    with start(framework, "--epochs", epochs, cwd=tmp_path) as process:
+        last = 4 if framework == "xgboost" else 3  # which logs a round before it saves it
         for line in process.stdout:
-            if line.startswith("epoch=3 "):
-                process.send_signal(signal.SIGKILL)
+            if line.startswith(f"epoch={last} "):
+                process.kill()
                 break
-    assert process.returncode == -signal.SIGKILL
-    result = run(framework, "--epochs", num_epochs, cwd=tmp_path)
-    assert 3 <= result.epochs[0] < num_epochs
-    assert result.epochs == list(range(result.epochs[0], num_epochs + 1))
-    assert files(tmp_path, framework) == names(framework, *range(1, num_epochs + 1))
-    assert history(tmp_path, framework) == history(whole, framework)
-    assert model_bytes(tmp_path, framework) == model_bytes(whole, framework)
+    assert process.returncode == -9
+    result = run(framework, "--epochs", epochs, cwd=tmp_path)
+    assert 3 <= result.epochs[0] < epochs
+    assert result.epochs == list(range(result.epochs[0], epochs + 1))
+    assert files(tmp_path, framework) == names(framework, *range(1, epochs + 1))
+    assert_same_bits(tmp_path, uninterrupted(framework), framework)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(framework, tmp_path):
-    run(framework, "--epochs", 3, cwd=tmp_path)
-    checkpoints = tmp_path / "output" / framework / "checkpoints"
-    newest = checkpoints / checkpoint_name(framework, 3)
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    (checkpoints / checkpoint_name(framework, 9)).touch()
-    result = run(framework, "--epochs", 3, cwd=tmp_path)
-    empty = f"Cannot read {checkpoint_name(framework, 9)}, trying the one before: ValueError: the file is empty\n"
-    assert empty in result.output
-    assert f"Cannot read {checkpoint_name(framework, 3)}, trying the one before" in result.output
-    assert f"Resuming training from {checkpoint_name(framework, 2)}\n" in result.output
-    assert result.epochs == [3]
-    damaged = {f"{checkpoint_name(framework, epoch)}.damaged" for epoch in (3, 9)}
-    assert set(files(tmp_path, framework)) == {*names(framework, 1, 2, 3), *damaged}
-    assert "Cannot read" not in run(framework, "--epochs", 3, cwd=tmp_path).output
-
-    for path in checkpoints.iterdir():
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(framework, tmp_path, uninterrupted):
+    copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1, 2, 3)
+    damaged = tmp_path / "damaged"
+    copy_checkpoints(uninterrupted(framework), damaged, framework, 1, 2, 3)
+    for path in checkpoint_folder(damaged, framework).iterdir():
         path.write_bytes(b"damaged")
-    line = run(framework, "--epochs", 4, cwd=tmp_path, code=1).error_line
-    assert "none of the checkpoints in" in line
-    assert "--checkpoint-path" in line
-    assert all(path.read_bytes() == b"damaged" for path in checkpoints.iterdir())
+    folder = checkpoint_folder(tmp_path, framework)
+    newest = folder / checkpoint_name(framework, 3)
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    (folder / checkpoint_name(framework, 9)).touch()
+    jobs = [(tmp_path, ["--epochs", 3]), (tmp_path, ["--epochs", 3]), (damaged, ["--epochs", 4])]
+    first, second, third = run_many(framework, jobs, cwd=tmp_path)
+    empty = checkpoint_name(framework, 9)
+    assert f"Cannot read {empty}, trying the one before: ValueError: the file is empty\n" in first.output
+    assert f"Cannot read {newest.name}, trying the one before" in first.output
+    assert f"Resuming training from {checkpoint_name(framework, 2)}\n" in first.output
+    assert first.epochs == [3]
+    kept = {f"{checkpoint_name(framework, epoch)}.damaged" for epoch in (3, 9)}
+    assert set(files(tmp_path, framework)) == {*names(framework, 1, 2, 3), *kept}
+    assert "Cannot read" not in second.output
+    assert second.epochs == []
+    assert "none of the checkpoints in" in third.error_line
+    assert "--checkpoint-path" in third.error_line
+    assert all(path.read_bytes() == b"damaged" for path in checkpoint_folder(damaged, framework).iterdir())
 
 
-def test_only_the_newest_checkpoints_are_kept_where_that_is_asked(framework, tmp_path):
-    run(framework, "--epochs", 4, "--keep-checkpoints", 2, cwd=tmp_path)
-    assert files(tmp_path, framework) == names(framework, 3, 4)
+# Output -----------------------------------------------------------------------------------------------------
 
 
-# Output ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.quick
+def test_one_epoch_trains_and_writes_a_checkpoint_a_model_and_metrics(framework, tmp_path):
+    result = run(framework, "--epochs", 1, "--output", "runs/1", cwd=tmp_path)
+    assert result.epochs == [1]
+    folder = tmp_path / "runs/1"
+    assert os.listdir(folder / "checkpoints") == names(framework, 1)
+    assert (folder / "model" / MODEL_FILES[framework]).is_file()
+    assert sorted(os.listdir(folder / "data")) == ["history.csv", "metrics.json"]
+    assert os.listdir(tmp_path) == ["runs"]
+    if framework == "xgboost":  # SageMaker's container loads each file without a dot as a model
+        assert (folder / "model/.model.json").is_file()
+    else:
+        facts = json.loads((folder / "model/model.json").read_text())
+        assert facts["class_names"] == [str(digit) for digit in range(10)]
 
 
 def test_the_log_line_has_the_same_keys_in_all_scripts(framework, uninterrupted):
-    rows = history(uninterrupted(framework), framework)
-    assert list(rows[0]) == ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
-    assert [int(row["epoch"]) for row in rows] == list(range(1, NUM_EPOCHS + 1))
-    result = run(framework, "--epochs", 1, cwd=uninterrupted(framework), env=environment(PYTHONUNBUFFERED=""))
-    assert result.epochs == []  # nothing left: the files above stay as they are
+    folder = uninterrupted(framework)
+    rows = history(folder, framework)
+    keys = ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
+    assert list(rows[0]) == keys
+    assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS[framework] + 1))
+    lines = [line for line in (folder / "log").read_text().splitlines() if line.startswith("epoch=")]
+    for line in lines:
+        assert re.findall(r"(\w+)=", line) == [*keys, "seconds", "samples_per_second"]
 
 
-def test_a_progress_bar_shows_on_a_terminal_only(image_framework, tmp_path):
-    def read(descriptor):
-        with contextlib.suppress(OSError):  # a terminal whose program has ended
-            while data := os.read(descriptor, 4096):
-                yield data
-
+def test_a_progress_bar_shows_on_a_terminal_only(image_framework, tmp_path, uninterrupted):
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, str(ROOT / image_framework / "train.py"), "--epochs", "1", "--batch-size", "8"]
+    script = str(ROOT / image_framework / "train.py")
+    command = [sys.executable, script, "--epochs", "1", "--batch-size", "8"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=theirs, stderr=theirs):
         os.close(theirs)
-        shown = b"".join(read(ours)).decode()
+        shown = read_terminal(ours)
     assert re.search(r"epoch 1: +\d+%.*/203 ", shown)
-    result = run(image_framework, "--epochs", "2", "--batch-size", "8", cwd=tmp_path)
-    assert "epoch 2:" not in result.output + result.errors
+    assert "epoch 2:" not in (uninterrupted(image_framework) / "log").read_text()
 
 
 PREDICT = {
@@ -207,9 +191,12 @@ PREDICT = {
 import torch
 import train
 args = train.parse_args([])
-model = train.build_model(args, data)
+with Run(args, train.engine) as run:
+    model = train.build_model(args, run.load_data(data))
 model.load_state_dict(torch.load(folder / "model.pth", weights_only=True))
-logits = model.eval()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).detach().numpy()
+mean, std = (np.array(facts[name], np.float32) for name in ("mean", "std"))
+inputs = ((pixels - mean) / std).transpose(0, 3, 1, 2)
+logits = model.eval()(torch.from_numpy(inputs)).detach().numpy()
 """,
     "tensorflow": """
 import tensorflow as tf
@@ -217,173 +204,153 @@ logits = tf.saved_model.load(str(folder / "1")).signatures["serving_default"](tf
 logits = list(logits.values())[0].numpy()
 """,
     "mxnet": """
-import json
-import numpy as np
 np.bool = bool
 import mxnet as mx
 shapes = json.loads((folder / "model-shapes.json").read_text())
 assert shapes == [{"name": "data", "shape": [1, 1, 8, 8]}]
-model = mx.gluon.SymbolBlock.imports(str(folder / "model-symbol.json"), ["data"], str(folder / "model-0000.params"))
+files = folder / "model-symbol.json", folder / "model-0000.params"
+model = mx.gluon.SymbolBlock.imports(str(files[0]), ["data"], str(files[1]))
 logits = model(mx.nd.array(pixels.transpose(0, 3, 1, 2))).asnumpy()
 """,
     "xgboost": """
 import xgboost
 model = xgboost.Booster(model_file=folder / "xgboost-model")
-logits = model.predict(xgboost.DMatrix(data.validation.features))
-labels = data.validation.labels
+logits = model.predict(xgboost.DMatrix(data[1].features))
+labels = data[1].labels
 """,
 }
+LOAD_IMAGES = """
+from common import flags, images
+facts = json.loads((folder / "model.json").read_text())
+data = images.load_images(flags.image_flags("pytorch").parse_args([]))
+pixels, labels = data[1].__getitems__(np.arange(len(data[1])))
+"""
+LOAD_TABLES = """
+from common import flags, tables
+data = tables.load_tables(flags.xgboost_flags().parse_args([]))
+"""
 
 
-def test_the_exported_model_has_the_logged_accuracy_in_a_fresh_process(framework, uninterrupted):
-    folder = uninterrupted(framework) / "output" / framework
-    load = "from common import flags, images; data = images.load_images(flags.image_flags('pytorch').parse_args([]))"
-    load += "\npixels, labels = data.validation_images[:], data.validation_labels"
-    if framework == "xgboost":
-        load = "from common import flags, tables; data = tables.load_tables(flags.xgboost_flags().parse_args([]))"
-    code = f"from pathlib import Path\nfolder = Path({str(folder / 'model')!r})\n{load}\n{PREDICT[framework]}\n"
+def test_the_exported_model_has_the_logged_accuracy_in_a_fresh_process(framework, tmp_path, uninterrupted):
+    """The statistics of the images are in model.json if the model itself does not contain them."""
+    folder = uninterrupted(framework) / "output" / framework / "model"
+    code = f"import json, sys\nfrom pathlib import Path\nimport numpy as np\nfolder = Path({str(folder)!r})\n"
+    code += f"sys.path.insert(0, {str(ROOT / framework)!r})\nfrom common.run import Run\n"
+    code += LOAD_TABLES if framework == "xgboost" else LOAD_IMAGES
+    code += PREDICT[framework]
     code += "print((logits.argmax(1) == labels).mean())"
-    output = subprocess.check_output(
-        [sys.executable, "-c", code], cwd=ROOT / framework, env=environment(), text=True, stderr=subprocess.DEVNULL
+    accuracy = float(run_python(code, cwd=tmp_path).last_line)
+    assert accuracy == pytest.approx(
+        metrics(uninterrupted(framework), framework)["validation_accuracy"], abs=1e-6
     )
-    logged = metrics(uninterrupted(framework), framework)["validation_accuracy"]
-    assert float(output.splitlines()[-1]) == pytest.approx(logged, abs=1e-6)
 
 
-# Data -----------------------------------------------------------------------------------------------------------------
+# Data -------------------------------------------------------------------------------------------------------
 
 
-def save_images(folder, pixels, labels):
-    """Write one folder per class with PNG and JPEG files of 16 x 16 pixels."""
-    for index, (image, label) in enumerate(zip(pixels, labels)):
-        path = folder / f"digit-{label}" / f"{index}.{'png' if index % 2 else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).resize((16, 16)).save(path)
+def save_folders(folder, pixels, labels):
+    save_images(folder, pixels, labels, suffixes=(".jpg", ".png"), size=16)
 
 
 def save_npz(folder, pixels, labels):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     np.savez(folder / "digits.npz", x=pixels / 255, y=labels)
 
 
 def save_npy(folder, pixels, labels):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     stem = "eval" if folder.name == "validation" else "train"
     np.save(folder / f"{stem}_data.npy", pixels[..., np.newaxis].repeat(3, axis=3))
     np.save(folder / f"{stem}_labels.npy", labels)
 
 
-@pytest.mark.parametrize("save", [save_images, save_npz, save_npy])
-def test_images_in_every_form(image_framework, tmp_path, digits, save):
+def test_images_in_every_form(image_framework, tmp_path, digits):
     pixels, labels = digits
-    save(tmp_path / "train", pixels[:200], labels[:200])
-    save(tmp_path / "validation", pixels[200:], labels[200:])
-    flags = ["--train", "train", "--validation", "validation", "--batch-size", 16, "--epochs", 6]
-    result = run(image_framework, *flags, cwd=tmp_path)
-    assert "200 training and 100 validation images" in result.output
-    assert result.metric("validation_accuracy") > 0.7
+    jobs = []
+    for save in (save_folders, save_npz, save_npy):
+        folder = tmp_path / save.__name__
+        save(folder / "train", pixels[:200], labels[:200])
+        save(folder / "validation", pixels[200:], labels[200:])
+        flags = ["--train", "train", "--validation", "validation", "--batch-size", 16, "--epochs", 6]
+        jobs.append((folder, flags))
+    for result in run_many(image_framework, jobs, cwd=tmp_path):
+        assert "200 training and 100 validation images" in result.output
+        assert result.metric("validation_accuracy") > 0.7
 
 
-@pytest.mark.parametrize("suffix", ["csv", "libsvm", "parquet"])
-def test_tables_in_every_form(tmp_path, suffix):
-    from test_tables import WRITERS
-
+def test_tables_in_every_form_and_labels_that_are_not_classes(tmp_path):
     generator = np.random.default_rng(0)
     features = generator.normal(size=(1000, 5))
     rows = np.column_stack([(features[:, 0] * features[:, 1] > 0), features]).astype(np.float32)
-    for index, part in enumerate(np.array_split(rows, 4)):
-        WRITERS[suffix](tmp_path / ("validation" if index == 3 else "train") / f"part-{index}.{suffix}", part)
-    result = run("xgboost", "--train", "train", "--validation", "validation", cwd=tmp_path)
-    assert "objective=binary:logistic eval_metric=['logloss', 'error']" in result.output
-    assert result.metric("validation_accuracy") > 0.85
-
-
-def test_labels_that_are_not_classes_make_a_regression(tmp_path):
-    from test_tables import write_csv
-
-    features = np.random.default_rng(0).normal(size=(500, 3))
-    write_csv(tmp_path / "train/data.csv", np.column_stack([features.sum(1), features]))
-    result = run("xgboost", "--train", "train", "--num-round", 20, cwd=tmp_path)
+    jobs = []
+    for suffix in ("csv", "libsvm", "parquet"):
+        folder = tmp_path / suffix
+        for index, part in enumerate(np.array_split(rows, 4)):
+            channel = "validation" if index == 3 else "train"
+            TABLE_WRITERS[suffix](folder / channel / f"part-{index}.{suffix}", part)
+        jobs.append((folder, ["--train", "train", "--validation", "validation"]))
+    regression = tmp_path / "regression"
+    write_csv(regression / "train/data.csv", np.column_stack([features[:, :3].sum(1), features[:, :3]]))
+    jobs.append((regression, ["--train", "train", "--num-round", 20]))
+    *classifications, result = run_many("xgboost", jobs, cwd=tmp_path)
+    for classification in classifications:
+        assert "objective=binary:logistic eval_metric=['logloss', 'error']" in classification.output
+        assert classification.metric("validation_accuracy") > 0.85
     assert "objective=reg:squarederror eval_metric=['rmse']" in result.output
-    assert list(history(tmp_path, "xgboost")[0]) == ["epoch", "train_rmse", "validation_rmse"]
+    assert list(history(regression, "xgboost")[0]) == ["epoch", "train_rmse", "validation_rmse"]
     assert result.metric("validation_rmse") < 0.6
 
 
 SAMPLING = ["--subsample", 0.7, "--colsample-bytree", 0.5, "--colsample-bynode", 0.7, "--nthread", 2]
+DART = ["--booster", "dart", "--rate-drop", 0.3]
 
 
-@pytest.mark.parametrize("flags", [SAMPLING, ["--booster", "dart", "--rate-drop", 0.3], ["--tree-method", "approx"]])
+@pytest.mark.parametrize("flags", [SAMPLING, DART, ["--tree-method", "approx"]])
 def test_xgboost_resumes_exactly_also_with_sampling_and_dart(tmp_path, flags):
     import xgboost
 
     if tuple(map(int, xgboost.__version__.split(".")[:2])) < (3, 4) and flags[0] != "--tree-method":
         pytest.skip("before XGBoost 3.4 row and column samples do not depend on the round alone")
-    for name, epochs in (("whole", [10]), ("parts", [3, 7, 10])):
+    for name, epochs in (("whole", [10]), ("parts", [4, 10])):
         (tmp_path / name).mkdir()
         for number in epochs:
             run("xgboost", "--num-round", number, *flags, cwd=tmp_path / name)
-    assert model_bytes(tmp_path / "whole", "xgboost") == model_bytes(tmp_path / "parts", "xgboost")
-    assert history(tmp_path / "whole", "xgboost") == history(tmp_path / "parts", "xgboost")
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts", "xgboost")
 
 
-def test_xgboost_goes_on_from_a_checkpoint_of_the_sagemaker_container(tmp_path):
-    """The container saves plain boosters, without our history in them."""
-    code = """
+CONTAINER = """
 import sys
-sys.path.insert(0, ".")
 import xgboost
-import train
-args = train.parse_args([])
-data = train.load_data(args)
-rows = xgboost.DMatrix(*data.train)
-booster = xgboost.train({"objective": "multi:softprob", "num_class": 10}, rows, 3)
-booster.save_model(sys.argv[1])
+from common import flags, tables
+args = flags.xgboost_flags().parse_args([])
+table = tables.load_tables(args)[0]
+rows = xgboost.DMatrix(table.features, table.labels)
+path, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+booster = xgboost.Booster(model_file=f"{path}.{first - 1}") if first else None
+params = {"objective": "multi:softprob", "num_class": 10}
+booster = xgboost.train(params, rows, last - first, xgb_model=booster)
+assert bool(booster.attr("checkpoint")) == bool(first)
+open(f"{path}.{last - 1}", "wb").write(booster.save_raw("ubj"))
 """
-    folder = tmp_path / "output/xgboost/checkpoints"
+
+
+def test_xgboost_continues_where_another_program_has_saved(tmp_path):
+    """SageMaker's container saves plain boosters; others copy our attribute with its checksum."""
+    folder = checkpoint_folder(tmp_path, "xgboost")
     folder.mkdir(parents=True)
-    command = [sys.executable, "-c", code, str(folder / "xgboost-checkpoint.2")]
-    subprocess.run(command, cwd=ROOT / "xgboost", check=True, capture_output=True)
+    stem = folder / "xgboost-checkpoint"
+    run_python(CONTAINER, stem, 0, 3, cwd=ROOT / "xgboost")
     result = run("xgboost", "--num-round", 5, cwd=tmp_path)
     assert "Resuming training from xgboost-checkpoint.2\nStarting training from epoch: 4\n" in result.output
     assert result.epochs == [4, 5]
     assert [row["epoch"] for row in history(tmp_path, "xgboost")] == ["4", "5"]
+    run_python(CONTAINER, stem, 5, 7, cwd=ROOT / "xgboost")
+    result = run("xgboost", "--num-round", 8, cwd=tmp_path)
+    assert "Resuming training from xgboost-checkpoint.6\n" in result.output
+    assert result.epochs == [8]
 
 
-def test_xgboost_goes_on_where_another_program_went_on_from_its_checkpoint(tmp_path):
-    """That program copies our attribute, with a checksum that was true of our file only."""
-    run("xgboost", "--num-round", 3, cwd=tmp_path)
-    code = """
-import sys
-sys.path.insert(0, ".")
-import xgboost
-import train
-args = train.parse_args([])
-data = train.load_data(args)
-booster = xgboost.Booster(model_file=bytearray(open(sys.argv[1] + ".2", "rb").read()))
-rows = xgboost.DMatrix(*data.train)
-booster = xgboost.train({"objective": "multi:softprob", "num_class": 10}, rows, 2, xgb_model=booster)
-assert booster.attr("checkpoint")
-open(sys.argv[1] + ".4", "wb").write(booster.save_raw("ubj"))
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "output/xgboost/checkpoints/xgboost-checkpoint")]
-    subprocess.run(command, cwd=ROOT / "xgboost", check=True, capture_output=True)
-    result = run("xgboost", "--num-round", 6, cwd=tmp_path)
-    assert "Resuming training from xgboost-checkpoint.4\n" in result.output
-    assert result.epochs == [6]
-
-
-def test_a_damaged_checkpoint_of_xgboost_is_found_before_xgboost_reads_it(tmp_path):
-    run("xgboost", "--num-round", 2, cwd=tmp_path)
-    path = tmp_path / "output/xgboost/checkpoints/xgboost-checkpoint.1"
-    content = bytearray(path.read_bytes())
-    content[-1000] ^= 1
-    path.write_bytes(content)
-    result = run("xgboost", "--num-round", 2, cwd=tmp_path)
-    assert "Cannot read xgboost-checkpoint.1, trying the one before: ValueError: its checksum is wrong" in result.output
-    assert result.epochs == [2]
-
-
-# Models and precision -------------------------------------------------------------------------------------------------
+# Models, precision and weights ------------------------------------------------------------------------------
 
 ZOO = {"pytorch": "resnet18", "tensorflow": "MobileNetV2", "mxnet": "resnet18_v1"}
 
@@ -391,43 +358,65 @@ ZOO = {"pytorch": "resnet18", "tensorflow": "MobileNetV2", "mxnet": "resnet18_v1
 def test_a_model_of_the_zoo_trains_and_resumes(image_framework, tmp_path, digits):
     np.savez(tmp_path / "digits.npz", x=digits[0][:65], y=digits[1][:65])
     flags = ["--train", ".", "--model", ZOO[image_framework], "--image-size", 32, "--batch-size", 32]
-    run(image_framework, *flags, "--epochs", 1, cwd=tmp_path)
-    assert run(image_framework, *flags, "--epochs", 2, cwd=tmp_path).epochs == [2]
+    jobs = [(tmp_path, [*flags, "--epochs", 1]), (tmp_path, [*flags, "--epochs", 2])]
+    first, second = run_many(image_framework, jobs, cwd=tmp_path)
+    assert (first.epochs, second.epochs) == ([1], [2])
 
 
 def test_a_compiled_network_trains_and_resumes(image_framework, tmp_path):
-    flags = ["--compile", "--no-deterministic"] if image_framework == "tensorflow" else ["--compile"]
+    flags = ["--compile"]
+    if image_framework == "tensorflow":
+        flags = ["--compile", "--no-deterministic"]
     made = tmp_path / "compiled"
-    env = environment(TORCHINDUCTOR_CACHE_DIR=str(made), XLA_FLAGS=f"--xla_dump_to={made} --xla_dump_hlo_as_text")
-    for name, epochs in (("whole", [2]), ("parts", [1, 2])):
-        folder = tmp_path / name
+    xla = f"--xla_dump_to={made} --xla_dump_hlo_as_text"
+    env = environment(TORCHINDUCTOR_CACHE_DIR=str(made), XLA_FLAGS=xla)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
         folder.mkdir()
-        for epoch in epochs:
-            result = run(image_framework, "--epochs", epoch, *flags, cwd=folder, env=env)
+    jobs = [(whole, [*flags, "--epochs", 2]), (parts, [*flags, "--epochs", 1])]
+    if image_framework == "tensorflow":
+        jobs.append((tmp_path, ["--compile"]))
+    unbroken, _, *mistakes = run_many(image_framework, jobs, cwd=tmp_path, env=env)
+    result = run(image_framework, "--epochs", 2, *flags, cwd=parts, env=env)
     assert result.epochs == [2]
     assert result.metric("validation_accuracy") > 0.9
+    assert unbroken.metric("validation_accuracy") > 0.9
     if image_framework == "tensorflow":
-        line = run(image_framework, "--compile", cwd=tmp_path, code=1).error_line
-        assert "add --no-deterministic" in line
+        assert "add --no-deterministic" in mistakes[0].error_line
     else:
-        assert model_bytes(tmp_path / "whole", image_framework) == model_bytes(tmp_path / "parts", image_framework)
+        assert model_bytes(whole, image_framework) == model_bytes(parts, image_framework)
     if image_framework != "mxnet":  # which always compiles, and in memory
         assert any(path.is_file() for path in made.rglob("*"))
 
 
-def test_bf16_trains_and_resumes_exactly(image_framework, tmp_path):
+def test_bf16_adamw_warm_up_and_cosine_resume_exactly(image_framework, tmp_path):
     # Some virtual machines announce AMX, which oneDNN then uses for bf16, but stop a process that does.
     env = environment(ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
-    for name, epochs in (("whole", [2]), ("parts", [1, 2])):
-        (tmp_path / name).mkdir()
-        for number in epochs:
-            flags = ["--precision", "bf16", "--augment", "--epochs", number]
-            result = run(image_framework, *flags, cwd=tmp_path / name, env=env)
+    flags = [
+        "--precision",
+        "bf16",
+        "--optimizer",
+        "adamw",
+        "--learning-rate",
+        0.005,
+        "--augment",
+        "--epochs",
+        2,
+    ]
+    flags += ["--schedule", "cosine", "--warmup-epochs", 0.5]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    run(image_framework, *flags, cwd=whole, env=env)
+    event = 'at_call(Run, "finish_step", 9, lambda: send(signal.SIGTERM))'
+    run_with(event, image_framework, *flags, cwd=parts, env=env, code=143)
+    result = run(image_framework, *flags, cwd=parts, env=env)
+    assert "Starting training from epoch: 1, step: 10\n" in result.output
     assert result.metric("validation_accuracy") > 0.6
-    assert model_bytes(tmp_path / "whole", image_framework) == model_bytes(tmp_path / "parts", image_framework)
+    assert_same_bits(whole, parts, image_framework)
 
 
-# Mistakes -------------------------------------------------------------------------------------------------------------
+# Mistakes ---------------------------------------------------------------------------------------------------
 
 
 def one_class(folder, digits):
@@ -436,43 +425,52 @@ def one_class(folder, digits):
 
 def broken_image(folder, digits):
     save_images(folder, *digits)
-    (folder / "digit-3/broken.jpg").write_bytes(b"not a photo")
+    (folder / "class-3/broken.jpg").write_bytes(b"not a photo")
 
 
 def wrong_lengths(folder, digits):
     np.savez(folder / "digits.npz", x=digits[0], y=digits[1][:-1])
 
 
-def float_labels(folder, digits):
-    np.savez(folder / "digits.npz", x=digits[0], y=digits[1] + 0.5)
-
-
 def empty_folder(folder, digits):
     pass
 
 
-def no_class_folders(folder, digits):
-    (folder / "photo.jpg").write_bytes(b"")
-
-
 IMAGE_MISTAKES = {
-    one_class: "one class only (digit-0)",
-    broken_image: "digit-3/broken.jpg",
+    one_class: "one class only (class-0)",
+    broken_image: "class-3/broken.jpg",
     wrong_lengths: "holds 300 images, but the labels have shape (299,)",
-    float_labels: "labels that are not integers",
     empty_folder: "holds nothing: expected one folder per class",
-    no_class_folders: "holds photo.jpg: expected one folder per class",
 }
+TOO_SMALL = {"pytorch": "vgg11", "tensorflow": "VGG16", "mxnet": "vgg11"}
+MISTAKES = [  # of all scripts
+    (["--train", "nowhere"], ["--train nowhere is not a folder"]),
+    (["--device", "cuda"], ["--device cuda: "]),
+    (["--checkpoint-path", "file/c"], ["--checkpoint-path file/c cannot be written"]),
+    (["--model-dir", "file/model"], ["--model-dir file/model cannot be written"]),
+    (["--best-metric", "mine"], ["--best-metric mine: ", "--best-metric mine:max or mine:min"]),
+]
 
 
-@pytest.mark.parametrize("make", IMAGE_MISTAKES)
-def test_mistakes_in_the_images(image_framework, tmp_path, digits, make):
-    (tmp_path / "data").mkdir()
-    make(tmp_path / "data", digits)
-    line = run(image_framework, "--train", "data", cwd=tmp_path, code=1).error_line
-    assert "data" in line
-    assert IMAGE_MISTAKES[make] in line
-    assert files(tmp_path, image_framework) == []
+def test_image_scripts_say_in_one_line_what_cannot_work_before_training(image_framework, tmp_path, digits):
+    zoo, small = ZOO[image_framework], TOO_SMALL[image_framework]
+    mistakes = [
+        *MISTAKES,
+        (["--model", f"{zoo}x"], [f"--model {zoo}x is unknown: ", "nearest are ", f" {zoo}"]),
+        (
+            ["--model", small, "--image-size", 4],
+            [f"--model {small} cannot take images of 4x4x1", "--image-size"],
+        ),
+        (["--weights", "nowhere"], ["--weights nowhere"]),
+    ]
+    if image_framework != "pytorch":
+        mistakes.append((["--precision", "fp16"], ["--precision fp16", "bf16 or fp32"]))
+    for make, part in IMAGE_MISTAKES.items():
+        folder = tmp_path / make.__name__
+        folder.mkdir()
+        make(folder, digits)
+        mistakes.append((["--train", folder], [make.__name__, part]))
+    expect_mistakes(image_framework, mistakes, tmp_path)
 
 
 TABLE_MISTAKES = {
@@ -480,193 +478,127 @@ TABLE_MISTAKES = {
     "1,2\n1,3\n1,4\n": "one label only (1)",
     "label,x\n1,2\n": "a.csv",
 }
+XGBOOST_MISTAKES = [
+    (["--objective", "nope"], ["--objective nope", "Unknown objective function"]),
+    (["--objective", "binary:logistic"], ["binary:logistic expects the labels 0 to 1", "10 from 0 to 9"]),
+    (["--num-class", "5"], ["multi:softprob expects the labels 0 to 4"]),
+    (["--objective", "rank:ndcg"], ["--objective rank:ndcg needs query groups"]),
+    (["--eval-metric", "nope"], ["--eval-metric nope"]),
+    (["--booster", "dart", "--best-metric", "accuracy"], ["--best-metric", "--booster dart"]),
+]
 
 
-@pytest.mark.parametrize("text", TABLE_MISTAKES)
-def test_mistakes_in_the_tables(tmp_path, text):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/a.csv").write_text(text)
-    assert TABLE_MISTAKES[text] in run("xgboost", "--train", "data", cwd=tmp_path, code=1).error_line
+def test_xgboost_says_in_one_line_what_cannot_work_before_training(tmp_path):
+    mistakes = [*MISTAKES, *XGBOOST_MISTAKES]
+    for number, (text, part) in enumerate(TABLE_MISTAKES.items()):
+        path = tmp_path / f"table-{number}/a.csv"
+        path.parent.mkdir()
+        path.write_text(text)
+        mistakes.append((["--train", path.parent], [part]))
+    expect_mistakes("xgboost", mistakes, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("flags", "part"),
-    [
-        (["--train", "nowhere"], "--train nowhere is not a folder"),
-        (["--device", "cuda"], "--device cuda: "),
-        (["--checkpoint-path", "file/checkpoints"], "--checkpoint-path file/checkpoints cannot be written"),
-        (["--model-dir", "file/model"], "--model-dir file/model cannot be written"),
-    ],
-)
-def test_what_cannot_work_is_said_before_training(framework, tmp_path, flags, part):
-    (tmp_path / "file").touch()
-    result = run(framework, *flags, cwd=tmp_path, code=1, env=environment(CUDA_VISIBLE_DEVICES=""))
-    assert part in result.error_line
-    assert result.epochs == []
+def expect_mistakes(framework, mistakes, folder):
+    """Run a script with each of the flags; fail if it trains, or if its error lacks one of the parts."""
+    (folder / "file").touch()
+    jobs = [(folder, flags) for flags, _ in mistakes]
+    env = environment(CUDA_VISIBLE_DEVICES="")
+    for (flags, parts), result in zip(mistakes, run_many(framework, jobs, cwd=folder, env=env)):
+        assert result.code == 1, flags
+        assert all(part in result.error_line for part in parts), (flags, result.error_line)
+        assert "/src/" not in result.error_line
+        assert result.epochs == []
+    assert not list(folder.rglob("*.json"))
 
 
-@pytest.mark.parametrize("framework", ["tensorflow", "mxnet"])
-def test_fp16_needs_a_gpu_where_the_framework_cannot_compute_it_elsewhere(framework, tmp_path):
-    line = run(framework, "--precision", "fp16", "--device", "cpu", cwd=tmp_path, code=1).error_line
-    assert "--precision fp16" in line
-    assert "bf16 or fp32" in line
-
-
-@pytest.mark.parametrize(
-    ("flags", "part"), [(["--epochs", 0], "--epochs"), (["--epohcs", 5], "did you mean --epochs?"), (["x"], "'x'")]
-)
-def test_usage_errors_exit_with_2(framework, tmp_path, flags, part):
-    assert part in run(framework, *flags, cwd=tmp_path, code=2).error_line
+@pytest.mark.quick
+def test_usage_errors_exit_with_2(framework, tmp_path):
+    mistakes = [(["--epochs", 0], "--epochs"), (["--epohcs", 5], "did you mean --epochs?"), (["x"], "'x'")]
+    for flags, part in mistakes:
+        assert part in run(framework, *flags, cwd=tmp_path, code=2).error_line
     assert os.listdir(tmp_path) == []
 
 
-def test_an_unknown_model_is_told_with_the_nearest_names(image_framework, tmp_path):
-    line = run(image_framework, "--model", ZOO[image_framework] + "x", cwd=tmp_path, code=1).error_line
-    assert f"--model {ZOO[image_framework]}x is unknown" in line
-    assert ZOO[image_framework] in line.split("nearest are")[1]
-
-
-def test_images_too_small_for_the_model(image_framework, tmp_path):
-    model = {"pytorch": "vgg11", "tensorflow": "VGG16", "mxnet": "vgg11"}[image_framework]
-    line = run(image_framework, "--model", model, "--image-size", 4, cwd=tmp_path, code=1).error_line
-    assert f"--model {model} cannot take images of 4x4x1" in line
-    assert "--image-size" in line
-
-
-def test_a_checkpoint_of_another_model_or_other_classes_is_refused(image_framework, tmp_path, digits):
-    np.savez(tmp_path / "digits.npz", x=digits[0], y=digits[1])
-    run(image_framework, "--train", ".", "--epochs", 1, cwd=tmp_path)
-    line = run(
-        image_framework,
-        "--train",
-        ".",
-        "--model",
-        ZOO[image_framework],
-        "--image-size",
-        32,
-        "--epochs",
-        2,
-        cwd=tmp_path,
-        code=1,
-    ).error_line
-    assert f"--model was cnn and is now {ZOO[image_framework]}" in line
-    np.savez(tmp_path / "digits.npz", x=digits[0], y=digits[1] % 3)
-    line = run(image_framework, "--train", ".", "--epochs", 2, cwd=tmp_path, code=1).error_line
-    assert "number of classes was 10 and is now 3" in line
-    assert files(tmp_path, image_framework) == names(image_framework, 1)
-
-
-def test_a_checkpoint_of_other_classes_is_refused_by_xgboost(tmp_path):
+def test_another_job_is_refused_and_its_model_is_not_overwritten(framework, tmp_path):
     for name, modulus in (("ten", 10), ("three", 3)):
         (tmp_path / name).mkdir()
-        rows = "\n".join(f"{index % modulus},{index}" for index in range(100))
-        (tmp_path / name / "data.csv").write_text(rows)
-    run("xgboost", "--train", "ten", "--epochs", 1, cwd=tmp_path)
-    line = run("xgboost", "--train", "three", "--epochs", 2, cwd=tmp_path, code=1).error_line
-    assert "number of classes was 10 and is now 3" in line
+        if framework == "xgboost":
+            rows = np.column_stack([np.arange(100) % modulus, np.arange(100)])
+            write_csv(tmp_path / name / "data.csv", rows)
+        else:
+            images = np.random.default_rng(0).integers(0, 256, (100, 8, 8)).astype(np.uint8)
+            np.savez(tmp_path / name / "data.npz", x=images, y=np.arange(100) % modulus)
+    rate = ["--eta" if framework == "xgboost" else "--learning-rate", 0.02]
+    again = ["--epochs", 2, "--train", "ten", "--seed", 7]
+    kind = ["--booster", "dart"] if framework == "xgboost" else ["--batch-size", 32]
+    jobs = [
+        ["--train", "ten", "--epochs", 1],
+        ["--train", "three", "--epochs", 2],
+        ["--train", "ten", "--epochs", 2, *kind],
+        ["--train", "ten", "--epochs", 2, "--checkpoint-path", "other"],
+        again,
+        [*again, "--resume-anyway", *rate],
+    ]
+    results = run_many(framework, [(tmp_path, flags) for flags in jobs], cwd=tmp_path)
+    first, classes, other_kind, model, seed, resumed = results
+    assert first.epochs == [1]
+    digits = [str(digit) for digit in range(10)]
+    changed = f"classes was {digits} and is now {digits[:3]}"
+    if framework == "xgboost":
+        changed = "number of classes was 10 and is now 3"
+    assert changed in classes.error_line
+    assert "--output" in classes.error_line
+    default = "gbtree" if framework == "xgboost" else 64
+    assert f"{kind[0]} was {default} and is now {kind[1]}" in other_kind.error_line
+    expected = f"--model-dir output/{framework}/model contains the model of another job: "
+    assert expected + "the folder of checkpoints was" in model.error_line
+    assert "--output" in model.error_line
+    assert os.listdir(tmp_path / "other") == []
+    assert "--seed was 42 and is now 7" in seed.error_line
+    assert "--resume-anyway" in seed.error_line
+    changed = f"Changed since {checkpoint_name(framework, 1)}: --seed was 42 and is now 7; {rate[0]} was"
+    assert changed in resumed.output
+    assert resumed.epochs == [2]
 
 
-def test_another_seed_is_refused_and_other_changed_flags_are_logged(framework, tmp_path):
-    run(framework, "--epochs", 1, cwd=tmp_path)
-    line = run(framework, "--epochs", 2, "--seed", 7, cwd=tmp_path, code=1).error_line
-    assert "--seed was 42 and is now 7" in line
-    assert "--resume-anyway" in line
-    rate = "eta" if framework == "xgboost" else "learning-rate"
-    result = run(framework, "--epochs", 2, "--seed", 7, "--resume-anyway", f"--{rate}", 0.02, cwd=tmp_path)
-    assert f"Changed since {checkpoint_name(framework, 1)}: --seed was 42 and is now 7; --{rate} was" in result.output
-    assert result.epochs == [2]
-
-
-def test_a_network_of_your_own_that_does_not_fit_the_checkpoint_is_one_line(image_framework, tmp_path):
-    run(image_framework, "--epochs", 1, cwd=tmp_path)
-    folder = tmp_path / "mine"
-    shutil.copytree(ROOT / image_framework, folder)
-    script = (folder / "train.py").read_text()
-    changed = script.replace("(32, 64, 128)", "(32, 64, 96)")  # TensorFlow and MXNet
-    changed = changed.replace("(64, 128))", "(64, 96))").replace("Linear(128", "Linear(96")  # PyTorch
-    assert changed != script
-    (folder / "train.py").write_text(changed)
-    command = [sys.executable, str(folder / "train.py"), "--epochs", "2"]
-    finished = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert finished.returncode == 1
-    assert "Traceback" not in finished.stderr
-    assert f"{checkpoint_name(image_framework, 1)} does not fit the model that build_model returns" in finished.stderr
-
-
-def test_a_foreign_file_with_the_name_of_a_checkpoint_is_unreadable(tmp_path):
-    import torch
-
-    run("pytorch", "--epochs", 1, cwd=tmp_path)
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "output/pytorch/checkpoints/checkpoint-7.pt")
-    result = run("pytorch", "--epochs", 2, cwd=tmp_path)
-    assert "Cannot read checkpoint-7.pt, trying the one before: ValueError: it is not a checkpoint" in result.output
-    assert result.epochs == [2]
-
-
-XGBOOST_MISTAKES = {
-    ("--objective", "nope"): ["--objective nope", "Unknown objective function"],
-    ("--objective", "binary:logistic"): ["binary:logistic expects the labels 0 to 1", "10 from 0 to 9"],
-    ("--num-class", "5"): ["multi:softprob expects the labels 0 to 4"],
-    ("--objective", "rank:ndcg"): ["--objective rank:ndcg needs query groups"],
-    ("--eval-metric", "nope"): ["--eval-metric nope"],
-}
-
-
-@pytest.mark.parametrize("flags", XGBOOST_MISTAKES, ids="=".join)
-def test_mistakes_in_the_flags_of_xgboost(tmp_path, flags):
-    line = run("xgboost", *flags, cwd=tmp_path, code=1).error_line
-    assert all(part in line for part in XGBOOST_MISTAKES[flags]), line
-    assert "/src/" not in line
+def test_a_network_of_your_own_that_does_not_fit_the_checkpoint_is_one_line(
+    image_framework, tmp_path, uninterrupted
+):
+    copy_checkpoints(uninterrupted(image_framework), tmp_path, image_framework, 1)
+    script = copy_script(image_framework, tmp_path, [("(32, 64, 128)", "(32, 64, 96)")])
+    line = run(script, "--epochs", 2, cwd=tmp_path, code=1).error_line
+    assert f"{checkpoint_name(image_framework, 1)} does not fit the model that build_model returns" in line
 
 
 def test_xgboost_takes_a_number_of_classes_and_another_metric_after_a_restart(tmp_path):
-    result = run("xgboost", "--num-class", 12, "--epochs", 2, cwd=tmp_path)
-    assert "objective=multi:softprob num_class=12" in result.output
-    run("xgboost", "--num-class", 12, "--epochs", 3, "--eval-metric", "mlogloss, auc", cwd=tmp_path)
+    more = ["--num-class", 12, "--epochs", 3, "--eval-metric", "mlogloss, auc"]
+    jobs = [(tmp_path, ["--num-class", 12, "--epochs", 2]), (tmp_path, more)]
+    first, _ = run_many("xgboost", jobs, cwd=tmp_path)
+    assert "objective=multi:softprob num_class=12" in first.output
     rows = history(tmp_path, "xgboost")
     assert [bool(row["validation_auc"]) for row in rows] == [False, False, True]
-    line = run("xgboost", "--num-class", 12, "--booster", "dart", "--epochs", 4, cwd=tmp_path, code=1).error_line
-    assert "--booster was gbtree and is now dart" in line
 
 
-LIMIT_FILE_SIZE = """
-import resource, runpy, sys
-sys.argv = sys.argv[1:]
-limit = int(sys.argv.pop(0))
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_a_full_disk_harms_no_earlier_model(framework, tmp_path):
-    run(framework, "--epochs", 1, cwd=tmp_path)
+def test_a_full_disk_harms_no_earlier_model(framework, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted(framework), tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "output" / framework / "model"
     earlier = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     limit = max(map(len, earlier.values())) * 3 // 4
-    command = [sys.executable, "-c", LIMIT_FILE_SIZE, str(limit), str(ROOT / framework / "train.py"), "--epochs", "1"]
-    finished = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert finished.returncode == 1, finished.stdout + finished.stderr
-    assert "error: cannot write" in finished.stderr
-    assert "Traceback" not in finished.stderr
+    flags = ["--epochs", EPOCHS[framework]]
+    result = run_with(f"limit_file_size({limit})", framework, *flags, cwd=tmp_path, code=1)
+    assert "cannot write" in result.error_line
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == earlier
 
 
+@pytest.mark.quick
 def test_a_missing_framework_is_one_line(framework, tmp_path):
     module = {"pytorch": "torch", "tensorflow": "keras"}.get(framework, framework)
-    code = f"import sys, runpy; sys.modules[{module!r}] = None; path = sys.argv.pop(1); sys.path.insert(0, path)\n"
-    code += "runpy.run_path(path + '/train.py', run_name='__main__')"
-    command = [sys.executable, "-c", code, str(ROOT / framework)]
-    finished = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert finished.returncode == 1
-    lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "this script needs" in lines[0]
-    assert "pip install" in lines[0]
-    assert "Traceback" not in finished.stderr
+    line = run_with(f"sys.modules[{module!r}] = None", framework, cwd=tmp_path, code=1).error_line
+    assert "this script needs" in line
+    assert "pip install" in line
 
 
-# SageMaker ------------------------------------------------------------------------------------------------------------
+# SageMaker --------------------------------------------------------------------------------------------------
 
 
 def test_in_a_container_everything_is_where_sagemaker_wants_it(framework, tmp_path):
@@ -679,7 +611,8 @@ def test_in_a_container_everything_is_where_sagemaker_wants_it(framework, tmp_pa
         SM_CURRENT_HOST="algo-1",
         SM_NUM_GPUS="0",
     )
-    result = run(framework, "--epochs", "2", "--model_dir", "s3://bucket/job/model", cwd=tmp_path, env=env)
+    flags = ["--epochs", "2", "--model_dir", "s3://bucket/job/model", "--output", "not-used"]
+    result = run(framework, *flags, cwd=tmp_path, env=env)
     assert "Not used: --model-dir s3://bucket/job/model" in result.output
     assert sorted(os.listdir(base / "checkpoints")) == names(framework, 1, 2)
     assert (base / "model" / MODEL_FILES[framework]).is_file()

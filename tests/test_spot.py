@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import boto3
 import pytest
 
-from common import checkpoints, report
-from conftest import CHECKPOINTS, ROOT, checkpoint_name, environment
+from common import checkpoints, distributed, report
+from helpers import CHECKPOINTS, ROOT, checkpoint_name, environment
 from launch.job import forwarding_sigterm
 from spot import compare, container, service, sync
 from spot import report as spot_report
@@ -32,23 +33,23 @@ def s3():
 def request_for(s3, framework, name, hyperparameters, channels=(), entry_point=None):
     script = ROOT / framework / "train.py"
     variables = container_environment(script)
-    return service.make_request(
-        s3, name, script, hyperparameters, dict(channels), f"s3://bucket/{name}/checkpoints/", entry_point, variables
-    )
+    uri = f"s3://bucket/{name}/checkpoints/"
+    channels = dict(channels)
+    return service.make_request(s3, name, script, hyperparameters, channels, uri, entry_point, variables)
 
 
 def log_of(job):
     return [event["line"] for event in job.events if event["event"] == "log"]
 
 
-# The real toolkit -----------------------------------------------------------------------------------------------------
+# The real toolkit -------------------------------------------------------------------------------------------
 
 
 def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
     """Five checkpoints are in S3 after the first job, ten after the second, which starts with epoch 6."""
     name = f"walkthrough-{framework}"
     # As the SDKs pass them: a switch is a word, and names have hyphens or underscores.
-    values = {"epochs": "5", "keep_checkpoints": "0", "keep-best": "true", "seed": "7"}
+    values = {"keep_checkpoints": "0", "resume-anyway": "true", "best_metric": "accuracy", "seed": "7"}
 
     def run(epochs, folder):
         request = request_for(s3, framework, name, {**values, "epochs": epochs})
@@ -88,7 +89,8 @@ def test_metric_definitions_are_what_sagemaker_takes():
     names = [definition["Name"] for definition in definitions]
     assert names[:4] == ["train:loss", "train:ndcg@10", "validation:loss", "validation:ndcg@10"]
     assert len(set(names)) == len(names) <= 40
-    line = "epoch=2 train_loss=nan train_ndcg@10=-1.5000 validation_loss=1e-05 validation_ndcg@10=inf seconds=1.00"
+    line = "epoch=2 train_loss=nan train_ndcg@10=-1.5000 validation_loss=1e-05 "
+    line += "validation_ndcg@10=inf seconds=1.00"
     found = [re.search(definition["Regex"], line) for definition in definitions]
     assert [match and match[1] for match in found] == ["nan", "-1.5000", "1e-05", "inf", "1.00", None]
     assert all(re.compile(definition["Regex"]).groups == 1 for definition in definitions)
@@ -98,7 +100,10 @@ def test_metric_definitions_are_what_sagemaker_takes():
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"epochs": "none"}, "error: argument --num-round/--epochs: expected a whole number of at least 1, got 'none'"),
+        (
+            {"epochs": "none"},
+            "error: argument --num-round/--epochs: expected a whole number of at least 1, got 'none'",
+        ),
         ({"max_dept": "3"}, "error: unknown flag --max-dept: did you mean --max-depth?"),
         ({"train": "/nowhere"}, "error: --train /nowhere"),
     ],
@@ -142,8 +147,8 @@ def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
     (tmp_path / "config.yaml").write_text(
         "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n"
     )
-    command = [python, ROOT / "launch/model_trainer.py", "xgboost", "--role", role, "--bucket", "bucket", "--no-wait"]
-    command += ["--job-name", "drivers", "--", "--num-round", "3", "--keep-best"]
+    command = [python, ROOT / "launch/model_trainer.py", "xgboost", "--role", role, "--bucket", "bucket"]
+    command += ["--no-wait", "--job-name", "drivers", "--", "--num-round", "3", "--best-metric", "accuracy"]
     sent = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert sent.returncode == 0, sent.stderr
     sagemaker = boto3.client("sagemaker")
@@ -158,7 +163,9 @@ def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
             path.write_text(path.read_text().replace("/opt/ml", str(base)))
         path = base / "input/config/resourceconfig.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "current_instance_type": "ml.m5.xlarge"}))
-        specification = json.loads(json.dumps(request["AlgorithmSpecification"]).replace("/opt/ml", str(base)))
+        specification = json.loads(
+            json.dumps(request["AlgorithmSpecification"]).replace("/opt/ml", str(base))
+        )
         lines = []
         box = container.Container(base, {**request, "AlgorithmSpecification": specification}, lines.append)
         return base, box.wait(300), lines
@@ -168,7 +175,8 @@ def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
     assert "Starting training from epoch: 1" in lines
     assert (base / "model/xgboost-model").exists()
     assert json.loads((base / "output/data/metrics.json").read_text())["epochs"] == 3
-    assert sorted(os.listdir(base / "checkpoints")) == [checkpoint_name("xgboost", epoch) for epoch in (1, 2, 3)]
+    names = [checkpoint_name("xgboost", epoch) for epoch in (1, 2, 3)]
+    assert sorted(os.listdir(base / "checkpoints")) == names
     assert not (base / "output/failure").exists()
 
     base, code, lines = run("bad", {"max-depth": "none"})
@@ -176,13 +184,13 @@ def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
     assert container.failure(base).startswith("error: argument --max-depth: expected a whole number")
 
 
-# The simulator --------------------------------------------------------------------------------------------------------
+# The simulator ----------------------------------------------------------------------------------------------
 
 JOBS = {  # when to interrupt, and a training that is long enough for it
     "pytorch": ("6s,upload,upload", ["--epochs", "20", "--batch-size", "16", "--augment"]),
     "tensorflow": ("9s,upload,upload", ["--epochs", "16", "--batch-size", "16", "--augment"]),
     "mxnet": ("5s,upload,upload", ["--epochs", "28", "--batch-size", "16", "--augment"]),
-    "xgboost": ("3s,upload,upload", ["--num-round", "1000", "--subsample", "0.7", "--checkpoint-steps", "25"]),
+    "xgboost": ("3s,upload,upload", ["--num-round=1000", "--subsample=0.7", "--checkpoint-steps=25"]),
 }
 
 
@@ -233,7 +241,8 @@ def test_three_interruptions_end_with_the_same_bits(framework, tmp_path):
     assert compare.differences(tmp_path / "output/spot/job/attempt-4", whole / "attempt-1") == []
     for attempt in range(1, 4):
         failure = container.failure(tmp_path / f"output/spot/job/attempt-{attempt}")
-        assert failure.startswith(("Interrupted: saved ", "ExecuteUserScriptError:\nExitCode 143\n"))  # while starting
+        while_starting = "ExecuteUserScriptError:\nExitCode 143\n"
+        assert failure.startswith(("Interrupted: saved ", while_starting))
     assert not processes_below(tmp_path)
 
 
@@ -245,7 +254,7 @@ def processes_below(folder):
 
 @pytest.mark.parametrize("namespaces", [True, False])
 def test_what_reaches_the_script_and_what_comes_back(s3, tmp_path, monkeypatch, namespaces):
-    """Stock `train` as process 1 keeps SIGTERM from the script; with our entry point it saves, and the reason stays."""
+    """Stock `train` as process 1 keeps SIGTERM from the script; our entry point passes it on."""
     if not namespaces:
         monkeypatch.setattr(container, "namespace", lambda: [])
     elif not container.namespace():
@@ -285,8 +294,9 @@ def test_what_reaches_the_script_and_what_comes_back(s3, tmp_path, monkeypatch, 
 
 def test_a_signal_before_the_script_listens_is_not_lost(tmp_path):
     """The machine may be taken away while the container starts: then it ends as soon as somebody listens."""
-    script = "import signal, sys, time; time.sleep(2); signal.signal(15, lambda *_: sys.exit(7)); time.sleep(60)"
-    with subprocess.Popen(forwarding_sigterm(sys.executable, "-c", script), start_new_session=True) as process:
+    script = "import signal, sys, time; time.sleep(2); signal.signal(15, lambda *_: sys.exit(7))"
+    command = forwarding_sigterm(sys.executable, "-c", f"{script}; time.sleep(60)")
+    with subprocess.Popen(command, start_new_session=True) as process:
         time.sleep(0.5)
         process.terminate()
         assert process.wait(30) == 7
@@ -302,17 +312,26 @@ def test_the_entry_point_leaves_exit_codes_alone(tmp_path):
     ("words", "message"),
     [
         (["nowhere/train.py"], "there is no script nowhere/train.py"),
-        (["--interrupt-after", "soon"], "argument --interrupt-after: expected a time such as 20s or 2m, got 'soon'"),
+        (
+            ["--interrupt-after", "soon"],
+            "argument --interrupt-after: expected a time such as 20s or 2m, got 'soon'",
+        ),
         (
             ["--channel", "train"],
             "argument --channel: expected a name and an existing folder such as train=photos, got 'train'",
         ),
-        (["--checkpoint-s3-uri", "s3://bucket"], "expected an address such as s3://bucket/job/checkpoints/, got"),
+        (
+            ["--checkpoint-s3-uri", "s3://bucket"],
+            "expected an address such as s3://bucket/job/checkpoints/, got",
+        ),
         (
             ["--endpoint-url", "localhost:9000"],
             "expected an address such as http://localhost:9000, got 'localhost:9000'",
         ),
-        (["--interruptions", "2"], "--interruptions needs --interrupt-after or --mean-time-between-interruptions"),
+        (
+            ["--interruptions", "2"],
+            "--interruptions needs --interrupt-after or --mean-time-between-interruptions",
+        ),
         (["--spot-price", "2"], "argument --spot-price: expected a number from 0 to 1, got '2'"),
         (["--", "5"], "unexpected argument '5': expected --flag value"),
     ],
@@ -325,7 +344,9 @@ def test_a_mistake_is_one_line(tmp_path, words, message):
 
 
 def test_a_wrong_flag_of_the_script_ends_the_simulation(tmp_path):
-    errors = simulate(ROOT / "xgboost/train.py", "--interruptions", 0, "--", "--eta", "7", cwd=tmp_path, code=1)
+    errors = simulate(
+        ROOT / "xgboost/train.py", "--interruptions", 0, "--", "--eta", "7", cwd=tmp_path, code=1
+    )
     assert errors.splitlines()[-1].startswith("error: the training job failed: error: argument --eta")
 
 
@@ -364,7 +385,7 @@ def test_plan():
     assert random[:3] != planned("--mean-time-between-interruptions", "30s", "--seed", "1")
 
 
-# S3 and the checkpoint folder -----------------------------------------------------------------------------------------
+# S3 and the checkpoint folder -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -392,7 +413,8 @@ def wait_for(condition):
 def content(s3, uri):
     bucket, prefix = sync.split_uri(uri)
     return {
-        key[len(prefix) :]: s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in sync.list_objects(s3, uri)
+        key[len(prefix) :]: s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+        for key in sync.list_objects(s3, uri)
     }
 
 
@@ -428,9 +450,12 @@ def test_all_under_the_prefix_is_restored_and_not_uploaded_again(s3, tmp_path):
         s3.put_object(Bucket="bucket", Key=f"restore/{key}", Body=key.encode())
     assert sync.download(s3, "s3://bucket/restore/job-1/", tmp_path / "exact") == 2
     assert (tmp_path / "exact/part/b").read_text() == "job-1/part/b"
-    assert sync.download(s3, "s3://bucket/restore/job-1", tmp_path / "prefix") == 3  # the trap of the missing slash
+    without_slash = "s3://bucket/restore/job-1"
+    assert sync.download(s3, without_slash, tmp_path / "prefix") == 3
     told = []
-    copies = sync.Sync(s3, tmp_path / "exact", "s3://bucket/restore/job-1/", 1e9, 0, lambda *event: told.append(event))
+    copies = sync.Sync(
+        s3, tmp_path / "exact", "s3://bucket/restore/job-1/", 1e9, 0, lambda *event: told.append(event)
+    )
     copies.stop()
     copies.run()
     assert told == []
@@ -439,7 +464,8 @@ def test_all_under_the_prefix_is_restored_and_not_uploaded_again(s3, tmp_path):
 def test_an_upload_that_is_killed_half_way_leaves_nothing_in_s3(s3, tmp_path):
     (tmp_path / "folder").mkdir()
     uri = "s3://bucket/half/"
-    command = [sys.executable, "-m", "spot.sync", str(tmp_path / "folder"), uri, "--rate=1e9", "--stall-upload=2"]
+    command = [sys.executable, "-m", "spot.sync", str(tmp_path / "folder"), uri]
+    command += ["--rate=1e9", "--stall-upload=2"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert json.loads(process.stdout.readline())["event"] == "ready"
         (tmp_path / "folder/1").write_bytes(b"1" * 300_000)
@@ -449,7 +475,8 @@ def test_an_upload_that_is_killed_half_way_leaves_nothing_in_s3(s3, tmp_path):
                 (tmp_path / "folder/2").write_bytes(b"2" * 300_000)
             if event["event"] == "stalled":
                 break
-        assert sorted(os.listdir(tmp_path / "folder")) == ["1", "1.sagemaker-uploaded", "2", "2.sagemaker-uploading"]
+        files = ["1", "1.sagemaker-uploaded", "2", "2.sagemaker-uploading"]
+        assert sorted(os.listdir(tmp_path / "folder")) == files
         process.kill()
     time.sleep(0.5)  # the server may still be reading
     assert list(content(s3, uri)) == ["1"]
@@ -469,26 +496,28 @@ def test_uploads_take_their_time(s3, tmp_path):
 def test_in_sagemaker_nothing_is_deleted_before_its_successor_is_in_s3(tmp_path, monkeypatch):
     """What was restored from S3 has no marks, nor has what was written just now."""
     monkeypatch.setenv("SM_MODEL_DIR", "/opt/ml/model")
-    monkeypatch.setattr(checkpoints, "_restored", set())
     pattern = CHECKPOINTS["pytorch"]
-    args = type("Args", (), {"checkpoint_path": tmp_path, "keep_checkpoints": 1, "keep_best": False})
+    engine = SimpleNamespace(CHECKPOINT=pattern, FIRST_NUMBER=1)
+    args = SimpleNamespace(checkpoint_path=tmp_path, keep_checkpoints=1)
+    folder = checkpoints.Checkpoints(args, engine, distributed.Workers())
 
     def after_saving(*positions):
         for position in positions:
             (tmp_path / pattern.format(position)).touch()
-        checkpoints.remove_old_checkpoints(args, pattern, 0)
+        folder.remove_old()
         return sorted(path.stem[len("checkpoint-") :] for path in tmp_path.glob("*.pt"))
 
     (tmp_path / pattern.format("1")).touch()
     (tmp_path / pattern.format("1-103")).touch()
-    checkpoints.prepare_folder(tmp_path, pattern)
+    folder.open()
     assert after_saving("2") == ["1", "1-103", "2"]
     assert after_saving("3", "4") == ["1", "1-103", "4"]  # S3 has never seen 2 and 3
     (tmp_path / "checkpoint-4.pt.sagemaker-uploaded").touch()
     assert after_saving("5") == ["4", "5"]
+    folder.close()
 
 
-# The report -----------------------------------------------------------------------------------------------------------
+# The report -------------------------------------------------------------------------------------------------
 
 
 def test_the_figures_follow_from_the_events():

@@ -1,23 +1,26 @@
 """Reading CSV, LIBSVM and Parquet files, and one clear line for each mistake in them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
 from scipy import sparse
-from sklearn.datasets import dump_svmlight_file, load_digits
+from sklearn.datasets import load_digits
 
-from common import cluster, flags, tables
+from common import flags, tables
+from common.distributed import Workers
 from common.errors import UserError
-from conftest import ROOT, environment
+from helpers import ROOT, TABLE_WRITERS, environment, write_csv
+
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +33,16 @@ def rows():
 def load(**changes):
     args = flags.xgboost_flags().parse_args([])
     vars(args).update({"train": None, "validation": None, **changes})
-    return tables.load_tables(args)
+    return tables.describe(*tables.load_tables(args))
 
 
-def write_csv(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savetxt(path, rows, fmt="%g", delimiter=",")
-
-
-def write_libsvm(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dump_svmlight_file(rows[:, 1:], rows[:, 0], str(path), zero_based=True)
-
-
-def write_parquet(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.table({f"column-{index}": column for index, column in enumerate(rows.T)}), path)
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """Return the folder of temporary files."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 def dense(table):
@@ -53,14 +50,11 @@ def dense(table):
     return np.column_stack([table.labels, features])
 
 
-WRITERS = {"csv": write_csv, "libsvm": write_libsvm, "txt": write_libsvm, "parquet": write_parquet}
-
-
-@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("suffix", TABLE_WRITERS)
 def test_many_files_in_nested_folders_are_one_table(tmp_path, rows, suffix):
     for index, part in enumerate(np.array_split(rows, 5)):
-        WRITERS[suffix](tmp_path / "train" / f"day={index}" / f"part.{suffix}", part)
-    WRITERS[suffix](tmp_path / "validation" / f"all.{suffix}", rows[:100])
+        TABLE_WRITERS[suffix](tmp_path / "train" / f"day={index}" / f"part.{suffix}", part)
+    TABLE_WRITERS[suffix](tmp_path / "validation" / f"all.{suffix}", rows[:100])
     (tmp_path / "train/_SUCCESS").touch()
     (tmp_path / "train/notes.md").touch()
     data = load(train=tmp_path / "train", validation=tmp_path / "validation")
@@ -69,20 +63,24 @@ def test_many_files_in_nested_folders_are_one_table(tmp_path, rows, suffix):
     assert data.train.labels.dtype == data.train.features.dtype == np.float32
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("suffix", TABLE_WRITERS)
 def test_a_tenth_is_held_out(tmp_path, rows, suffix):
-    WRITERS[suffix](tmp_path / f"all.{suffix}", rows)
+    TABLE_WRITERS[suffix](tmp_path / f"all.{suffix}", rows)
     data = load(train=tmp_path)
     assert (len(data.train.labels), len(data.validation.labels)) == (1618, 179)
     together = np.concatenate([dense(data.train), dense(data.validation)])
     np.testing.assert_array_equal(together[np.lexsort(together.T)], rows[np.lexsort(rows.T)])
-    np.testing.assert_array_equal(dense(load().validation), dense(data.validation))  # the built-in digits are the same
+    np.testing.assert_array_equal(
+        dense(load().validation), dense(data.validation)
+    )  # the built-in digits are the same
 
 
 def test_an_empty_field_is_a_missing_value(tmp_path):
     (tmp_path / "data.csv").write_text("0,1.5,\n1,,2.5\n0,3,4\n1,5,6\n")
     data = load(train=tmp_path, validation=tmp_path)
-    np.testing.assert_array_equal(dense(data.train), [[0, 1.5, np.nan], [1, np.nan, 2.5], [0, 3, 4], [1, 5, 6]])
+    np.testing.assert_array_equal(
+        dense(data.train), [[0, 1.5, np.nan], [1, np.nan, 2.5], [0, 3, 4], [1, 5, 6]]
+    )
 
 
 def test_libsvm_files_of_different_widths_fit_together(tmp_path):
@@ -132,13 +130,17 @@ def test_a_mistake_in_the_data_is_told_with_its_place(tmp_path, name):
 def test_parquet_columns_must_have_the_same_names_in_the_same_order(tmp_path):
     for file, names in (("a", ["y", "a", "b"]), ("b", ["y", "b", "a"])):
         parquet.write_table(pyarrow.table({name: [0.0, 1.0] for name in names}), tmp_path / f"{file}.parquet")
-    with pytest.raises(UserError, match=r"a.parquet has 3 columns \(y, a, b\) and .*b.parquet has 3 \(y, b, a\)"):
+    with pytest.raises(
+        UserError, match=r"a.parquet has 3 columns \(y, a, b\) and .*b.parquet has 3 \(y, b, a\)"
+    ):
         load(train=tmp_path)
 
 
 def test_parquet_without_rows_or_columns(tmp_path):
     for columns, message in (({}, "has 0 columns"), ({"y": [], "x": []}, "without rows")):
-        table = pyarrow.table({name: pyarrow.array(values, pyarrow.float64()) for name, values in columns.items()})
+        table = pyarrow.table(
+            {name: pyarrow.array(values, pyarrow.float64()) for name, values in columns.items()}
+        )
         parquet.write_table(table, tmp_path / "a.parquet")
         with pytest.raises(UserError, match=message):
             load(train=tmp_path)
@@ -156,24 +158,27 @@ def test_validation_must_be_as_wide_as_the_training_data(tmp_path, rows):
     write_csv(tmp_path / "train/a.csv", rows)
     write_csv(tmp_path / "validation/a.csv", rows[:, :-1])
     with pytest.raises(
-        UserError, match=r"has 65 columns .* and .*validation/a.csv has 64 .*: expected the same in every file"
+        UserError,
+        match=r"has 65 columns .* and .*validation/a.csv has 64 .*: expected the same in every file",
     ):
         load(train=tmp_path / "train", validation=tmp_path / "validation")
 
 
 def in_parts(table):
-    parts = [dense(tables.Table(*part)) for part in table.parts()]
+    """Return the number of parts of a table, and all of its rows."""
+    parts = [dense(part) for part in table.parts()]
     return len(parts), np.concatenate(parts)
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("suffix", TABLE_WRITERS)
 @pytest.mark.parametrize("held_out", [False, True])
-def test_on_the_disk_are_the_same_rows_as_in_memory(tmp_path, monkeypatch, rows, suffix, held_out):
+def test_on_the_disk_are_the_same_rows_as_in_memory(tmp_path, monkeypatch, scratch, rows, suffix, held_out):
     monkeypatch.setattr(tables, "PART", 20_000)
-    monkeypatch.setattr(tables, "_temporary_folder", lambda: Path(tempfile.mkdtemp(dir=tmp_path)))
     for index, part in enumerate(np.array_split(rows, 3)):
-        WRITERS[suffix](tmp_path / "train" / f"{index}.{suffix}", part[:, : None if suffix != "libsvm" else 65 - index])
-    WRITERS[suffix](tmp_path / "validation" / f"all.{suffix}", rows[:100])
+        TABLE_WRITERS[suffix](
+            tmp_path / "train" / f"{index}.{suffix}", part[:, : None if suffix != "libsvm" else 65 - index]
+        )
+    TABLE_WRITERS[suffix](tmp_path / "validation" / f"all.{suffix}", rows[:100])
     folders = {"train": tmp_path / "train", "validation": None if held_out else tmp_path / "validation"}
     memory, disk = load(**folders), load(**folders, external_memory=True)
     for name in ("train", "validation"):
@@ -182,35 +187,33 @@ def test_on_the_disk_are_the_same_rows_as_in_memory(tmp_path, monkeypatch, rows,
         np.testing.assert_array_equal(found, dense(expected))
         assert count > 3 or name == "validation"
         assert table.features.shape == expected.features.shape
-        assert max(len(labels) for _, labels in table.parts()) < len(rows) / 6
+        assert max(len(part.labels) for part in table.parts()) < len(rows) / 6
         np.testing.assert_array_equal(in_parts(table.rows(slice(1, None, 3)))[1], found[1::3])
 
 
-def test_the_digits_can_be_on_the_disk_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_temporary_folder", lambda: tmp_path)
+@pytest.mark.usefixtures("scratch")
+def test_the_digits_can_be_on_the_disk_too():
     np.testing.assert_array_equal(in_parts(load(external_memory=True).train)[1], dense(load().train))
 
 
+@pytest.mark.usefixtures("scratch")
 @pytest.mark.parametrize("external_memory", [False, True])
-def test_each_row_belongs_to_one_worker(tmp_path, monkeypatch, external_memory):
-    monkeypatch.setattr(tables, "_temporary_folder", lambda: tmp_path)
+def test_each_row_belongs_to_one_worker(external_memory):
     data = load(external_memory=external_memory)
-    shares = []
-    monkeypatch.setattr(cluster, "size", 4)
+    shards = []
     for rank in range(4):
-        monkeypatch.setattr(cluster, "rank", rank)
-        shares.append([in_parts(table)[1] for table in data.shares()])
-    for table, parts in zip(data, zip(*shares)):
+        shard = data.shard(Workers(rank, ["host"] * 4))
+        shards.append([in_parts(table)[1] for table in shard])
+    for table, parts in zip(data, zip(*shards)):
         together, whole = np.concatenate(parts), in_parts(table)[1]
         np.testing.assert_array_equal(together[np.lexsort(together.T)], whole[np.lexsort(whole.T)])
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_fewer_rows_than_workers(tmp_path, monkeypatch):
+def test_fewer_rows_than_workers(tmp_path):
     (tmp_path / "a.csv").write_text("0,1\n1,2\n" * 10)
-    monkeypatch.setattr(cluster, "size", 3)
     with pytest.raises(UserError, match="2 training or validation rows are too few for 3 workers"):
-        load(train=tmp_path).shares()
+        load(train=tmp_path).shard(Workers(0, ["host"] * 3))
 
 
 @pytest.mark.parametrize("line", ["1,2,3", "0," * 64 + "red"])
@@ -231,11 +234,11 @@ def test_numbers_may_have_another_form_in_a_later_part(tmp_path, monkeypatch):
     np.testing.assert_array_equal(features[99:, 0], [1, 0.5, np.nan, 1000, *[np.nan] * 10])
 
 
-def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_temporary_folder", lambda: tmp_path)
-    usage = tables.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(tables.shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
-    with pytest.raises(UserError, match=r"0 MB are left for XGBoost.* make room, or name another folder .* TMPDIR"):
+def test_a_full_disk_is_one_clear_line(monkeypatch, scratch):
+    usage = shutil.disk_usage(scratch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
+    expected = r"0 MB are left for XGBoost.* make room, or name another folder .* TMPDIR"
+    with pytest.raises(UserError, match=expected):
         load(external_memory=True)
 
     def full(file, features):
@@ -246,18 +249,62 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
         load(external_memory=True)
 
 
-@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "os._exit(3)", "os.kill(os.getpid(), 9)", "time.sleep(60)"])
-def test_nothing_is_left_of_it_however_the_process_ends(tmp_path, end):
-    code = f"import os, time; from common import tables; folder = tables._temporary_folder(); {{}}; {end or 'pass'}"
-    code = code.format("(folder / 'part').write_bytes(bytes(1000)); print(folder, flush=True)")
-    command = [sys.executable, "-c", code]
+ENDS = ["pass", "raise SystemExit(3)", "os._exit(3)", "os.kill(os.getpid(), 9)", "time.sleep(60)"]
+LOAD = """
+import os, time
+from common import flags, tables
+data = tables.load_tables(flags.xgboost_flags().parse_args(["--external-memory"]))
+print(flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_no_file_is_left_however_the_process_ends(tmp_path, end):
+    command = [sys.executable, "-c", LOAD + end]
     env = environment(TMPDIR=str(tmp_path))
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, start_new_session=True) as process:
-        assert Path(process.stdout.readline().decode().strip()).parent == tmp_path
+    options = {"stdout": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, env=env, **options) as process:
+        process.stdout.readline()
         if "sleep" in end:
+            assert any(tmp_path.iterdir())
             os.killpg(process.pid, signal.SIGTERM)
-    for _ in range(0 if end in ("", "raise SystemExit(3)") else 100):
-        if not any(tmp_path.iterdir()):
-            break
+    is_immediate = end in ("pass", "raise SystemExit(3)")
+    deadline = time.monotonic() + (0 if is_immediate else 10)
+    while any(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(tmp_path.iterdir())
+
+
+# Tables of one's own ----------------------------------------------------------------------------------------
+
+
+def test_plain_tuples_are_tables_with_weights_and_names():
+    features, labels = np.zeros((4, 2), np.float32), [0, 1, 0, 1]
+    data = tables.describe((features, labels, [1, 2, 3, 4], ["a", "b"]), (features, labels, None, ["a", "b"]))
+    assert data.train.weights.dtype == data.train.labels.dtype == np.float32
+    assert data.train.names == ["a", "b"]
+    assert data.describe_job() == {"number of columns": 2, "number of training rows": 4}
+    other = tables.describe((features, labels, [1, 2, 3, 5], ["a", "b"]), data.validation)
+    assert other.fingerprint() != data.fingerprint()
+    np.testing.assert_array_equal(data.shard(Workers(1, ["host"] * 2)).train.weights, [2, 4])
+
+
+FEATURES, LABELS = np.zeros((4, 2)), np.array([0, 1, 0, 1])
+OWN_MISTAKES = {
+    "no table": (FEATURES, "load_data returns a ndarray as the training table"),
+    "labels": ((FEATURES, LABELS[:3]), "4 training rows with 3 labels: expected one per row"),
+    "weights": ((FEATURES, LABELS, LABELS[:3]), "4 training rows with 3 weights"),
+    "names": ((FEATURES, LABELS, None, ["a"]), "1 names for the 2 columns of the training rows"),
+    "no rows": ((FEATURES[:0], LABELS[:0]), "no training rows"),
+    "columns": (
+        (FEATURES[:, :1], LABELS),
+        "the training rows have the columns 1, but the validation rows have 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_MISTAKES)
+def test_a_mistake_in_a_table_of_ones_own_is_one_line(name):
+    train, message = OWN_MISTAKES[name]
+    with pytest.raises(UserError, match=message):
+        tables.describe(train, (FEATURES, LABELS))

@@ -1,0 +1,152 @@
+"""Writing files so that no reader ever sees half of one, and nothing is lost when the disk is full."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import zipfile
+
+import numpy as np
+
+from common.errors import UserError, first_line
+
+NO_CHECKSUM = "0" * 64  # the value of "sha256" in a JSON text until `write_sealed` puts the checksum there
+UNSEALED = f'"sha256": "{NO_CHECKSUM}"'.encode()
+TEMPORARY = ".sagemaker-ignore"  # SageMaker does not copy files with this suffix to S3
+
+
+def write_sealed(content, file):
+    """Write the bytearray `content` with its SHA-256 in the place of its `NO_CHECKSUM`."""
+    end = content.index(UNSEALED) + len(UNSEALED) - 1
+    content[end - len(NO_CHECKSUM) : end] = hashlib.sha256(content).hexdigest().encode()
+    file.write(content)
+
+
+def check_seal(content):
+    """Raise ValueError if `content` has no checksum by `write_sealed`, or a checksum that does not match."""
+    found = re.search(rb'"sha256": "([0-9a-f]{64})"', content)
+    if not found:
+        raise ValueError("it has no checksum: it is truncated, or not a checkpoint of this script")
+    if hashlib.sha256(content.replace(found[0], UNSEALED)).hexdigest().encode() != found[1]:
+        raise ValueError("its checksum is wrong: the file is damaged")
+
+
+def check_zip(file):
+    """Raise ValueError if the zip archive `file`, such as a .pt file, does not match its own checksums."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises many types for a damaged archive
+        raise ValueError(f"the file is damaged: {error}") from error
+    if damaged:
+        raise ValueError(f"the checksum of its {damaged} is wrong: the file is damaged")
+    file.seek(0)
+
+
+def write_arrays(content, file):
+    """Write a pair (arrays by name, facts for JSON) as a zip file for `np.load`; `np.savez` copies arrays."""
+    arrays, facts = content
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in {**arrays, "json": json.dumps(facts)}.items():
+            array = np.asarray(array, order="C")
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(array))
+                member.write(array.reshape(-1).view(np.uint8))
+
+
+def read_arrays(file):
+    """Return (arrays by name, facts) as `write_arrays` has written them; nothing in the file is executed.
+
+    Raises ValueError if the file is damaged, and NumPy's own errors if it is something else.
+    """
+    check_zip(file)
+    arrays = dict(np.load(file, allow_pickle=False))
+    return arrays, json.loads(str(arrays.pop("json")))
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a binary file that becomes `path` when the block ends, and leaves nothing behind when it fails.
+
+    The content reaches the disk before the name does, so that a file is complete as soon as it is visible,
+    also after a crash. Raises UserError if the disk is full or cannot be written.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        raw = _ErrorKeepingFile(temporary, "wb")
+        with io.BufferedWriter(raw) as file:
+            yield file
+            file.flush()
+            if raw.error:
+                raise raw.error
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}. Earlier checkpoints are intact. "
+            "Free some disk space or pass another folder, then run the same command to resume"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+class _ErrorKeepingFile(io.FileIO):
+    """A file that keeps the first failed write in `error`: not every library passes it on as it is."""
+
+    error = None
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.error = self.error or error
+            num_bytes = memoryview(content).nbytes
+            self.seek(num_bytes, os.SEEK_CUR)  # as if it had been written
+            return num_bytes
+
+
+@contextlib.contextmanager
+def atomic_export(folder, flag):
+    """Yield an empty folder. When the block ends, its content replaces what has the same names in `folder`.
+
+    Nothing in `folder` changes if the block fails. Raises UserError, with the name of the flag, for what a
+    framework raises when it cannot write.
+    """
+    temporary = folder / f"export{TEMPORARY}"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed in this place
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.iterdir():
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
+    except UserError:
+        raise
+    except Exception as error:  # each framework has its own types
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write the model to {flag} {folder}: {reason}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prepare_folder(folder, flag):
+    """Create a folder and try to write there, before hours of training. Raises UserError if that fails."""
+    probe = folder / f"write-test{TEMPORARY}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder} cannot be written ({error.strerror}): pass a folder you can write to"
+        ) from error

@@ -1,0 +1,196 @@
+"""Batches as functions of (seed, epoch, step): order of the samples, augmentation, all random numbers.
+
+None of it has a state, so that a checkpoint need not hold any of it, and a training resumes at any step with
+the same bits.
+"""
+
+import math
+import random
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from common.datasets import ArrayDataset
+from common.errors import UserError
+
+ORDER, AUGMENTATION, SAMPLES, FRAMEWORK = range(4)  # independent streams of random numbers
+
+
+class Batch(NamedTuple):
+    """This worker's part of a batch, in NumPy arrays.
+
+    Attributes:
+        images: (n, height, width, channels), or what the data set returns, stacked.
+        labels: (n, ...).
+        weights: float32 (n,), ones unless the data set returns weights.
+        step: counted from 0 over all epochs.
+        steps_per_epoch: the number of steps in an epoch.
+        seed: for the framework's own random numbers in this step, such as dropout's.
+        samples_per_worker: the number of samples in the whole batch, divided by the number of workers.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    step: int
+    steps_per_epoch: int
+    seed: int
+    samples_per_worker: float
+
+
+def batch_sizes(num_samples, batch_size):
+    """Return the number of samples in each batch of an epoch; no sample is left out.
+
+    Even parts rather than a small rest: batch normalization learns badly from a few samples, and nothing from
+    one.
+    """
+    num_batches = math.ceil(num_samples / batch_size)
+    return [len(part) for part in np.array_split(np.arange(num_samples), num_batches)]
+
+
+class BatchLoader:
+    """Loads this worker's part of the batches of one epoch: `loader(step)` returns a Batch.
+
+    Args:
+        args: the flags.
+        dataset: see `common/datasets.py`.
+        workers: each of them gets its shard of every batch.
+        engine: `seed_sample(seed)` seeds the framework's random numbers and `to_array(sample)` makes a NumPy
+            array.
+        epoch: counted from 0; the number of the shuffled order. None: all samples in order, for validation.
+    """
+
+    def __init__(self, args, dataset, workers, engine, epoch=None):
+        self.dataset = dataset
+        self.engine = engine
+        self.rank = workers.rank
+        self.key = (args.seed, 0 if epoch is None else epoch + 1)
+        self.augment = None
+        self.sizes = batch_sizes(len(dataset), args.batch_size)
+        if self.sizes[-1] < workers.size:
+            raise UserError(
+                f"{len(dataset)} samples in batches of --batch-size {args.batch_size} make batches of "
+                f"{self.sizes[-1]}, but there are {workers.size} workers: expected a sample for each; "
+                "raise --batch-size or use fewer workers"
+            )
+        self.world_size = workers.size
+        self.first_step = 0 if epoch is None else epoch * len(self.sizes)
+        order = np.arange(len(dataset))
+        if epoch is not None:
+            order = self.generator(ORDER).permutation(len(dataset))
+        batches = np.split(order, np.cumsum(self.sizes)[:-1])
+        self.indices = [batch[workers.shard(len(batch))] for batch in batches]
+
+    def generator(self, *key):
+        """Return a NumPy random generator that follows from the seed, the epoch and `key`."""
+        return np.random.default_rng((*self.key, *key))
+
+    def __call__(self, step):
+        """Return the Batch of a step, counted from 0 in this epoch."""
+        indices = self.indices[step]
+        if isinstance(self.dataset, ArrayDataset):
+            images, labels = self.dataset.__getitems__(indices)
+            weights = np.ones(len(indices), np.float32)
+        else:
+            images, labels, weights = read_samples(self.dataset, indices, self.engine, self.key)
+        if self.augment:
+            dtype = images.dtype
+            images, labels = self.augment(images, labels, self.generator(AUGMENTATION, step, self.rank))
+            if images.dtype != dtype:
+                raise UserError(
+                    f"augment returns {images.dtype} for images of {dtype}: expected the same type"
+                )
+        seed = np.random.SeedSequence((*self.key, FRAMEWORK, step, self.rank)).generate_state(1)[0]
+        share = self.sizes[step] / self.world_size
+        return Batch(images, labels, weights, self.first_step + step, len(self.sizes), int(seed), share)
+
+
+_reading = (
+    threading.Lock()
+)  # a data set that draws random numbers takes them from generators of the whole process
+
+
+def read_samples(dataset, indices, engine, key=(0,)):
+    """Return arrays (samples, labels, weights) of the samples at `indices`.
+
+    Random numbers that the data set draws follow from `key` and the index. A data set with `__getitems__`
+    draws them for all of its samples at once, so that they follow from `key` and the first index.
+    """
+    with _reading:
+        samples = _read_seeded(dataset, indices.tolist(), engine, key)
+    if not isinstance(samples, tuple):
+        samples = _stack(samples, engine)
+    if len(samples) == 2:
+        return (*samples, np.ones(len(samples[1]), np.float32))
+    images, labels, weights = samples
+    return images, labels, np.asarray(weights, np.float32)
+
+
+def _read_seeded(dataset, indices, engine, key):
+    if hasattr(dataset, "__getitems__"):
+        _seed_everything(engine, (*key, SAMPLES, indices[0]))
+        return dataset.__getitems__(indices)
+    samples = []
+    for index in indices:
+        if not samples or not hasattr(engine, "SEED_ONCE_PER_BATCH"):
+            _seed_everything(engine, (*key, SAMPLES, index))
+        samples.append(dataset[index])
+    return samples
+
+
+def _seed_everything(engine, key):
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    engine.seed_sample(seed)
+
+
+def _stack(samples, engine):
+    """Return a list of samples (image, label) or (image, label, weight) as a tuple of arrays."""
+    columns = list(zip(*samples))
+    if len(columns) not in (2, 3):
+        raise UserError(
+            f"a sample of the data set has {len(columns)} parts: "
+            "expected (sample, label) or (sample, label, weight)"
+        )
+    images = [engine.to_array(image) for image in columns[0]]
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise UserError(
+            f"the samples have different shapes, such as {sorted(shapes)[:2]}: make them equal in load_data"
+        )
+    labels, *weights = [np.asarray([_to_array(value) for value in column]) for column in columns[1:]]
+    return (np.stack(images), labels, *weights)
+
+
+def _to_array(value):
+    """Return a label or a weight as a NumPy array; its dimensions have no meaning that is known here."""
+    return value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)  # the first is MXNet's
+
+
+def load_ahead(load, steps, num_threads):
+    """Yield `load(step)` for each step in order, prepared ahead by threads."""
+    # Once a block of this size is freed, the C library keeps memory for the next batch (mallopt(3):
+    # M_MMAP_THRESHOLD). Getting it from the system takes longer than what is done with it.
+    np.empty(31 * 2**20, np.uint8)
+    if num_threads == 0:
+        return map(load, steps)
+    return _load_with_threads(load, steps, num_threads)
+
+
+def _load_with_threads(load, steps, num_threads):
+    waiting = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for step in steps:
+                waiting.append(pool.submit(load, step))
+                if len(waiting) > 2 * num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # not needed after an error or a signal
+                future.cancel()

@@ -1,0 +1,148 @@
+"""What a data set is, and what the scripts find out about it: shape, classes, statistics, fingerprint.
+
+A data set has `__len__` and `__getitem__(index)`, which returns a sample and its label, and optionally the
+sample's weight. A torch or Gluon `Dataset` is one. These are optional:
+
+- `__getitems__(indices)` returns many samples at once, as a list of samples or as a tuple of stacked arrays;
+- `classes`, the names of the classes;
+- `fingerprint()`, a dictionary of plain values that differs if the data differ.
+"""
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from common.errors import UserError
+
+STATISTICS_SAMPLES = 1024  # the mean of a channel is then known to about a hundredth of its deviation
+FINGERPRINT_SAMPLES = 16
+
+
+class ArrayDataset:
+    """Images and labels in arrays.
+
+    Args:
+        images: an array, or a memory map, of shape (n, height, width, channels).
+        labels: int64 array of class indices of shape (n,).
+        classes: the names of the classes.
+        indices: the rows that belong to this data set, in order; default: all of them. They are not copied.
+    """
+
+    def __init__(self, images, labels, classes, indices=None):
+        self.images = images
+        self.labels = labels
+        self.classes = classes
+        self.indices = np.arange(len(labels)) if indices is None else indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        row = self.indices[index]
+        return self.images[row], self.labels[row]
+
+    def __getitems__(self, indices):
+        """Return the images (n, height, width, channels) and labels (n,) of many samples."""
+        rows = self.indices[indices]
+        return self.images[rows], self.labels[rows]
+
+    def fingerprint(self):
+        """Return the checksums of all labels and of some images."""
+        labels = self.labels[self.indices]
+        images = self.images[self.indices[:FINGERPRINT_SAMPLES]]
+        return {
+            "checksum of the labels": zlib.crc32(np.ascontiguousarray(labels)),
+            "checksum of some images": zlib.crc32(np.ascontiguousarray(images)),
+        }
+
+
+class Data(NamedTuple):
+    """The training and the validation data set, and what is known of their samples.
+
+    Attributes:
+        sample_shape: of an image (height, width, channels).
+        dtype: the NumPy dtype of the samples.
+        classes: the names of the classes, or None.
+        mean, std: of each channel over training images of uint8, float32 arrays; None for other samples,
+            which reach the network as they are.
+    """
+
+    train: object
+    validation: object
+    sample_shape: tuple
+    dtype: np.dtype
+    classes: list
+    mean: np.ndarray
+    std: np.ndarray
+
+    @property
+    def num_classes(self):
+        """The number of classes. Raises UserError if the training data set has no `classes`."""
+        if self.classes is None:
+            raise UserError(
+                "the training data set has no `classes`: add a list of their names to it, "
+                "or write the number of outputs into build_model"
+            )
+        return len(self.classes)
+
+
+def describe(train, validation, read_samples):
+    """Return the Data of two data sets.
+
+    Args:
+        train, validation: the data sets.
+        read_samples: a function of (dataset, indices) that returns arrays (samples, labels, weights).
+
+    Raises UserError for an empty data set and for training and validation samples of different shapes.
+    """
+    for name, dataset in (("training", train), ("validation", validation)):
+        if len(dataset) == 0:
+            raise UserError(f"the {name} data set has no samples: expected at least one")
+    count = min(len(train), STATISTICS_SAMPLES)
+    samples, _, _ = read_samples(train, np.linspace(0, len(train) - 1, count).astype(np.int64))
+    others, _, _ = read_samples(validation, np.arange(1))
+    if samples.shape[1:] != others.shape[1:]:
+        raise UserError(
+            f"the training samples have the shape {samples.shape[1:]}, but the validation samples have "
+            f"{others.shape[1:]}: make them equal in load_data"
+        )
+    mean = std = None
+    if samples.dtype == np.uint8 and samples.ndim == 4:
+        mean, std = channel_statistics(samples)
+    return Data(train, validation, samples.shape[1:], samples.dtype, find_classes(train), mean, std)
+
+
+def channel_statistics(images):
+    """Return mean and standard deviation of each channel of uint8 images (n, height, width, channels)."""
+    levels = np.arange(256, dtype=np.float64)
+    means, stds = [], []
+    for channel in range(images.shape[3]):
+        counts = np.bincount(images[..., channel].ravel(), minlength=256)
+        mean = (counts * levels).sum() / counts.sum()
+        variance = (counts * (levels - mean) ** 2).sum() / counts.sum()
+        means.append(mean)
+        stds.append(np.sqrt(variance) or 1.0)
+    return np.array(means, np.float32), np.array(stds, np.float32)
+
+
+def find_classes(dataset):
+    """Return the names of the classes; those of the data set inside for a wrapper such as torch's Subset."""
+    while dataset is not None:
+        classes = getattr(dataset, "classes", None)
+        if classes is not None:
+            return [str(name) for name in classes]
+        dataset = getattr(dataset, "dataset", None)
+    return None
+
+
+def fingerprint(dataset, read_samples):
+    """Return plain values that differ if the data differ: the data set's own, or checksums of samples."""
+    if hasattr(dataset, "fingerprint"):
+        return dataset.fingerprint()
+    indices = np.linspace(0, len(dataset) - 1, min(len(dataset), FINGERPRINT_SAMPLES)).astype(np.int64)
+    samples, labels, _ = read_samples(dataset, indices)
+    return {
+        "checksum of some samples": zlib.crc32(np.ascontiguousarray(samples)),
+        "checksum of some labels": zlib.crc32(np.ascontiguousarray(labels)),
+    }

@@ -1,0 +1,561 @@
+"""The frame around a training, from the flags and the newest checkpoint to the model and the exit code.
+
+`train.py` uses `start`, `Run` and `execute`. Nothing in this module knows a framework: `engine.py`, beside
+the script, does, and passes through `Run`.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from common import (
+    async_save,
+    batches,
+    checkpoints,
+    datasets,
+    distributed,
+    model_folder,
+    preemption,
+    report,
+    tables,
+    train_state,
+)
+from common.atomic_io import atomic_export, prepare_folder
+from common.errors import UserError, fail, write_failure_reason
+from common.preemption import Interrupted
+from common.report import log
+
+MODEL_FACTS = "model.json"  # in the folder of the exported model; an engine may name another file
+
+
+def start(parse_args):
+    """Take over SIGTERM and Ctrl-C, and return the parsed flags; call this before the slow imports."""
+    for number in preemption.NUMBERS:
+        signal.signal(number, preemption.exit_at_once)
+    return parse_args()
+
+
+def execute(main, args):
+    """Call `main(args)`; exit with one line and code 1 after a user's error, 143 or 130 after a signal."""
+    try:
+        main(args)
+    except Interrupted as interrupted:
+        preemption.print_safely(str(interrupted))
+        write_failure_reason(str(interrupted))
+        sys.exit(interrupted.exit_code)
+    except Exception as error:
+        report_error(error)
+
+
+def report_error(error):
+    """Exit with code 1 and one line for an error that a user can correct, or a traceback for a bug."""
+    if isinstance(error, ImportError):
+        fail(f"{error}. Install what is missing with: pip install {error.name}")
+    if isinstance(error, (UserError, OSError)):
+        fail(error)
+    write_failure_reason(f"{type(error).__name__}: {error}")
+    traceback.print_exception(type(error), error, error.__traceback__)
+    sys.exit(1)
+
+
+class Run:
+    """One training: workers, signals, data, checkpoints, progress and log. Use it in a `with` statement.
+
+    Args:
+        args: the flags.
+        engine: the module `engine` of the framework.
+
+    Attributes:
+        device: what `engine.start` returns.
+        data: what `load_data` returns.
+        progress: see `common/train_state.py`.
+    """
+
+    def __init__(self, args, engine):
+        self.args = args
+        self.engine = engine
+        self.data = None
+        self.state = None
+        self.job = {}
+        self._data_facts = {}
+        self._description = {}  # what the next run compares itself with, in plain values
+        self.progress = train_state.Progress()
+        self.workers = distributed.Workers()
+        self.signals = preemption.SignalHandlers(self._end_early)
+        self.saver = async_save.AsyncSaver()
+        self.checkpoints = None
+        self.steps_per_epoch = 0
+        self._exits = contextlib.ExitStack()
+        self._started = time.monotonic()
+        self._initial_epoch = 0
+        self._has_stopped = False
+        self._is_validating = False
+        self._validation_sums = {}
+        self._best_name = None
+        self._bar = None
+        self._clock = self._last_save = time.monotonic()
+
+    # Begin and end ------------------------------------------------------------------------------------------
+
+    def __enter__(self):
+        """Join the other workers, take over the signals, prepare the folders and start the engine."""
+        args = self.args
+        if args.best_metric:
+            self._best_name, _ = train_state.parse_metric(args.best_metric, "--best-metric")
+        self.signals.install()
+        try:
+            self.workers = distributed.join(args)
+            self._exits.callback(report.start_logging(self.is_main_process))
+            self.checkpoints = checkpoints.Checkpoints(args, self.engine, self.workers)
+            if self.is_main_process:
+                prepare_folder(args.checkpoint_path, "--checkpoint-path")
+                prepare_folder(args.model_dir, "--model-dir")
+                prepare_folder(args.output_data_dir, "--output-data-dir")
+                self.checkpoints.open()
+            self.device = self.engine.start(args, self.workers)
+            self.signals.install()  # again: a framework may have taken them over
+            machine = {"number of workers": self.workers.size, **self.engine.describe_machine(args)}
+            flags = distributed.flag_values(args)
+            self._description = {
+                "job": self.job,
+                "data": self._data_facts,
+                "machine": machine,
+                "flags": flags,
+            }
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Wait for the last save and the other workers; put back what was changed in this process."""
+        try:
+            if error is None:
+                self.saver.wait()
+                self._check_signals()
+                self.workers.leave()
+            elif isinstance(error, Interrupted):
+                self.workers.leave()
+            elif self.workers.size > 1:
+                self._fail_together(error)
+        finally:
+            if self._bar:
+                self._bar.close()
+            self.saver.close()
+            if self.checkpoints:
+                self.checkpoints.close()
+            self._exits.close()
+            self.signals.restore()
+
+    def _fail_together(self, error):
+        """End this process and the other workers: the engine's threads may be waiting for them for ever."""
+        is_known = isinstance(error, UserError)
+        if not is_known:
+            self.workers.end_if_another_failed()
+        self.workers.fail(str(error) if is_known else f"{type(error).__name__}: {error}")
+        try:
+            report_error(error)
+        finally:
+            os._exit(1)
+
+    def _end_early(self, number, frame):
+        """Handle a signal before there is anything to save."""
+        if self.workers.size > 1:
+            interrupted = Interrupted(number)
+            preemption.print_safely(str(interrupted))
+            self.workers.stop(interrupted.exit_code, str(interrupted))
+        else:
+            self.signals.pass_on(number, frame)
+
+    @property
+    def is_main_process(self):
+        """Whether this worker writes the log, the checkpoints, the model and the metrics."""
+        return self.workers.is_main_process
+
+    # Data ---------------------------------------------------------------------------------------------------
+
+    def load_data(self, data_sets):
+        """Return what is known of the data sets (training, validation), as `common.datasets.Data`."""
+        try:
+            train, validation = data_sets
+        except (TypeError, ValueError) as error:
+            raise UserError("load_data must return two data sets, for training and validation") from error
+        if hasattr(self.engine, "wrap_data_sets"):  # the framework has data sets that come in batches
+            train, validation = self.engine.wrap_data_sets(train, validation)
+        self.data = datasets.describe(train, validation, self._read_samples)
+        for flag in ("model", "batch_size", "seed"):
+            self.job[f"--{flag.replace('_', '-')}"] = getattr(self.args, flag)
+        self.job[f"number of training {getattr(train, 'unit', 'samples')}"] = len(train)
+        self.job["sample shape"] = list(self.data.sample_shape)
+        self.job["classes"] = self.data.classes
+        for name, dataset in (("training", train), ("validation", validation)):
+            for key, value in datasets.fingerprint(dataset, self._read_samples).items():
+                self._data_facts[f"{key} ({name} data)"] = value
+        self._check_job()
+        return self.data
+
+    def load_tables(self, data_sets):
+        """Return the tables (training, validation) as `common.tables.Tables`, see there."""
+        self.data = tables.describe(*data_sets)
+        for flag in ("booster", "seed"):
+            self.job[f"--{flag}"] = getattr(self.args, flag)
+        self.job.update(self.data.describe_job())
+        self._data_facts.update(self.data.fingerprint())
+        self._check_job()
+        num_rows, num_columns = self.data.train.features.shape
+        rows = f"{num_rows} training and {len(self.data.validation.labels)} validation rows"
+        shards = self.workers.describe_shards(num_rows, "training rows")
+        log(f"Data: {rows} of {num_columns} columns{shards}")
+        return self.data
+
+    def _check_job(self):
+        """Raise UserError if the workers have different data, or `--model-dir` the model of another job."""
+        self.workers.check_same({**self.job, **self._data_facts})
+        if self.workers.is_main_process and not self.args.resume_anyway:
+            model_folder.check_same_job(self._model_facts_path(self.args.model_dir), self._model_facts())
+
+    def _read_samples(self, dataset, indices):
+        return batches.read_samples(dataset, indices, self.engine, (self.args.seed,))
+
+    # Checkpoints --------------------------------------------------------------------------------------------
+
+    def restore(self, state):
+        """Load the newest checkpoint into the training state; return the number of finished epochs.
+
+        If `--patience` or a callback has ended the training, nothing is left to train: return `--epochs`.
+
+        Args:
+            state: has `state_dict()`, a dictionary of all that training changes, `load_state_dict(content)`,
+                `job`, a dictionary of plain values that make a job, and `load_weights(path)`.
+        """
+        args = self.args
+        self.state = state
+        self.job.update(state.job)
+        is_alone = self.workers.size == 1
+        found = self.checkpoints.read_newest() if is_alone else self.checkpoints.share_newest()
+        if found:
+            name, content = found
+            self.checkpoints.check_same_job(name, content, self._description)
+            log(f"Resuming training from {name}")
+            try:
+                state.load_state_dict(content)
+            except Exception as error:  # each framework has its own errors for weights of another shape
+                raise checkpoints.misfit(self.checkpoints.folder / name, error) from error
+            progress = train_state.Progress(**content["progress"])
+            if len(progress.sums) == self.workers.size:
+                progress.sums = progress.sums[self.workers.rank]
+            else:  # another number of workers: the main process takes it all
+                total = train_state.add_up(progress.sums or [{}])
+                progress.sums = total if self.workers.is_main_process else {}
+            for name, pair in progress.sums.items():
+                progress.sums[name] = tuple(map(self.engine.to_device, pair))
+            self.progress = progress
+        elif getattr(args, "weights", None):
+            state.load_weights(args.weights)
+        epoch, step = self.progress.epoch, self.progress.step
+        self._initial_epoch = epoch
+        if epoch >= args.epochs:
+            log(f"Nothing left to train: {epoch} epochs are finished, --epochs asks for {args.epochs}")
+        elif (args.patience or self.progress.stopped) and self.should_stop():
+            epoch = args.epochs
+        else:
+            log(f"Starting training from epoch: {epoch + 1}" + (f", step: {step + 1}" if step else ""))
+        self._last_save = self._clock = time.monotonic()
+        if not is_alone:
+            self.workers.all_gather(None)  # all workers defer their signals together
+        self.signals.deferred = True
+        return epoch
+
+    def save(self):
+        """Copy the training state and write it in the background; return the name of the checkpoint.
+
+        This is a collective call: every worker must reach it.
+        """
+        progress = vars(self.progress).copy()
+        progress["history"] = list(
+            self.progress.history
+        )  # a copy: the next epoch may end before this is written
+        sums = self.progress.sums
+        if self.workers.size > 1 and hasattr(self.state, "metric_sums"):  # the framework adds them up itself
+            sums = self.state.metric_sums()
+        if sums:
+            sums = train_state.plain_sums(sums)
+        progress["sums"] = self.workers.all_gather(sums) if self.workers.size > 1 else [sums]
+        name = self.checkpoints.name_of(self.progress.epoch, self.progress.step)
+        if self.saver.in_flight:
+            self.saver.wait()
+        if self.workers.is_main_process and not (self.checkpoints.folder / name).exists():
+            content = {**self.state.state_dict(), "progress": progress, **self._description}
+            content = self.engine.copy_to_host(content, self.saver.memory)
+            best = self._best_epoch() if self.args.best_metric else None
+            self.saver.in_flight = self.saver.thread.submit(self.checkpoints.write, name, content, best)
+        self._last_save = time.monotonic()
+        return name
+
+    def _refuse_metric(self, metrics):
+        names = ", ".join(metrics)
+        raise UserError(f"--best-metric {self.args.best_metric}: expected one of the metrics {names}")
+
+    def _best_epoch(self):
+        """Return the best epoch by `--best-metric`."""
+        return train_state.best_epoch(self.progress.history, *self._metric())
+
+    def _metric(self):
+        """Return (name, sign) of the metric that decides; by default the loss, else the one reported last."""
+        if self.args.best_metric:
+            return train_state.parse_metric(self.args.best_metric, "--best-metric")
+        names = [key for key in self.progress.history[-1] if key.startswith("validation_")]
+        name = "validation_loss" if "validation_loss" in names else names[-1]
+        return train_state.parse_metric(name, "--patience")
+
+    # Training -----------------------------------------------------------------------------------------------
+
+    def training_batches(self, epoch, augment=None):
+        """Return an iterator over the batches that are left of an epoch, counted from 0, see `batches.Batch`.
+
+        Args:
+            epoch: the number of finished epochs.
+            augment: a function (images, labels, rng) that returns changed images and labels; used with
+                `--augment`.
+        """
+        loader = self.training_loader(epoch, augment)
+        self.start_epoch(len(loader.sizes))
+        return self._load(loader, range(self.progress.step, self.steps_per_epoch))
+
+    def validation_batches(self):
+        """Return an iterator over the batches of all validation samples in order, each sample once."""
+        loader = batches.BatchLoader(self.args, self.data.validation, self.workers, self.engine)
+        self._is_validating = True
+        self._validation_sums = {}
+        return self._load(loader, range(len(loader.sizes)))
+
+    def training_loader(self, epoch, augment=None):
+        """Return the BatchLoader of an epoch."""
+        loader = batches.BatchLoader(self.args, self.data.train, self.workers, self.engine, epoch)
+        if self.args.augment:
+            loader.augment = augment
+        self._batch_sizes = loader.sizes
+        return loader
+
+    def _load(self, loader, steps):
+        is_ours = isinstance(loader.dataset, datasets.ArrayDataset)
+        if self.args.loaders and not is_ours and hasattr(self.engine, "load_with_processes"):
+            return self.engine.load_with_processes(loader, steps, self.args.loaders)
+        return batches.load_ahead(loader, steps, self.args.loaders)
+
+    def start_epoch(self, steps_per_epoch):
+        """Start the clock and the progress bar of an epoch."""
+        progress = self.progress
+        self.steps_per_epoch = steps_per_epoch
+        self._is_validating = False
+        self._close_bar()
+        self._bar = report.progress_bar(
+            progress.epoch + 1, progress.step, steps_per_epoch, self.is_main_process
+        )
+        self._clock = time.monotonic()
+
+    def finish_step(self, metrics, num_samples=None):
+        """Count a step: add up its metrics, show progress, save if it is time, end after a signal.
+
+        Args:
+            metrics: pairs (numerator, denominator) of sums over this worker's samples, by name; arrays on a
+                device are fine, as they are not read before the end of the epoch.
+            num_samples: of all workers in this step; default: the size of the BatchLoader's batch.
+        """
+        if self._is_validating:
+            self.finish_validation_step(metrics)
+            return
+        args, progress = self.args, self.progress
+        if num_samples is None:
+            num_samples = self._batch_sizes[progress.step]
+        progress.samples += num_samples
+        progress.step += 1
+        for name, (numerator, denominator) in metrics.items():
+            total = progress.sums.get(name, (0.0, 0.0))
+            progress.sums[name] = total[0] + numerator, total[1] + denominator
+        if args.best_metric and metrics and self._best_name not in metrics:
+            self._refuse_metric(metrics)
+        now = time.monotonic()
+        progress.seconds += now - self._clock
+        self._clock = now
+        if self._bar:
+            self._bar.update()
+        elif args.log_steps and progress.step % args.log_steps == 0:
+            log(f"step={progress.step}/{self.steps_per_epoch} epoch={progress.epoch + 1}")
+        due = args.checkpoint_seconds and now - self._last_save >= args.checkpoint_seconds
+        if args.checkpoint_steps and progress.step % args.checkpoint_steps == 0:
+            due = True
+        if self.saver.in_flight and self.saver.in_flight.done():
+            self.saver.wait()  # raises the error of a failed save
+        if self.signals.received or self.workers.size > 1:
+            due = self._check_signals(due, save=True)
+        if due and progress.step < self.steps_per_epoch:
+            self.save()
+
+    def finish_validation_step(self, metrics):
+        """Add up the metrics of a validation step; end the training after a signal."""
+        for name, (numerator, denominator) in metrics.items():
+            total = self._validation_sums.get(name, (0.0, 0.0))
+            self._validation_sums[name] = total[0] + numerator, total[1] + denominator
+        if self.signals.received or self.workers.size > 1:
+            self._check_signals(save=True)
+
+    def finish_epoch(self, metrics=None, validation_metrics=None):
+        """Finish an epoch: save its checkpoint, log its line, return whether `--patience` ends the training.
+
+        Args:
+            metrics, validation_metrics: by name; default: the means of what `finish_step` and
+                `finish_validation_step` have added up.
+        """
+        if metrics is None:
+            metrics = self._mean_metrics(self.progress.sums)
+            validation_metrics = self._mean_metrics(self._validation_sums)
+        self._close_bar()
+        row = self.progress.finish_epoch(metrics, validation_metrics)
+        self.save()
+        log(report.epoch_line(row))
+        return self.should_stop()
+
+    def finish_round(self, metrics, validation_metrics, samples):
+        """Finish a boosting round; return whether `--patience` ends the training. End it after a signal.
+
+        A round is an epoch of milliseconds, so that not every round has a checkpoint in a long training.
+
+        Args:
+            metrics, validation_metrics: by name.
+            samples: the number of rows of all workers.
+        """
+        args, progress = self.args, self.progress
+        now = time.monotonic()
+        progress.seconds, progress.samples = now - self._clock, samples
+        row = progress.finish_epoch(metrics, validation_metrics)
+        log(report.epoch_line(row))
+        stop = self.should_stop()
+        if args.checkpoint_steps or args.checkpoint_seconds:
+            due = args.checkpoint_seconds and now - self._last_save >= args.checkpoint_seconds
+            if args.checkpoint_steps and progress.epoch % args.checkpoint_steps == 0:
+                due = True
+        else:
+            due = self.saver.is_affordable()
+        if self.saver.in_flight and self.saver.in_flight.done():
+            self.saver.wait()  # raises the error of a failed save
+        if self.workers.size > 1:
+            due, stop = self.workers.all_gather([bool(due), stop])[0]
+        if due or stop or progress.epoch == args.epochs:
+            began = time.monotonic()
+            self.save()
+            self.saver.count(time.monotonic() - began)
+        if self.signals.received or self.workers.size > 1:
+            self._check_signals(save=True)
+        self._clock = time.monotonic()
+        return stop
+
+    def should_stop(self):
+        """Return whether the training is over before `--epochs`: a function of what checkpoints hold.
+
+        A callback has ended it, or `--patience` epochs have brought nothing better.
+        """
+        history = self.progress.history
+        if self.progress.stopped:
+            if not self._has_stopped:
+                log(f"Stopping early: a callback has ended the training after epoch {self.progress.epoch}")
+            self._has_stopped = True
+            return True
+        if not self.args.patience or not history:
+            return False
+        name, sign = self._metric()
+        best = train_state.best_epoch(history, name, sign)
+        if self.progress.epoch - best < self.args.patience:
+            return False
+        if not self._has_stopped:
+            patience = f"--patience {self.args.patience}"
+            log(f"Stopping early: no better validation_{name} since epoch {best} ({patience})")
+        self._has_stopped = True
+        return True
+
+    def _mean_metrics(self, sums):
+        by_worker = self.workers.all_gather(train_state.plain_sums(sums))
+        return train_state.mean_metrics(train_state.add_up(by_worker))
+
+    def _check_signals(self, due=False, save=False):
+        """Raise Interrupted, after saving, if a worker has received a signal; return `due` of rank 0."""
+        values = self.workers.all_gather([self.signals.received, bool(due)])
+        received = [number for number, _ in values if number]
+        if received:
+            saved = None
+            if save:
+                self._close_bar()
+                saved = self.save()
+                self.saver.wait()
+            raise Interrupted(self.signals.received or received[0], saved)
+        return values[0][1]
+
+    def _close_bar(self):
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+
+    # Results ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def export(self):
+        """Yield an empty folder whose content becomes that of `--model-dir`, then write the metrics.
+
+        With `--best-metric` the training state becomes that of the best epoch. Every worker may write into
+        its folder; that of the main process counts.
+        """
+        if not self.workers.is_main_process:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder)
+            return
+        self.saver.wait()
+        self._load_best()
+        args = self.args
+        with atomic_export(args.model_dir, "--model-dir") as folder:
+            yield folder
+            files = ", ".join(sorted(path.name for path in folder.iterdir()))
+            model_folder.write(self._model_facts_path(folder), self._model_facts())
+        log(f"Model: {args.model_dir} ({files})")
+        progress = self.progress
+        facts = {"epochs": progress.epoch, "initial_epoch": self._initial_epoch}
+        if isinstance(self.data, datasets.Data):
+            facts["class_names"] = self.data.classes
+        if args.best_metric:
+            facts["best_epoch"] = self._best_epoch()
+        facts["wall_seconds"] = time.monotonic() - self._started
+        report.write_results(args.output_data_dir, progress.history, facts)
+
+    def _load_best(self):
+        if not self.args.best_metric:
+            return
+        best = self._best_epoch()
+        if best == self.progress.epoch:
+            return
+        if hasattr(self.state, "load_epoch"):  # XGBoost: the last state contains those of all epochs
+            self.state.load_epoch(best)
+            return
+        name = self.checkpoints.name_of(best)
+        path = self.checkpoints.folder / name
+        try:
+            content = self.checkpoints.read(name)
+        except Exception as error:  # each framework has its own errors for a damaged file
+            raise UserError(
+                f"--best-metric: the best checkpoint, {path}, cannot be read ({error}). "
+                "Run the same command without --best-metric to export the last epoch's model"
+            ) from error
+        try:
+            self.state.load_state_dict(content)
+        except Exception as error:  # as in `restore`
+            raise checkpoints.misfit(path, error) from error
+
+    def _model_facts(self):
+        data = self.data if isinstance(self.data, datasets.Data) else None
+        return model_folder.describe(self.args, self.job, data)
+
+    def _model_facts_path(self, folder):
+        return folder / getattr(self.engine, "MODEL_FACTS", model_folder.FILE_NAME)

@@ -1,0 +1,392 @@
+"""Device, precision, several GPUs and hosts, and checkpoint files for `train.py`; nobody edits this file.
+
+`common/run.py` calls the functions; the training state in `train.py` inherits from `State`.
+"""
+
+import os
+import signal
+import warnings
+
+import numpy as np
+
+from common import atomic_io, errors
+from common.errors import UserError
+from common.report import log
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # without it cuBLAS may change bits from run to run
+
+with errors.importing("PyTorch and torchvision", "Install them with: pip install torch torchvision"):
+    import torch
+    import torchvision
+    from torch import distributed, nn
+    from torch.utils._pytree import tree_leaves, tree_map
+    from torch.utils.data import DataLoader
+    from torch.utils.data import Dataset as TorchDataset
+
+CHECKPOINT = "checkpoint-{}.pt"
+FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
+
+
+def start(args, workers):
+    """Return the torch.device to compute on, after connecting the workers.
+
+    The device changes the speed, never which data or how many epochs.
+    """
+    available = torch.cuda.is_available() and args.num_gpus != 0
+    if args.device == "cuda" and not available:
+        raise UserError("--device cuda: PyTorch finds no GPU; use --device auto or cpu")
+    local_rank = int(
+        os.environ.get("LOCAL_RANK", 0)
+    )  # set by torchrun: the number of this process on this host
+    device = torch.device(f"cuda:{local_rank}" if available and args.device != "cpu" else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # also the one whose random numbers are seeded
+        torch.set_float32_matmul_precision("high")  # TF32 for products; convolutions use it anyway
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.manual_seed(args.seed)
+    shards = workers.describe_shards(args.batch_size, "samples of a batch")
+    log(f"Device: {device} ({args.precision}){shards}")
+    if workers.size > 1:
+        _connect(device, workers)
+    return device
+
+
+def _connect(device, workers):
+    """Start PyTorch's own engine, which sums gradients: NCCL between GPUs, otherwise Gloo."""
+    workers.check_same({"device": device.type})
+    interface = os.environ.get("SM_NETWORK_INTERFACE_NAME")
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    store = None
+    if workers.is_main_process:
+        store = distributed.TCPStore(workers.address, 0, is_master=True)
+    port = workers.all_gather(store and store.port)[0]
+    if store is None:
+        store = distributed.TCPStore(workers.main_address, port)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=workers.rank, world_size=workers.size)
+
+
+class State:
+    """The part of the training state that no model changes: device, precision, workers, and moving data.
+
+    A subclass sets `model` and `optimizer` and then calls `prepare`.
+
+    Attributes:
+        network: the model to train with; it may be compiled, or average the gradients of several workers.
+        predict: the model to evaluate with.
+        job: what makes a job, beside the flags and the data.
+        scaler: the loss scaler of `--precision fp16`; otherwise it does nothing.
+    """
+
+    def __init__(self, args, run, data):
+        self.args = args
+        self.data = data
+        self.device = run.device
+        self.workers = run.workers
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        self._mean = self._std = None
+        if data.mean is not None:
+            self._mean = torch.from_numpy(data.mean).view(1, -1, 1, 1).to(self.device)
+            self._std = torch.from_numpy(data.std).view(1, -1, 1, 1).to(self.device)
+
+    def place(self, model):
+        """Return the model on the device, after one trial with a sample of zeros.
+
+        Raises UserError if the model cannot take samples of this shape.
+        """
+        dtype = (
+            torch.float32 if self._mean is not None else torch.from_numpy(np.zeros(1, self.data.dtype)).dtype
+        )
+        sample = torch.zeros(1, *self._shape(), dtype=dtype)
+        try:
+            with torch.no_grad():
+                model.eval()(sample)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            size = "x".join(map(str, self.data.sample_shape))
+            raise UserError(
+                f"--model {self.args.model} cannot take images of {size} ({error}): "
+                "pass --image-size, such as 224"
+            ) from error
+        model.to(self.device)
+        if self.device.type == "cuda":
+            model.to(memory_format=torch.channels_last)  # the layout of the images, and of tensor cores
+        return model
+
+    def prepare(self):
+        """Set `network`, `predict` and `job`, and remember the learning rate of each parameter group."""
+        self.job = {"optimizer": type(self.optimizer).__name__}
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.predict = self.model
+        if self.args.precision != "fp32":
+            dtype = torch.float16 if self.args.precision == "fp16" else torch.bfloat16
+            self.predict = MixedPrecision(self.model, self.device.type, dtype)
+        self.network = self.predict
+        if self.workers.size > 1:
+            self.network = self._average_gradients(self.network)
+        if self.args.compile:
+            # One kernel per batch size. A dynamic kernel depends on the size that came first, and so would
+            # the bits.
+            self.network = torch.compile(self.network, dynamic=False)
+
+    def _average_gradients(self, model):
+        warnings.filterwarnings(
+            "ignore", message="Grad strides do not match"
+        )  # costs nothing with a small network
+        network = nn.parallel.DistributedDataParallel(model.eval())
+        # The first step decides on the order in which gradients are summed, which rounds: take it before any
+        # counts.
+        outputs = network(torch.zeros(1, *self._shape(), device=self.device))
+        sum(output.sum() for output in tree_leaves(outputs)).backward()
+        return network
+
+    def _shape(self):
+        """Return the shape of a sample as the network gets it: channels first for an image."""
+        shape = self.data.sample_shape
+        if len(shape) == 3:
+            return shape[2], shape[0], shape[1]
+        return shape
+
+    def train(self):
+        """Switch to training, for dropout and batch normalization."""
+        self.model.train()
+
+    def eval(self):
+        """Switch to evaluation; the batch-normalization statistics are those of the main process."""
+        self.model.eval()
+        if self.workers.size > 1:
+            for buffer in self.model.buffers():
+                distributed.broadcast(buffer, 0)
+
+    def load_batch(self, batch):
+        """Return images (n, channels, height, width), labels and weights on the device; seed the step.
+
+        Images of uint8 become float32 of zero mean and unit variance per channel; other samples stay as they
+        are.
+        """
+        arrays = (batch.images, batch.labels, batch.weights)
+        images, labels, weights = map(torch.as_tensor, arrays)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(batch.seed)
+            # From pinned memory the copy does not wait for the GPU, nor the GPU for the next one.
+            pinned = [tensor.pin_memory() for tensor in (images, labels, weights)]
+            images, labels, weights = [tensor.to(self.device, non_blocking=True) for tensor in pinned]
+        else:
+            # Not torch.manual_seed(), which takes up to half a millisecond: it seeds all kinds of devices.
+            torch.default_generator.manual_seed(batch.seed)
+        if images.ndim == 4:
+            images = images.permute(0, 3, 1, 2)
+        if images.dtype == torch.uint8 and self._mean is not None:
+            images = (images.float() - self._mean) / self._std
+        return images, labels, weights
+
+    def load_optimizer(self, saved):
+        """Load an optimizer's state; the settings of its parameter groups are those of this run.
+
+        What an optimizer itself has added to a group, such as a number of steps, comes from the checkpoint.
+        """
+        settings = self.optimizer.state_dict()["param_groups"]
+        saved_settings = saved["param_groups"]
+        groups = [len(group["params"]) for group in settings]
+        if groups != [len(group["params"]) for group in saved_settings]:
+            raise ValueError("build_optimizer has other parameter groups than the checkpoint")
+        for number, (now, then) in enumerate(zip(settings, saved_settings)):
+            for name in set(now) & set(then) - {"lr", "params"}:
+                if now[name] != then[name]:
+                    log(
+                        f"Changed in parameter group {number}: {name} was {then[name]} and is now {now[name]}"
+                    )
+            settings[number] = {**then, **now}
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
+
+    def load_weights(self, path):
+        """Load the tensors of a .pth or .safetensors file that fit the model, and log the others."""
+        weights = _read_weights(path)
+        own = self.model.state_dict()
+        fitting = {
+            name: tensor
+            for name, tensor in weights.items()
+            if name in own and own[name].shape == tensor.shape
+        }
+        if not fitting:
+            raise UserError(
+                f"--weights {path}: no layer fits the model, whose layers are {', '.join(list(own)[:4])}, ..."
+            )
+        self.model.load_state_dict(fitting, strict=False)
+        missing = sorted(set(own) - set(fitting))
+        unused = sorted(set(weights) - set(fitting))
+        log(f"Weights: {len(fitting)} of {len(own)} tensors from {path}" + _listed("not in it", missing))
+        if unused:
+            log("Weights:" + _listed("not used", unused)[1:])
+
+
+def _listed(title, names):
+    if not names:
+        return ""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"; {title}: {', '.join(names[:6])}{more}"
+
+
+def _read_weights(path):
+    """Return the tensors by name of a .pth or .safetensors file; nothing in the file is executed."""
+    if not path.exists():
+        raise UserError(f"--weights {path} does not exist: expected a .pth or .safetensors file")
+    if path.is_dir():  # a SageMaker channel
+        files = sorted([*path.glob("*.safetensors"), *path.glob("*.pth"), *path.glob("*.pt")])
+        if len(files) != 1:
+            raise UserError(
+                f"--weights {path} contains {len(files)} .pth or .safetensors files: expected one"
+            )
+        path = files[0]
+    try:
+        if path.suffix == ".safetensors":
+            with errors.importing("safetensors", "Install it with: pip install safetensors"):
+                from safetensors.torch import load_file
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many types for a damaged file
+        raise UserError(f"--weights {path} cannot be read: {errors.first_line(error)}") from error
+    if isinstance(weights, dict) and isinstance(weights.get("model"), dict):  # a checkpoint of this script
+        weights = weights["model"]
+    if not isinstance(weights, dict) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in weights.values()
+    ):
+        raise UserError(f"--weights {path} is not a state_dict: expected tensors by name")
+    return weights
+
+
+class MixedPrecision(nn.Module):
+    """Computes a model in lower precision; its outputs are float32 again."""
+
+    def __init__(self, model, device_type, dtype):
+        super().__init__()
+        self.model = model
+        self.device_type = device_type
+        self.dtype = dtype
+
+    def forward(self, *inputs):
+        with torch.autocast(self.device_type, self.dtype):
+            outputs = self.model(*inputs)
+        return tree_map(to_float32, outputs)
+
+
+def to_float32(value):
+    """Return a tensor of lower precision as float32, anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.float()
+    return value
+
+
+def zoo_model(name, data):
+    """Return an untrained network of torchvision's model zoo; grey images are repeated for its channels.
+
+    Raises UserError if there is none with this name; the message has the nearest names.
+    """
+    names = torchvision.models.list_models(module=torchvision.models)
+    errors.check_choice("--model", name, ["cnn", *names])
+    options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    network = torchvision.models.get_model(name, weights=None, num_classes=data.num_classes, **options)
+    if data.sample_shape[-1] == 1:
+        network.register_forward_pre_hook(_repeat_grey)
+    return network
+
+
+def _repeat_grey(module, inputs):
+    return (inputs[0].expand(-1, 3, -1, -1),)
+
+
+# Reading data -----------------------------------------------------------------------------------------------
+
+
+def seed_sample(seed):
+    """Seed the random numbers that a data set draws, such as those of torchvision's transforms."""
+    torch.default_generator.manual_seed(seed)
+
+
+def to_array(sample):
+    """Return a sample as a NumPy array. A tensor of three dimensions is an image with the channels first."""
+    if isinstance(sample, torch.Tensor) and sample.ndim == 3:
+        sample = sample.permute(1, 2, 0)
+    return np.asarray(sample)
+
+
+def to_device(value):
+    """Return a number as it is and a list as a tensor on the device."""
+    if not isinstance(value, list):
+        return value
+    device = "cuda" if torch.cuda.is_initialized() else "cpu"
+    return torch.tensor(value, device=device)
+
+
+class _Steps(TorchDataset):
+    """The batches of an epoch as the items of a torch Dataset."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getitem__(self, step):
+        return self.loader(step)
+
+
+def load_with_processes(loader, steps, num_processes):
+    """Return an iterator over `loader(step)` for each step in order, prepared ahead by processes."""
+    data_loader = DataLoader(
+        _Steps(loader),
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_processes,
+        collate_fn=_as_tensors,
+        worker_init_fn=_start_loader,
+        generator=torch.Generator(),  # otherwise it would draw from the global one
+    )
+    return iter(data_loader)
+
+
+def _as_tensors(batch):
+    tensors = [torch.as_tensor(array) for array in batch[:3]]  # which travel in shared memory
+    return type(batch)(*tensors, *batch[3:])
+
+
+def _start_loader(number):
+    torch.set_num_threads(1)
+    for signal_number in (signal.SIGTERM, signal.SIGINT):  # the training needs the batch for its last step
+        signal.signal(signal_number, signal.SIG_IGN)
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------
+
+
+def copy_to_host(state, memory, name=()):
+    """Return `state` with copies of its tensors in `memory`, which is used again for the next save."""
+    if isinstance(state, dict):
+        return {key: copy_to_host(value, memory, (*name, key)) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [copy_to_host(value, memory, (*name, index)) for index, value in enumerate(state)]
+    if not isinstance(state, torch.Tensor):
+        return state
+    if name not in memory:
+        memory[name] = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+    return memory[name].copy_(state)
+
+
+write_checkpoint = torch.save  # a function of (content, file)
+
+
+def read_checkpoint(file):
+    """Return what `write_checkpoint` has written; nothing in the file is executed."""
+    atomic_io.check_zip(file)
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not isinstance(content.get("progress"), dict):
+        raise ValueError("it is not a checkpoint of this script")
+    return content
+
+
+def describe_machine(args):
+    """Return what changes the bits of the result, but not its quality."""
+    return {"CPU threads": torch.get_num_threads(), "torch": str(torch.__version__)}

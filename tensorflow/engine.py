@@ -1,0 +1,900 @@
+"""Device, precision, several GPUs and hosts, Keras' own loop, and checkpoint files for `train.py`.
+
+Nothing here is specific to a model. `common/run.py` calls the functions; the training state in `train.py`
+inherits from `State`.
+"""
+
+import contextlib
+import inspect
+import io
+import json
+import os
+import random
+import re
+import socket
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from common import atomic_io, batches, datasets, errors
+from common.errors import UserError
+from common.report import log
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # otherwise every start reports missing GPUs
+
+with errors.importing("TensorFlow", "Install it with: pip install tensorflow"):
+    import h5py
+    import keras
+    import tensorflow as tf
+    from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+CHECKPOINT = "checkpoint-{}.keras"
+FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
+
+POLICIES = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
+SEEDS_PER_REPLICA = 2**20
+
+
+def start(args, workers):
+    """Return the tf.distribute.Strategy to train with, after connecting the workers.
+
+    The device changes the speed, never which data or how many epochs.
+    """
+    gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")[: args.num_gpus]
+    _check_flags(args, gpus)
+    # Each GPU needs a sample, and a batch may be half full.
+    gpus = gpus[: max(1, args.batch_size // 2 // workers.size)]
+    if tf.config.get_visible_devices("GPU") != gpus:
+        tf.config.set_visible_devices(gpus, "GPU")
+    if args.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.config.set_dtype_policy(POLICIES[args.precision])
+    devices = [f"GPU:{index}" for index in range(len(gpus))] or _logical_cpus()
+    device = f"{len(gpus)} GPU" if gpus else "cpu"
+    if not gpus and len(devices) > 1:
+        device = f"{len(devices)} cpu"
+    shards = workers.describe_shards(args.batch_size, "samples of a batch")
+    log(f"Device: {device} ({args.precision}){shards}")
+    if workers.size > 1:
+        return _connect(len(gpus), workers)
+    if len(devices) > 1:
+        return tf.distribute.MirroredStrategy(devices)
+    return tf.distribute.get_strategy()
+
+
+def _check_flags(args, gpus):
+    if args.device == "cuda" and not gpus:
+        raise UserError("--device cuda: TensorFlow finds no GPU; use --device auto or cpu")
+    if args.precision == "fp16" and not gpus:
+        raise UserError("--precision fp16: TensorFlow has it on GPUs only; use --precision bf16 or fp32")
+    if args.compile and (args.deterministic or len(gpus) > 1 or len(args.hosts) > 1):
+        raise UserError(
+            "--compile: XLA cannot compute max pooling deterministically, nor on several devices here: "
+            "add --no-deterministic, and use one host and --num-gpus 1"
+        )
+
+
+def _logical_cpus():
+    """Return the devices of a CPU that has been divided, as tests do: they are used like several GPUs."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    configurations = tf.config.get_logical_device_configuration(cpu) or []
+    return [f"CPU:{index}" for index in range(len(configurations))]
+
+
+def _connect(num_gpus, workers):
+    """Start TensorFlow's own engine, which sums gradients over all workers, each with `num_gpus` GPUs."""
+    workers.check_same({"number of GPUs (--num-gpus)": num_gpus})
+    with socket.create_server((workers.address, 0)) as free:
+        port = free.getsockname()[1]
+    addresses = workers.all_gather(f"{workers.address}:{port}")
+    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": workers.rank}}
+    os.environ["TF_CONFIG"] = json.dumps(config)
+    return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+class State:
+    """The part of the training state that no model changes: devices, workers, and the functions of a step.
+
+    A subclass sets `model`, compiled, and `callbacks`, and then calls `prepare`.
+
+    Attributes:
+        strategy: what `start` returns. Each device of it is a replica, which has a copy of the model.
+        steps_per_epoch: the number of steps in an epoch.
+        metrics: the variables of the metrics of the running epoch; their last values during the validation.
+        job: what makes a job, beside the flags and the data.
+    """
+
+    def __init__(self, args, run, data):
+        self.args = args
+        self.run = run
+        self.data = data
+        self.workers = run.workers
+        self.strategy = run.device
+        self.num_replicas = self.strategy.num_replicas_in_sync
+        keras.utils.set_random_seed(args.seed)  # of the initial weights and of dropout
+        self.steps_per_epoch = num_batches(args, data.train)
+        self.batch_size = None  # the number of samples in the running step, if they come from a Stream
+        self.mean_count = 0.0  # the number of samples in the running step, divided by that of replicas
+        self.has_weights = False
+
+    @contextlib.contextmanager
+    def scope(self):
+        """Build the model for all devices inside this block.
+
+        Raises UserError if the model cannot take samples of this shape.
+        """
+        try:
+            with self.strategy.scope():
+                yield
+        except ValueError as error:
+            if not re.search("negative|at least|too small", str(error), re.IGNORECASE):
+                raise
+            size = "x".join(map(str, self.data.sample_shape))
+            reason = errors.first_line(error)
+            raise UserError(
+                f"--model {self.args.model} cannot take images of {size} ({reason}): "
+                "pass --image-size, such as 224"
+            ) from error
+
+    def prepare(self):
+        """Make the functions that Keras calls for each step, and all variables, which `restore` needs."""
+        model = self.model
+        with self.strategy.scope():
+            model.optimizer.build(model.trainable_variables)
+        sample = self._one_sample()
+        # Keras would compile a function for each size of a batch, and another one for all sizes. The
+        # size that came first would decide which of them computes a batch, and so its last bits.
+        self.spec = tuple(tf.TensorSpec([None, *array.shape[1:]], array.dtype) for array in sample)
+        if self.num_replicas == 1:
+            model.train_function = self._compile(model.train_step)
+            model.test_function = self._compile(model.test_step)
+        else:
+            is_own = type(model).train_step is not keras.Model.train_step
+            model.train_function = self._compile_for_replicas(
+                model.train_step if is_own else self._train_step
+            )
+            model.test_function = self._compile_for_replicas(model.test_step)
+        self.mean_count = 1.0
+        one_per_replica = [np.repeat(array, self.num_replicas, axis=0) for array in sample]
+        model.test_on_batch(*one_per_replica)  # creates the variables of the metrics
+        model.reset_metrics()
+        self.find_metrics()
+        optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        self.job = {"optimizer": type(optimizer).__name__}
+
+    def _one_sample(self):
+        """Return arrays (samples, labels) or (samples, labels, weights) of one validation sample."""
+        self.has_weights = _has_weights(self.data.train) or _has_weights(self.data.validation)
+        engine = sys.modules[__name__]
+        arrays = batches.read_samples(self.data.validation, np.arange(1), engine, (self.args.seed,))
+        return arrays if self.has_weights else arrays[:2]
+
+    def _compile(self, step):
+        """Return a function that takes a batch from an iterator and runs `step` with it."""
+        compiled = step
+        if not self.model.run_eagerly:
+            compiled = tf.function(step, [self.spec], autograph=False, jit_compile=self.args.compile or None)
+
+        def run_step(iterator):
+            batch = next(iterator)
+            return compiled(batch[: len(self.spec)])  # Keras may have added None in the place of weights
+
+        return run_step
+
+    def _compile_for_replicas(self, step):
+        """Return a function that takes a batch from an iterator and runs `step` on all replicas."""
+        num_local = self.num_replicas // self.workers.size
+
+        @tf.function(input_signature=[self.spec, tf.TensorSpec([], "float32")], autograph=False)
+        def compiled(batch, mean_count):
+            outputs = self.strategy.run(run_on_replica, (batch, mean_count))
+            return tf.nest.map_structure(average, outputs)
+
+        def run_on_replica(batch, mean_count):
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group % num_local
+            with tf.device("CPU:0"):  # each GPU gets its part only
+                count = tf.shape(batch[0])[0]
+                part = slice(count * replica // num_local, count * (replica + 1) // num_local)
+                batch = tuple(tensor[part] for tensor in batch)
+            if step == self._train_step:
+                return step(batch, mean_count)
+            return step(batch)
+
+        def average(value):
+            values = self.strategy.experimental_local_results(value)
+            return tf.add_n(values) / len(values)
+
+        def run_step(iterator):
+            batch = next(iterator)
+            return compiled(batch[: len(self.spec)], self.mean_count)
+
+        return run_step
+
+    def _train_step(self, data, mean_count):
+        """Do what `keras.Model.train_step` does, for replicas with different numbers of samples.
+
+        Args:
+            data: the samples of this replica.
+            mean_count: the number of samples per replica, on average.
+        """
+        model = self.model
+        samples, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
+        count = tf.shape(tf.nest.flatten(samples)[0])[0]
+        factor = tf.cast(count, "float32") / mean_count
+        if getattr(model.loss, "reduction", None) == "sum":
+            factor = 1.0
+        options = {"training": True} if "training" in inspect.signature(model.call).parameters else {}
+        with tf.GradientTape() as tape:
+            outputs = model(samples, **options)
+            loss = model.compute_loss(samples, labels, outputs, weights, training=True)
+            scaled_loss = model.optimizer.scale_loss(loss * factor)
+        gradients = tape.gradient(scaled_loss, model.trainable_variables)
+        if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+            # An overflow on one replica makes all of them skip the step: the sum is 0, or else not a number.
+            overflow = tf.add_n(
+                [tf.reduce_sum(0 * gradient) for gradient in gradients if gradient is not None]
+            )
+            overflow = tf.distribute.get_replica_context().all_reduce("SUM", overflow)
+            gradients = [gradient if gradient is None else gradient + overflow for gradient in gradients]
+        model.optimizer.apply(gradients, model.trainable_variables)  # adds them up over all replicas
+        tracker = next(metric for metric in model.metrics if metric.name == "loss")
+        tracker.update_state(loss * self.num_replicas, sample_weight=count)
+        return model.compute_metrics(samples, labels, outputs, sample_weight=weights)
+
+    # Keras' loop --------------------------------------------------------------------------------------------
+
+    def finish_epoch(self, training, validation):
+        """Finish the epoch that was interrupted; return the epoch for `model.fit` to begin with.
+
+        Args:
+            training, validation: the batches, as for `model.fit`.
+        """
+        progress, model, callbacks = self.run.progress, self.model, self.callbacks
+        rate = model.optimizer.learning_rate
+        rate = rate.numpy() if isinstance(rate, keras.Variable) else None
+        metrics = self.metrics
+        callbacks.on_train_begin()
+        callbacks.on_epoch_begin(progress.epoch)
+        callbacks.load()  # again, like the learning rate: the epoch had begun before the interruption
+        if rate is not None:
+            model.optimizer.learning_rate = rate
+        self._load_metrics(metrics)
+        steps = iter(training)
+        for step in range(progress.step, self.steps_per_epoch):
+            callbacks.on_train_batch_begin(step)
+            logs = model.train_function(steps)
+            callbacks.on_train_batch_end(step, logs)
+            if model.stop_training:
+                break
+        logs = model.get_metrics_result()
+        validation_logs = model.evaluate(validation, callbacks=callbacks, return_dict=True)
+        logs.update({f"val_{name}": value for name, value in validation_logs.items()})
+        callbacks.on_epoch_end(progress.epoch, logs)
+        return self.args.epochs if model.stop_training else progress.epoch
+
+    def metric_sums(self):
+        """Return this worker's metrics of the running epoch, as pairs that can be added up over workers."""
+        if not self.run.progress.step:
+            return {}
+        return {f"{index}": (np.asarray(value), 0) for index, value in enumerate(self.metrics)}
+
+    def _load_metrics(self, values):
+        """Load the metrics of the epoch that was interrupted: `values`, or what Run has of each worker."""
+        sums = self.run.progress.sums
+        if sums:
+            values = [np.asarray(sums[f"{index}"][0]) for index in range(len(sums))]
+        elif not self.workers.is_main_process:
+            values = [0 * value for value in values]  # the number of workers has changed
+        if len(values) != len(self.metrics):
+            raise UserError("the number of GPUs has changed inside an epoch: use as many as before")
+        for part, value in zip(self.metrics, values):
+            part.assign(value)
+
+    def find_metrics(self):
+        """Set `metrics` to the variables of the metrics on each replica of this worker; their sum counts."""
+        self.metrics = []
+        for variable in self.model.metrics_variables:
+            self.metrics += self.strategy.experimental_local_results(variable.value)
+
+    # Variables ----------------------------------------------------------------------------------------------
+
+    def assign(self, variables, values):
+        """Set variables to the values from a checkpoint."""
+        if len(variables) != len(values):
+            raise ValueError(f"it has {len(values)} arrays, but there are {len(variables)} variables")
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+
+    def _seeds(self):
+        return [variable for variable in self.model.variables if "seed_generator_state" in variable.path]
+
+    def spread_seeds(self):
+        """Let dropout draw other numbers on each replica: those of the first one are in the checkpoint."""
+        if self.num_replicas == 1:
+            return
+        for variable in self._seeds():
+            replicas = self.strategy.experimental_local_results(variable.value)
+            seed, count = replicas[0].numpy()
+            first = self.workers.rank * len(replicas)
+            for index, replica in enumerate(replicas):
+                replica.assign([seed + (first + index) * SEEDS_PER_REPLICA, count])
+
+    def reset_seeds(self):
+        """Set dropout's counters to zero: they are not part of the model."""
+        for variable in self._seeds():
+            variable.assign([variable.numpy()[0], 0])
+
+    def share_statistics(self):
+        """Give all replicas the batch-normalization statistics of the first one, which checkpoints hold."""
+        if self.num_replicas == 1:
+            return
+        seeds = {id(variable) for variable in self._seeds()}
+        for variable in self.model.non_trainable_variables:
+            if id(variable) not in seeds:
+                content = self.workers.broadcast(variable.numpy().tobytes())
+                variable.assign(np.frombuffer(content, variable.dtype).reshape(variable.shape))
+
+    def load_weights(self, path):
+        """Load a .keras or .weights.h5 file, except the layers that the model has in another shape."""
+        weights = _read_weights(path)
+        own = _own_weights(self.model)
+        fitting = {
+            name: array for name, array in weights.items() if name in own and own[name].shape == array.shape
+        }
+        if not fitting:
+            raise UserError(
+                f"--weights {path}: no layer fits the model, whose layers are {', '.join(list(own)[:4])}, ..."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            merged = Path(folder, "merged.weights.h5")
+            self.model.save_weights(merged)
+            with h5py.File(merged, "r+") as file:
+                for name, array in fitting.items():
+                    file[name][...] = array
+            self.model.load_weights(merged)
+        missing = sorted(set(own) - set(fitting))
+        unused = sorted(set(weights) - set(fitting))
+        log(f"Weights: {len(fitting)} of {len(own)} tensors from {path}" + _listed("not in it", missing))
+        if unused:
+            log("Weights:" + _listed("not used", unused)[1:])
+
+
+def _listed(title, names):
+    if not names:
+        return ""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"; {title}: {', '.join(names[:6])}{more}"
+
+
+def _own_weights(model):
+    """Return the weights of a model by their names in a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "own.weights.h5")
+        model.save_weights(path)
+        return _read_hdf5(path)
+
+
+def _read_weights(path):
+    """Return the weights by name of a .keras or .weights.h5 file; nothing in the file is executed."""
+    if not path.exists():
+        raise UserError(f"--weights {path} does not exist: expected a .keras or .weights.h5 file")
+    if path.is_dir():  # a SageMaker channel
+        files = sorted([*path.glob("*.keras"), *path.glob("*.weights.h5")])
+        if len(files) != 1:
+            raise UserError(
+                f"--weights {path} contains {len(files)} .keras or .weights.h5 files: expected one"
+            )
+        path = files[0]
+    try:
+        if path.name.endswith(".h5"):
+            return _read_hdf5(path)
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read("model.weights.h5")
+        return _read_hdf5(io.BytesIO(content))
+    except Exception as error:  # h5py and zipfile have many types for a damaged file
+        raise UserError(f"--weights {path} cannot be read: {errors.first_line(error)}") from error
+
+
+def _read_hdf5(file):
+    """Return the arrays of the layers in an HDF5 file, without the optimizer's and dropout's seeds."""
+    arrays = {}
+
+    def read(name, item):
+        is_weight = name.startswith(("layers/", "_layer", "vars/")) or "/vars/" in name
+        is_other = name.startswith("optimizer/") or "seed_generator" in name
+        if isinstance(item, h5py.Dataset) and is_weight and not is_other and not item.external:
+            arrays[name] = item[()]
+
+    with h5py.File(file, "r") as content:
+        content.visititems(read)  # follows no links to other files
+    return arrays
+
+
+def zoo_model(name, data, pixels):
+    """Return the logits of an untrained network of keras.applications. Grey images get its three channels.
+
+    Args:
+        name: such as MobileNetV2; UserError if there is none with this name has the nearest names.
+        data: what `run.load_data` returns.
+        pixels: the normalized images, a Keras tensor.
+    """
+    names = [name for name in dir(keras.applications) if name[0].isupper()]
+    errors.check_choice("--model", name, ["cnn", *names])
+    build = getattr(keras.applications, name)
+    height, width, channels = data.sample_shape
+    if channels == 1:
+        pixels = keras.layers.Concatenate()([pixels] * 3)
+    options = {"input_shape": (height, width, 3), "classes": data.num_classes, "classifier_activation": None}
+    if "include_preprocessing" in inspect.signature(build).parameters:
+        options["include_preprocessing"] = False
+    elif name.startswith("EfficientNet"):
+        pixels = keras.layers.Rescaling(255.0)(pixels)  # the network itself divides by it
+    outputs = build(weights=None, **options)(pixels)
+    return keras.layers.Activation("linear", dtype="float32")(outputs)
+
+
+# Callbacks --------------------------------------------------------------------------------------------------
+
+STATES = {  # the attributes of Keras' own callbacks that change in a training
+    keras.callbacks.EarlyStopping: ("wait", "best", "best_epoch", "stopped_epoch"),
+    keras.callbacks.ReduceLROnPlateau: ("wait", "best", "cooldown_counter"),
+    keras.callbacks.TensorBoard: ("_global_train_batch", "_global_test_batch"),
+}
+BATCH_HOOKS = ("on_batch_begin", "on_batch_end")
+BATCH_HOOKS += ("on_train_batch_begin", "on_train_batch_end", "on_test_batch_begin", "on_test_batch_end")
+
+
+class Callbacks(keras.callbacks.CallbackList):
+    """The user's callbacks and, after them, the saves, the log, and the end of the training after a signal.
+
+    Args:
+        callbacks: a list of Keras callbacks.
+        state: the training state, with a compiled `model`.
+
+    Attributes:
+        states: for the checkpoint, a dictionary of each callback in plain values.
+        best_weights: for the checkpoint, the arrays of EarlyStopping(restore_best_weights=True).
+    """
+
+    def __init__(self, callbacks, state):
+        self.state = state
+        self.run = state.run
+        self.states = []
+        self.best_weights = []
+        self._own = list(callbacks)
+        self._attributes = {}
+        self._has_begun = False
+        _check_callbacks(self._own, state.model.optimizer)
+        hooks = [getattr(type(callback), name) for callback in self._own for name in BATCH_HOOKS]
+        defaults = [getattr(keras.callbacks.Callback, name) for name in BATCH_HOOKS]
+        self._has_batch_hooks = not set(defaults).issuperset(hooks)
+        super().__init__(callbacks, add_history=True, model=state.model)
+        self.set_params({"epochs": state.args.epochs, "steps": state.steps_per_epoch, "verbose": 0})
+
+    def on_train_begin(self, logs=None):
+        """Begin the training, once, with the callbacks in the state of the newest checkpoint."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        self.state.find_metrics()
+        names = [type(callback).__name__ for callback in self._own]
+        if self.states and names != [saved["name"] for saved in self.states]:
+            log("Warning: the callbacks have changed, and begin anew")
+            self.states = []
+        self._load_files()
+        super().on_train_begin(logs)
+        self.load()
+        self._keep()
+        self.state.spread_seeds()
+        for callback in self._own:
+            if not isinstance(callback, SAVED) and not hasattr(callback, "state_dict"):
+                self._attributes[callback] = _attributes(callback)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Save when it is time, and end the training after a signal."""
+        if self._has_batch_hooks:  # otherwise the numbers stay on the device: nothing waits for it
+            super().on_train_batch_end(batch, logs)
+            self._keep()
+        self.run.finish_step({}, self.state.batch_size)
+
+    def on_test_begin(self, logs=None):
+        """Keep the metrics of the training, which Keras resets for the validation."""
+        self.state.metrics = [part.numpy() for part in self.state.metrics]
+        self.state.share_statistics()
+        super().on_test_begin(logs)
+
+    def on_test_batch_end(self, batch, logs=None):
+        """End the training after a signal."""
+        if self._has_batch_hooks:
+            super().on_test_batch_end(batch, logs)
+        self.run.finish_validation_step({})
+
+    def on_test_end(self, logs=None):
+        """Go on with the metrics of the training."""
+        super().on_test_end(logs)
+        self.state.find_metrics()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Save a checkpoint with the state that the user's callbacks have left, and log the metrics."""
+        super().on_epoch_end(epoch, logs)
+        self._keep()
+        self._report_unsaved()
+        self.run.progress.stopped = self.model.stop_training
+        values = {name: float(np.mean(value)) for name, value in logs.items()}  # the mean of a vector
+        names = [name for name in values if not name.startswith("val_")]
+        training = {name: values[name] for name in names}
+        validation = {name: values[f"val_{name}"] for name in names if f"val_{name}" in values}
+        self.model.stop_training = self.run.finish_epoch(training, validation)
+
+    # The callbacks' state -----------------------------------------------------------------------------------
+
+    def load(self):
+        """Put the callbacks into the state of the checkpoint, after they have reset theirs."""
+        for callback, saved in zip(self._own, self.states):
+            if hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(saved["state"])
+            elif not isinstance(callback, keras.callbacks.CSVLogger):
+                for name, value in saved["state"].items():
+                    setattr(callback, name, value)
+        stopping = [callback for callback in self._own if _restores_weights(callback)]
+        for index, callback in enumerate(stopping):
+            count = len(self.best_weights) // len(stopping)
+            callback.best_weights = self.best_weights[index * count : (index + 1) * count] or None
+
+    def _load_files(self):
+        """Write the CSV files as they were: a row of an epoch that is repeated would be in them twice."""
+        for callback, saved in zip(self._own, self.states):
+            if isinstance(callback, keras.callbacks.CSVLogger):
+                Path(callback.filename).write_bytes(saved["state"]["content"].encode())
+                callback.append = True
+
+    def _keep(self):
+        """Keep the state of the callbacks for the next checkpoint."""
+        self.states = []
+        self.best_weights = []
+        for callback in self._own:
+            self.states.append({"name": type(callback).__name__, "state": _state_of(callback)})
+            if _restores_weights(callback):
+                self.best_weights += callback.best_weights or []
+
+    def _report_unsaved(self):
+        """Log once which callbacks have changed their attributes, which no checkpoint holds."""
+        changed = []
+        for callback, before in self._attributes.items():
+            after = _attributes(callback)
+            names = [name for name in after if after[name] != before.get(name)]
+            if names:
+                changed.append(f"{type(callback).__name__} ({', '.join(names)})")
+        self._attributes = {}
+        if changed:
+            log(
+                f"Warning: no checkpoint holds the state of {', '.join(changed)}: it begins anew after an "
+                "interruption, unless the class has the methods state_dict() and load_state_dict(state)"
+            )
+
+
+SAVED = (*STATES, keras.callbacks.CSVLogger)
+
+
+def _check_callbacks(callbacks, optimizer):
+    """Raise UserError for callbacks that cannot work here."""
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            raise UserError(
+                f"{name} would load weights over those of a checkpoint: remove it, this script resumes itself"
+            )
+        sets_rate = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
+        if isinstance(callback, sets_rate) and not isinstance(optimizer.learning_rate, keras.Variable):
+            raise UserError(
+                f"{name} sets the learning rate, which is a schedule already: remove one of them, such as by "
+                "--schedule constant and --warmup-epochs 0"
+            )
+
+
+def _state_of(callback):
+    """Return the state of a callback in plain values and arrays."""
+    if hasattr(callback, "state_dict"):
+        return callback.state_dict()
+    if isinstance(callback, keras.callbacks.CSVLogger):
+        path = Path(callback.filename)
+        return {"content": path.read_bytes().decode() if path.exists() else ""}
+    for kind, names in STATES.items():
+        if isinstance(callback, kind):
+            return {name: getattr(callback, name) for name in names if hasattr(callback, name)}
+    return {}
+
+
+def _has_weights(dataset):
+    """Return whether a data set has a weight for each sample."""
+    if isinstance(dataset, Stream):
+        return len(dataset.element_spec) == 3
+    return len(dataset[0]) == 3
+
+
+def _restores_weights(callback):
+    return isinstance(callback, keras.callbacks.EarlyStopping) and callback.restore_best_weights
+
+
+def _attributes(callback):
+    """Return what can be compared of a callback's attributes."""
+    plain = (bool, int, float, str, list, tuple, dict, set, np.ndarray, type(None))
+    return {
+        name: repr(value) if isinstance(value, plain) else id(value)
+        for name, value in vars(callback).items()
+        if name not in ("_model", "params", "validation_data")
+    }
+
+
+# Reading data -----------------------------------------------------------------------------------------------
+
+
+class Batches(DataAdapter, tf.distribute.DistributedDataset):
+    """The data for Keras: an iterable over tensors (samples, labels) or (samples, labels, weights)."""
+
+    has_partial_batch = partial_batch_size = batch_size = element_spec = None
+
+    def __init__(self, run):
+        self.run = run
+        self.state = run.state
+
+    def get_tf_dataset(self):
+        """Return this object, over which Keras iterates; `Dataset.from_generator` would be slower."""
+        return self
+
+    def _tensors(self, batch):
+        """Return a Batch as tensors and remember its size for the step."""
+        state = self.state
+        state.mean_count = batch.samples_per_worker * state.workers.size / state.num_replicas
+        tensors = [tf.convert_to_tensor(batch.images), tf.convert_to_tensor(batch.labels)]
+        if state.has_weights:
+            tensors.append(tf.convert_to_tensor(batch.weights))
+        return tuple(tensors)
+
+    def _shard(self, tensors):
+        """Return this worker's part of a batch of a Stream and remember its size for the step."""
+        workers = self.state.workers
+        count = tf.nest.flatten(tensors)[0].shape[0]
+        self.state.batch_size = count
+        self.state.mean_count = count / self.state.num_replicas
+        if self.state.has_weights and len(tensors) == 2:
+            tensors = (*tensors, tf.ones(count))
+        if workers.size == 1:
+            return tensors
+        return tf.nest.map_structure(lambda tensor: tensor[workers.shard(count)], tensors)
+
+
+class TrainingBatches(Batches):
+    """The batches that are left of the running epoch.
+
+    Args:
+        run: the Run.
+        augment: a function (images, labels, rng) that returns changed ones; used with `--augment`.
+    """
+
+    def __init__(self, run, augment=None):
+        super().__init__(run)
+        self.augment = augment
+
+    @property
+    def num_batches(self):
+        """The number of steps in an epoch."""
+        return self.state.steps_per_epoch
+
+    def __iter__(self):
+        progress, train = self.run.progress, self.run.data.train
+        if isinstance(train, Stream):
+            self.run.start_epoch(self.state.steps_per_epoch)
+            for tensors in train.batches(progress.epoch, progress.step):
+                yield self._shard(tensors)
+        else:
+            for batch in self.run.training_batches(progress.epoch, self.augment):
+                yield self._tensors(batch)
+
+
+class ValidationBatches(Batches):
+    """The batches of all validation samples."""
+
+    @property
+    def num_batches(self):
+        """The number of steps in a validation."""
+        return num_batches(self.state.args, self.run.data.validation)
+
+    def __iter__(self):
+        validation = self.run.data.validation
+        if isinstance(validation, Stream):
+            for tensors in validation.batches():
+                yield self._shard(tensors)
+        else:
+            for batch in self.run.validation_batches():
+                yield self._tensors(batch)
+
+
+class Stream:
+    """A data set that is a tf.data.Dataset of batches, or a function (epoch, first_step) that returns one."""
+
+    unit = "batches"
+
+    def __init__(self, source):
+        self.source = source
+        self.classes = getattr(source, "classes", None)
+        dataset = self._open()
+        self.element_spec = dataset.element_spec
+        count = int(dataset.cardinality())
+        if count == tf.data.INFINITE_CARDINALITY:
+            raise UserError("a tf.data.Dataset in load_data has no end: expected the batches of one epoch")
+        if count == tf.data.UNKNOWN_CARDINALITY:
+            log("Counting the batches of a tf.data.Dataset, as its cardinality() is unknown")
+            count = sum(1 for _ in dataset)
+        self._count = count
+
+    def __len__(self):
+        return self._count
+
+    def __getitems__(self, indices):
+        """Return arrays of the first samples: one for one index, otherwise enough for statistics."""
+        wanted = datasets.STATISTICS_SAMPLES if len(indices) > 1 else 1
+        parts, count = [], 0
+        for tensors in self._open():
+            parts.append([np.asarray(tensor) for tensor in tensors])
+            count += len(parts[-1][0])
+            if count >= wanted:
+                break
+        return tuple(np.concatenate(arrays)[:wanted] for arrays in zip(*parts))
+
+    def fingerprint(self):
+        """Return the checksums of some samples and labels."""
+        samples, labels = self.__getitems__(np.arange(2))[:2]
+        count = datasets.FINGERPRINT_SAMPLES
+        return {
+            "checksum of some samples": zlib.crc32(np.ascontiguousarray(samples[:count])),
+            "checksum of some labels": zlib.crc32(np.ascontiguousarray(labels[:count])),
+        }
+
+    def batches(self, epoch=0, first_step=0):
+        """Yield the batches of an epoch, from a step on. Raises UserError if some are missing."""
+        step = first_step
+        for tensors in self._open(epoch, first_step):
+            yield tensors
+            step += 1
+        if step < self._count:
+            raise UserError(
+                f"the tf.data.Dataset for epoch {epoch} and first step {first_step} has {step - first_step} "
+                f"batches: expected {self._count - first_step}, as epoch 0 has {self._count}"
+            )
+
+    def _open(self, epoch=0, first_step=0):
+        if callable(self.source):
+            return self.source(epoch, first_step)
+        return self.source
+
+
+class Reseeding:
+    """A data set that draws random numbers of `tf.random`, which are seeded here for each sample.
+
+    That takes some milliseconds, as TensorFlow forgets its kernels, so that other data sets go without.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        tf.random.set_seed(
+            random.getrandbits(32)
+        )  # Python's own random numbers have been seeded for this sample
+        return self.dataset[index]
+
+    def __getattr__(self, name):
+        if name == "__getitems__":
+            raise AttributeError(name)  # each sample has its own seed
+        return getattr(self.dataset, name)
+
+
+def wrap_data_sets(train, validation):
+    """Return both data sets in a form that `common/` knows."""
+    wrapped = _wrap(train), _wrap(validation)
+    if any(isinstance(dataset, Reseeding) for dataset in wrapped):
+        log("A data set uses tf.random, which is slow to seed for each sample: numpy.random is faster")
+    return wrapped
+
+
+def _wrap(dataset):
+    if isinstance(dataset, datasets.ArrayDataset):
+        return dataset
+    if isinstance(dataset, tf.data.Dataset) or not hasattr(dataset, "__getitem__"):
+        return Stream(dataset)
+    if _draws_from_tensorflow(dataset):
+        return Reseeding(dataset)
+    return dataset
+
+
+def _draws_from_tensorflow(dataset):
+    """Return whether reading some samples changes the next random number of `tf.random`."""
+    random.seed(0)
+    np.random.seed(0)
+    tf.random.set_seed(0)
+    undisturbed = float(tf.random.uniform([]))
+    tf.random.set_seed(0)
+    for index in range(min(4, len(dataset))):
+        dataset[index]
+    return float(tf.random.uniform([])) != undisturbed
+
+
+def num_batches(args, dataset):
+    """Return the number of batches in a data set."""
+    if isinstance(dataset, Stream):
+        return len(dataset)
+    return len(batches.batch_sizes(len(dataset), args.batch_size))
+
+
+def seed_sample(seed):
+    """Do nothing: see Reseeding."""
+
+
+def to_array(sample):
+    """Return a sample as a NumPy array."""
+    return np.asarray(sample)
+
+
+def to_device(value):
+    """Return a number or a list as it is."""
+    return value
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------
+
+
+def copy_to_host(content, memory):
+    """Return (arrays by name, everything else): a list of variables or arrays as `key/0`, `key/1` and so on.
+
+    The arrays are tensors that are no copies yet: while they are held, TensorFlow copies what a step changes.
+    """
+    arrays, facts = {}, {}
+    for key, value in content.items():
+        if isinstance(value, list) and value and hasattr(value[0], "shape"):
+            for index, array in enumerate(value):
+                arrays[f"{key}/{index}"] = tf.convert_to_tensor(array)
+        else:
+            facts[key] = value
+    return arrays, facts
+
+
+def write_checkpoint(content, file):
+    """Write what `copy_to_host` has returned: a zip file for `np.load`; `np.savez` would copy the arrays."""
+    arrays, facts = content
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in {**arrays, "json": json.dumps(facts)}.items():
+            array = np.asarray(array, order="C")
+            header = np.lib.format.header_data_from_array_1_0(array)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                member.write(array.reshape(-1).view(np.uint8))
+
+
+def read_checkpoint(file):
+    """Return what `write_checkpoint` has written; nothing in the file is executed."""
+    atomic_io.check_zip(file)
+    arrays = dict(np.load(file, allow_pickle=False))
+    content = json.loads(str(arrays.pop("json")))
+    if not isinstance(content, dict) or not isinstance(content.get("progress"), dict):
+        raise ValueError("it is not a checkpoint of this script")
+    for name, array in arrays.items():  # in the order of their indices
+        content.setdefault(name.rpartition("/")[0], []).append(array)
+    return content
+
+
+def describe_machine(args):
+    """Return what changes the bits of the result, but not its quality."""
+    wanted = tf.config.threading.get_intra_op_parallelism_threads() or os.environ.get(
+        "TF_NUM_INTRAOP_THREADS"
+    )
+    wanted = str(wanted or os.environ.get("OMP_NUM_THREADS"))
+    threads = int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
+    return {"CPU threads": threads, "tensorflow": str(tf.__version__)}

@@ -1,0 +1,508 @@
+"""Copies of the scripts with the changes that people make: every promise still holds.
+
+Each test replaces functions of "Make it yours" in a copy, trains it once without and once with interruptions
+at random steps, and compares weights, optimizer state and metrics bit for bit.
+"""
+
+import ast
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.checkpoints import find_checkpoints
+from helpers import CHECKPOINTS, HAS_MXNET, ROOT, Result, environment
+from spot import compare
+
+# Runs a script as its user does, and sends SIGTERM to it in the middle of a training step, or of a boosting
+# round.
+STOP_IN_STEP = """
+import os, runpy, signal, sys
+number, script, *flags = sys.argv[1:]
+sys.argv = [script, *flags]
+sys.path.insert(0, script.rsplit("/", 1)[0])
+from common.run import Run
+calls = []
+def stop_in(name):
+    original = getattr(Run, name)
+    def counted(self, *arguments):
+        calls.append(name)
+        if len(calls) == int(number):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+    setattr(Run, name, counted)
+stop_in("finish_step")
+stop_in("finish_validation_step")
+stop_in("finish_round")
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def run_copy(script, *flags, cwd, stop_after=None, code=0):
+    """Run a copy of a script to its end, or until a signal after a number of steps; return a Result."""
+    command = [sys.executable, str(script)]
+    if stop_after:
+        command = [sys.executable, "-c", STOP_IN_STEP, str(stop_after), str(script)]
+    command += map(str, flags)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    result = Result(process, *process.communicate(timeout=300))
+    assert result.code == code, f"exit code {result.code}\n{result.output}\n{result.errors}"
+    return result
+
+
+@pytest.fixture
+def small_photos(tmp_path):
+    """A folder with two classes of 70 colour images of 32 x 32 pixels."""
+    generator = np.random.default_rng(0)
+    for name, brightness in (("dark", 90), ("light", 150)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(70):
+            pixels = generator.normal(brightness, 40, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{index}.png")
+    return tmp_path / "photos"
+
+
+def copy_with(folder, framework, changes, imports=""):
+    """Copy a framework's folder to `folder`, as `cp -rL` does, with other functions in "Make it yours"."""
+    shutil.copytree(ROOT / framework, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "train.py"
+    lines = path.read_text().splitlines()
+    new = {node.name: node for node in ast.parse(textwrap.dedent(changes)).body}
+    for node in reversed(ast.parse(path.read_text()).body):
+        name = getattr(node, "name", None)
+        if name in new:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            lines[first - 1 : node.end_lineno] = ast.unparse(new.pop(name)).splitlines()
+    banner = next(number for number, line in enumerate(lines) if line.startswith("# Make it yours"))
+    added = [line for node in new.values() for line in ast.unparse(node).splitlines()]
+    lines[banner - 1 : banner - 1] = [*textwrap.dedent(imports).splitlines(), *added]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def interruptions(num_steps, count):
+    """Return `count` random numbers of steps after which a run is interrupted, and print them."""
+    generator = np.random.default_rng()
+    chosen = [int(generator.integers(1, num_steps // count)) for _ in range(count)]
+    print("interrupted after steps", chosen)
+    return chosen
+
+
+def check_exact(tmp_path, framework, script, flags, num_steps):
+    """Train whole, and in parts that signals end; fail if anything that is saved differs in a bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    result = run_copy(script, *flags, cwd=whole)
+    for number in interruptions(num_steps, 2):
+        interrupted = run_copy(script, *flags, cwd=parts, stop_after=number, code=143)
+        assert "Interrupted: saved" in interrupted.output
+    run_copy(script, *flags, cwd=parts)
+    outputs = [folder / "output" / framework for folder in (whole, parts)]
+    histories = [compare.read_history(output / "data/history.csv") for output in outputs]
+    assert histories[0] == histories[1]
+    assert compare.read_model(outputs[0] / "model") == compare.read_model(outputs[1] / "model")
+    assert newest_state(outputs[0], framework) == newest_state(outputs[1], framework)
+    again = run_copy(script, *flags, cwd=parts)
+    assert again.epochs == []
+    return result
+
+
+READ_STATE = """
+import torch
+content = torch.load(path, weights_only=True)
+content = {key: content[key] for key in ("model", "optimizer")}
+def walk(value, name=()):
+    if isinstance(value, dict):
+        return [pair for key in value for pair in walk(value[key], (*name, key))]
+    if isinstance(value, (list, tuple)):
+        return [pair for key, item in enumerate(value) for pair in walk(item, (*name, key))]
+    return [(name, value.numpy().tobytes() if isinstance(value, torch.Tensor) else value)]
+state = walk(content)
+"""
+
+
+def newest_state(output, framework):
+    """Return a checksum of weights and optimizer state in the newest checkpoint."""
+    (_, name), *_ = find_checkpoints(output / "checkpoints", CHECKPOINTS[framework])
+    path = output / "checkpoints" / name
+    if framework == "xgboost":
+        return None  # the exported model is all of it
+    if framework == "pytorch":  # in a process, so that this one need not import it
+        code = f"import hashlib, sys; path = sys.argv[1]\n{READ_STATE}"
+        code += "print(hashlib.sha256(repr(state).encode()).hexdigest())"
+        return subprocess.check_output([sys.executable, "-c", code, str(path)], text=True)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name].tobytes() for name in arrays.files if name != "json"}
+
+
+# PyTorch --------------------------------------------------------------------------------------------------
+
+TWO_GROUPS = """
+def build_model(args, data):
+    return torchvision.models.resnet18(weights=None, num_classes=data.num_classes)
+
+def build_optimizer(args, model):
+    head = list(model.fc.parameters())
+    backbone = [weight for name, weight in model.named_parameters() if not name.startswith("fc.")]
+    groups = [{"params": backbone, "lr": 1e-4}, {"params": head, "lr": 1e-3}]
+    return torch.optim.AdamW(groups)
+
+def compute_loss(outputs, labels, weights):
+    losses = F.cross_entropy(outputs, labels, reduction="none", label_smoothing=0.1)
+    return (losses * weights).sum()
+"""
+
+
+def test_two_parameter_groups_keep_their_rates_and_label_smoothing_leaves_validation_alone(
+    tmp_path, small_photos
+):
+    script = copy_with(tmp_path / "job", "pytorch", TWO_GROUPS, "import torchvision")
+    flags = ["--train", small_photos, "--batch-size", 16, "--epochs", 3, "--warmup-epochs", 1]
+    flags += ["--schedule", "cosine"]
+    check_exact(tmp_path, "pytorch", script, flags, num_steps=3 * 8)
+    import torch
+
+    path = tmp_path / "whole/output/pytorch/checkpoints/checkpoint-3.pt"
+    groups = torch.load(path, weights_only=True)["optimizer"]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == [1e-4, 1e-3]
+    assert groups[1]["lr"] == pytest.approx(10 * groups[0]["lr"])
+
+
+SEGMENTATION = """
+def load_data(args):
+    train, validation = load_images(args)
+    return Masks(train), Masks(validation)
+
+class Masks:
+    def __init__(self, images):
+        self.images = images
+        self.classes = ["ground", "ink"]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, indices):
+        images, _ = self.images.__getitems__(np.array(indices))
+        return images, (images[..., 0] > 128).astype(np.int64)
+
+    def __getitem__(self, index):
+        images, masks = self.__getitems__([index])
+        return images[0], masks[0]
+
+def augment(images, labels, rng):
+    both = np.concatenate([images, labels[..., None].astype(np.uint8)], axis=3)
+    both = random_crop_and_flip(both, rng)
+    return both[..., :1].copy(), both[..., 1].astype(np.int64)
+
+def build_model(args, data):
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(8, 2, 1))
+
+def compute_loss(outputs, labels, weights):
+    losses = F.cross_entropy(outputs, labels, reduction="none").mean((1, 2))
+    return (losses * weights).sum()
+
+def compute_metrics(outputs, labels, weights):
+    losses = F.cross_entropy(outputs, labels, reduction="none")
+    is_correct = outputs.argmax(1) == labels
+    per_class = [(is_correct & (labels == k)).sum() for k in range(2)]
+    sizes = [(labels == k).sum() for k in range(2)]
+    return {
+        "loss": (losses.sum(), labels.numel()),
+        "accuracy": (is_correct.sum(), labels.numel()),
+        "recall": (torch.stack(per_class), torch.stack(sizes)),
+    }
+"""
+
+
+def test_segmentation_has_metrics_per_pixel_and_masks_move_with_their_images(tmp_path):
+    script = copy_with(tmp_path / "job", "pytorch", SEGMENTATION, "import numpy as np")
+    flags = ["--epochs", 4, "--augment", "--learning-rate", 0.1]
+    result = check_exact(tmp_path, "pytorch", script, flags, num_steps=4 * 26)
+    assert 0.8 < result.metric("validation_accuracy") <= 1
+    assert 0.8 < result.metric("train_accuracy") <= 1  # with masks that stay behind it is below 0.75
+    assert 0.5 < result.metric("validation_recall") <= 1
+
+
+F1 = """
+def compute_metrics(outputs, labels, weights):
+    losses = F.cross_entropy(outputs, labels, reduction="none")
+    predicted = F.one_hot(outputs.argmax(1), 10)
+    actual = F.one_hot(labels, 10)
+    hits = 2 * (predicted * actual).sum(0)
+    return {"loss": (losses.sum(), len(labels)), "f1": (hits, (predicted + actual).sum(0))}
+"""
+
+
+def test_an_own_metric_chooses_the_exported_epoch(tmp_path):
+    """The learning rate is far too large, so that the best epoch is not the last one."""
+    script = copy_with(tmp_path / "job", "pytorch", F1)
+    flags = ["--epochs", 6, "--learning-rate", 0.6, "--batch-size", 128, "--best-metric", "f1"]
+    check_exact(tmp_path, "pytorch", script, flags, num_steps=6 * 13)
+    output = tmp_path / "whole/output/pytorch"
+    scores = [float(row["validation_f1"]) for row in compare.read_history(output / "data/history.csv")]
+    best = scores.index(max(scores)) + 1
+    (tmp_path / "best").mkdir()
+    run_copy(script, *flags, "--epochs", best, cwd=tmp_path / "best")
+    model = compare.read_model(tmp_path / "best/output/pytorch/model")
+    assert model == compare.read_model(output / "model")
+
+
+TORCH_DATASET = """
+def load_data(args):
+    digits = load_digits()
+    images = digits.images[:500].astype(np.float32) / 16
+    train = Digits(images[:400], digits.target[:400], transforms.Compose([
+        transforms.ToTensor(),
+        transforms.RandomRotation(10),
+        transforms.RandomApply([transforms.RandomCrop(8, padding=1)]),
+    ]))
+    return train, Digits(images[400:], digits.target[400:500], transforms.ToTensor())
+
+class Digits(torch.utils.data.Dataset):
+    classes = list("0123456789")
+
+    def __init__(self, images, labels, transform):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        image = self.transform(self.images[index]) + 0.01 * np.random.rand() + 0.01 * random.random()
+        return image.float(), int(self.labels[index])
+"""
+TORCH_IMPORTS = """
+import random
+import numpy as np
+from sklearn.datasets import load_digits
+from torchvision import transforms
+"""
+
+
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_a_torch_dataset_with_random_transforms_resumes_exactly(tmp_path, loaders):
+    script = copy_with(tmp_path / "job", "pytorch", TORCH_DATASET, TORCH_IMPORTS)
+    flags = ["--epochs", 3, "--batch-size", 16, "--loaders", loaders]
+    result = check_exact(tmp_path, "pytorch", script, flags, num_steps=3 * 25)
+    assert result.metric("train_loss") < 2.3
+
+
+RANDOM_FORWARD = """
+class Noise(nn.Module):
+    def forward(self, images):
+        return images + 0.1 * torch.randn_like(images) if self.training else images
+
+def build_model(args, data):
+    return nn.Sequential(Noise(), nn.Flatten(), nn.Linear(64, data.num_classes))
+"""
+
+
+def test_random_numbers_in_forward_resume_exactly(tmp_path):
+    script = copy_with(tmp_path / "job", "pytorch", RANDOM_FORWARD)
+    check_exact(tmp_path, "pytorch", script, ["--epochs", 3], num_steps=3 * 26)
+
+
+WEIGHTS = """
+def load_data(args):
+    train, validation = load_images(args)
+    return Weighted(train), validation
+
+class Weighted:
+    def __init__(self, images):
+        self.images = images
+        self.classes = images.classes
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return image, label, 0.0 if label == 3 else 2.0
+"""
+
+
+@pytest.mark.parametrize("framework", ["pytorch", "tensorflow", "mxnet"])
+def test_sample_weights_reach_the_loss(tmp_path, framework):
+    """With a weight of zero for all threes the network never learns that a digit may be a three."""
+    if framework == "mxnet" and not HAS_MXNET:
+        pytest.skip("MXNet 1.9.1 exists for Linux on x86-64 and Python up to 3.12")
+    script = copy_with(tmp_path / "job", framework, WEIGHTS)
+    result = check_exact(tmp_path, framework, script, ["--epochs", 3], num_steps=3 * 26)
+    assert 0.75 < result.metric("validation_accuracy") < 0.95
+
+
+def test_a_second_training_does_not_overwrite_the_model_of_the_first(tmp_path):
+    script = ROOT / "pytorch/train.py"
+    run_copy(script, "--epochs", 1, cwd=tmp_path)
+    earlier = compare.read_model(tmp_path / "output/pytorch/model")
+    line = run_copy(script, "--epochs", 1, "--checkpoint-path", "other", cwd=tmp_path, code=1).error_line
+    assert "--model-dir output/pytorch/model contains the model of another job" in line
+    assert "../checkpoints" in line
+    assert "../../../other" in line
+    assert compare.read_model(tmp_path / "output/pytorch/model") == earlier
+    run_copy(script, "--epochs", 1, "--output", "elsewhere", cwd=tmp_path)
+
+
+# TensorFlow -----------------------------------------------------------------------------------------------
+
+TF_DATA = """
+def load_data(args):
+    train, validation = load_images(args)
+    images, labels = train[:]
+    held_out = tf.data.Dataset.from_tensor_slices(validation[:]).batch(64)
+
+    def shift(image, label, seed):
+        return tf.image.stateless_random_crop(tf.pad(image, [[1, 1], [1, 1], [0, 0]]), (8, 8, 1), seed), label
+
+    def training_set(epoch, first_step):
+        order = tf.random.experimental.stateless_shuffle(tf.range(len(labels)), (args.seed, epoch))
+        samples = tf.data.Dataset.from_tensor_slices((tf.gather(images, order), tf.gather(labels, order)))
+        seeds = tf.random.stateless_uniform((len(labels), 2), (args.seed, epoch), 0, 2**31 - 1, tf.int32)
+        samples = tf.data.Dataset.zip(samples, tf.data.Dataset.from_tensor_slices(seeds))
+        samples = samples.map(lambda sample, seed: shift(*sample, seed), tf.data.AUTOTUNE, deterministic=True)
+        return samples.batch(args.batch_size).skip(first_step)
+
+    training_set.classes = train.classes
+    return training_set, held_out
+"""
+OWN_CALLBACKS = """
+def callbacks(args):
+    return [
+        keras.callbacks.ReduceLROnPlateau(factor=0.5, patience=1, min_delta=0.02),
+        keras.callbacks.EarlyStopping(patience=3, min_delta=0.02, restore_best_weights=False),
+        Counter(),
+    ]
+
+class Counter(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.num_batches = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.num_batches += 1
+"""
+SMOOTHED = """
+def compile_model(args, model, steps_per_epoch):
+    model.compile(
+        keras.optimizers.Adam(args.learning_rate),
+        loss=Smoothed(),
+        weighted_metrics=[
+            keras.metrics.SparseCategoricalCrossentropy("loss", from_logits=True),
+            keras.metrics.SparseCategoricalAccuracy("accuracy"),
+        ],
+    )
+
+class Smoothed(keras.losses.Loss):
+    def call(self, labels, outputs):
+        targets = keras.ops.one_hot(labels, 10) * 0.9 + 0.01
+        return keras.losses.categorical_crossentropy(targets, outputs, from_logits=True)
+"""
+
+
+def test_keras_callbacks_keep_their_state_and_a_stateful_one_of_the_user_is_named(tmp_path):
+    script = copy_with(tmp_path / "job", "tensorflow", OWN_CALLBACKS + SMOOTHED)
+    result = check_exact(tmp_path, "tensorflow", script, ["--epochs", 30], num_steps=4 * 26)
+    assert len(result.epochs) < 30  # stopped early, and the same command run again trains nothing more
+    assert "Counter" in result.output
+    assert result.metric("validation_loss") < 0.3  # with label smoothing in it, it would be above 0.5
+
+
+def test_a_tf_data_pipeline_trains_with_fit_and_resumes_exactly(tmp_path):
+    script = copy_with(tmp_path / "job", "tensorflow", TF_DATA, "import tensorflow as tf")
+    result = check_exact(tmp_path, "tensorflow", script, ["--epochs", 3], num_steps=3 * 26)
+    assert result.metric("validation_accuracy") > 0.8
+
+
+def test_a_schedule_with_reduce_lr_on_plateau_is_refused_in_one_line(tmp_path):
+    script = copy_with(tmp_path / "job", "tensorflow", OWN_CALLBACKS)
+    line = run_copy(script, "--schedule", "cosine", cwd=tmp_path, code=1).error_line
+    assert "ReduceLROnPlateau" in line
+    assert "--schedule" in line
+
+
+# XGBoost --------------------------------------------------------------------------------------------------
+
+OWN_OBJECTIVE = """
+def load_data(args):
+    train, validation = load_tables(args)
+    weights = np.where(train.labels == 3, 0.5, 1.0)
+    return (train.features, (train.labels > 4).astype(float), weights), (
+        validation.features,
+        (validation.labels > 4).astype(float),
+    )
+
+def build_objective(args):
+    def logistic(predictions, matrix):
+        probabilities = 1 / (1 + np.exp(-predictions))
+        weights = matrix.get_weight() if matrix.get_weight().size else 1.0
+        gradient = (probabilities - matrix.get_label()) * weights
+        return gradient, probabilities * (1 - probabilities) * weights
+    return logistic
+
+def build_metric(args):
+    def hits(predictions, matrix):
+        return "hits", float(((predictions > 0) == (matrix.get_label() > 0.5)).mean())
+    return hits
+"""
+
+
+def test_an_own_objective_and_metric_with_patience_resume_exactly(tmp_path):
+    script = copy_with(tmp_path / "job", "xgboost", OWN_OBJECTIVE, "import numpy as np")
+    flags = [
+        "--num-round",
+        400,
+        "--max-depth",
+        2,
+        "--subsample",
+        0.8,
+        "--best-metric",
+        "hits:max",
+        "--patience",
+        8,
+    ]
+    result = check_exact(tmp_path, "xgboost", script, flags, num_steps=20)
+    assert 10 < len(result.epochs) < 400
+    assert result.metric("validation_hits") > 0.9
+
+
+# MXNet ----------------------------------------------------------------------------------------------------
+
+GLUON_DATASET = """
+def load_data(args):
+    train, validation = load_images(args)
+    transform = transforms.Compose([transforms.RandomFlipLeftRight(), transforms.ToTensor()])
+    pairs = [gluon.data.ArrayDataset(nd.array(s[:][0], dtype="uint8"), s[:][1]) for s in (train, validation)]
+    train = pairs[0].transform_first(transform)
+    validation = pairs[1].transform_first(transforms.ToTensor())
+    return Named(train), Named(validation)
+
+class Named:
+    classes = list("0123456789")
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return 320
+
+    def __getitem__(self, index):
+        return self.dataset[index % len(self.dataset)]
+"""
+GLUON_IMPORTS = """
+from mxnet import nd
+from mxnet.gluon.data.vision import transforms
+"""
+
+
+@pytest.mark.skipif(not HAS_MXNET, reason="MXNet 1.9.1 exists for Linux on x86-64 and Python up to 3.12")
+def test_a_gluon_dataset_with_random_transforms_resumes_exactly(tmp_path):
+    script = copy_with(tmp_path / "job", "mxnet", GLUON_DATASET, GLUON_IMPORTS)
+    result = check_exact(tmp_path, "mxnet", script, ["--epochs", 3, "--optimizer", "adamw"], num_steps=3 * 5)
+    assert result.metric("train_loss") < 2.3

@@ -1,0 +1,362 @@
+"""Device, workers, matrices and checkpoint files for `train.py`. Nothing here is specific to what is trained.
+
+`common/run.py` calls the functions; the training state in `train.py` inherits from `State`.
+"""
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from common import atomic_io, errors, tables
+from common.errors import UserError
+from common.preemption import Interrupted
+from common.report import log
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
+
+with contextlib.suppress(ImportError):
+    # XGBoost imports it too, but in deeply nested calls, which take Python 3.12 0.2 seconds longer.
+    import sklearn  # noqa: F401
+with errors.importing("XGBoost", "Install it with: pip install xgboost"):
+    import xgboost as xgb
+    from xgboost.tracker import RabitTracker
+
+CHECKPOINT = "xgboost-checkpoint.{}"  # the last round, counted from 0, as in SageMaker's own container
+FIRST_NUMBER = 0  # in the name of the checkpoint after the first round
+MODEL_FACTS = ".model.json"  # SageMaker's own container loads each file without a dot as a model
+WEEK = 7 * 24 * 3600  # seconds
+
+QUANTILE_METHODS = ("auto", "hist")  # these build trees from quantiles of the columns, made in advance
+DEFAULT_METRICS = {"multi": "mlogloss,merror", "binary": "logloss,error", "reg": "rmse"}
+LOG_NAMES = {"logloss": "loss", "mlogloss": "loss", "error": "accuracy", "merror": "accuracy"}
+
+
+def start(args, workers):
+    """Return the device to compute on, "cpu" or "cuda".
+
+    The device changes the speed, never which data or how many rounds.
+    """
+    device = "cpu"
+    if args.device != "cpu" and args.num_gpus != 0:
+        device = _find_device()
+    if args.device == "cuda" and device != "cuda":
+        raise UserError("--device cuda: XGBoost finds no GPU; use --device auto or cpu")
+    log(f"Device: {device}")
+    workers.check_same({"device": device})
+    return device
+
+
+def _find_device():
+    with xgb.config_context(verbosity=0):  # XGBoost uses the CPU if it finds no GPU, with a warning
+        probe = xgb.train({"device": "cuda"}, xgb.DMatrix(np.zeros((2, 1)), np.arange(2)), 1)
+    device = json.loads(probe.save_config())["learner"]["generic_param"]["device"]
+    return device.split(":")[0]
+
+
+def objective_params(args, data):
+    """Return the parameters that follow from the labels, unless their flags are given.
+
+    Raises UserError for labels that do not fit the objective.
+    """
+    labels = np.unique(np.concatenate([data.train.labels, data.validation.labels]))
+    if len(labels) < 2:
+        raise UserError(f"--train {args.train} has one label only ({labels[0]:g}): expected two or more")
+    objective = args.objective or _choose_objective(labels, args.num_class)
+    objective = objective.replace("reg:linear", "reg:squarederror")  # its earlier name
+    kind, _, _ = objective.partition(":")
+    if kind == "rank":
+        raise UserError(f"--objective {objective} needs query groups, which this script does not read")
+    params = {"objective": objective}
+    num_classes = 2
+    if kind == "multi":
+        num_classes = args.num_class or int(labels[-1]) + 1
+        params["num_class"] = num_classes
+    if kind == "binary":
+        params["scale_pos_weight"] = args.scale_pos_weight
+    if kind in ("multi", "binary") and not np.isin(labels, np.arange(num_classes)).all():
+        raise UserError(
+            f"objective {objective} expects the labels 0 to {num_classes - 1}, but there are {len(labels)} "
+            f"from {labels[0]:g} to {labels[-1]:g}: number them from 0, or pass another --objective or "
+            "--num-class"
+        )
+    metrics = args.eval_metric or DEFAULT_METRICS.get(kind, "")
+    params["eval_metric"] = [metric.strip() for metric in metrics.split(",") if metric.strip()]
+    classes = f" num_class={num_classes}" if kind == "multi" else ""
+    log(
+        f"Labels: {len(labels)} values from {labels[0]:g} to {labels[-1]:g}; "
+        f"objective={objective}{classes} eval_metric={params['eval_metric']}"
+    )
+    return params
+
+
+def _choose_objective(labels, num_classes):
+    is_classification = len(labels) <= 100 and np.array_equal(labels, np.arange(len(labels)))
+    if not is_classification and not num_classes:
+        return "reg:squarederror"
+    if (num_classes or len(labels)) == 2:
+        return "binary:logistic"
+    return "multi:softprob"
+
+
+class State:
+    """The part of the training state that no parameter changes: device, workers, matrices.
+
+    A subclass sets `params`.
+
+    Attributes:
+        params: XGBoost's parameters.
+        booster: the trees; None before the first round.
+        feature_names: the names of the columns, or None.
+    """
+
+    def __init__(self, args, run, data):
+        self.args = args
+        self.data = data
+        self.device = run.device
+        self.workers = run.workers
+        self.booster = None
+        self.feature_names = None
+        self._tracker = None  # the main process's: where XGBoost's own engines meet
+
+    @contextlib.contextmanager
+    def matrices(self):
+        """Yield what XGBoost makes of this worker's training and validation rows.
+
+        Inside this block XGBoost computes with the rows of all workers. Raises UserError with XGBoost's own
+        reason if it cannot train with these parameters and data.
+        """
+        defaults = {"seed": self.args.seed, "nthread": self.args.nthread, "device": self.device}
+        # With it, row and column samples are functions of (seed, round).
+        self.params = {**defaults, **self.params, "seed_per_iteration": True}
+        self._check_params()
+        try:
+            self._connect()
+            train, validation = self._build_matrices()
+            self.feature_names = train.feature_names
+            yield train, validation
+            self._disconnect()
+        except Interrupted:
+            self._disconnect()
+            raise
+        except xgb.core.XGBoostError as error:
+            self.workers.end_if_another_failed()
+            raise UserError(self._explain(error)) from error
+
+    def _check_params(self):
+        """Raise UserError for parameters that do not fit the flags or the workers."""
+        booster = self.params.get("booster", "gbtree")
+        if booster != "gbtree" and self.args.best_metric:
+            raise UserError(
+                f"--best-metric: with --booster {booster} later rounds change earlier trees; "
+                "use one of the two"
+            )
+        method = self.params.get("tree_method", "hist")
+        has_all_rows = not self.args.external_memory and (method == "approx" or self.workers.size == 1)
+        if method not in QUANTILE_METHODS and not has_all_rows:
+            raise UserError(f"--tree-method {method} needs all rows in one memory: use hist")
+
+    def _connect(self):
+        """Let XGBoost's own engine compute with the rows of all workers."""
+        if self.workers.size == 1:
+            return
+        if self.workers.is_main_process:
+            self._tracker = RabitTracker(self.workers.size, self.workers.main_address, sortby="task")
+            self._tracker.start()
+        address = self.workers.all_gather(self._tracker and self._tracker.worker_args())[0]
+        # Its ranks follow the order of the tasks. A long timeout, as common/distributed.py detects failures.
+        xgb.collective.init(**address, dmlc_task_id=f"{self.workers.rank:06d}", dmlc_timeout=WEEK)
+
+    def _disconnect(self):
+        """Wait for the engines of the other workers."""
+        if self.workers.size == 1:
+            return
+        xgb.collective.finalize()
+        if self._tracker:
+            self._tracker.wait_for()
+
+    def _build_matrices(self):
+        train, validation = self.data.shard(self.workers)
+        options = {"nthread": self.params["nthread"] or None}
+        if self.params.get("tree_method", "hist") not in QUANTILE_METHODS:
+            return _matrix(train, options), _matrix(validation, options)
+        kind = xgb.QuantileDMatrix
+        if isinstance(train.features, tables.Parts):
+            kind = xgb.ExtMemQuantileDMatrix
+        options["max_bin"] = self.params.get("max_bin", 256)
+        matrix = kind(Batches(train), **options)
+        return matrix, kind(Batches(validation), ref=matrix, **options)
+
+    def _explain(self, error):
+        place = r"^\[.*?\] \S+: "  # in XGBoost's source
+        reason = re.sub(place, "", errors.first_line(error))
+        chosen = f"--objective {self.params.get('objective')}"
+        if self.params.get("eval_metric"):
+            chosen += f" --eval-metric {','.join(_as_list(self.params['eval_metric']))}"
+        return f"XGBoost cannot train with {chosen} and this data: {reason}"
+
+    @property
+    def job(self):
+        """What makes a job, beside the flags and the data."""
+        return {
+            "--booster": self.params.get("booster", "gbtree"),
+            "--objective": self.params.get("objective", "reg:squarederror"),
+            "number of classes": int(self.params.get("num_class", 0)),
+        }
+
+    def load_epoch(self, epoch):
+        """Go back to the trees of the first `epoch` rounds."""
+        self.booster = self.booster[:epoch]
+
+    def draws_samples(self):
+        """Return whether rounds draw random numbers."""
+        names = ("subsample", "colsample_bytree", "colsample_bylevel", "colsample_bynode")
+        smallest = min(float(self.params.get(name, 1)) for name in names)
+        return smallest < 1 or self.params.get("booster") == "dart"
+
+
+def _matrix(table, options):
+    return xgb.DMatrix(
+        table.features, table.labels, weight=table.weights, feature_names=table.names, **options
+    )
+
+
+def _as_list(value):
+    if isinstance(value, str):
+        return [value]
+    return list(value)
+
+
+class Batches(xgb.DataIter):
+    """Gives XGBoost a table part by part. For parts on disk, XGBoost's own form of them is on disk too."""
+
+    def __init__(self, table):
+        super().__init__(cache_prefix=getattr(table.features, "cache", None))
+        self.table = table
+
+    def reset(self):
+        """Start again with the first part."""
+        self.parts = self.table.parts()
+
+    def next(self, input_data):
+        """Pass the next part to `input_data`; return whether there was one."""
+        part = next(self.parts, None)
+        if part is None:
+            return False
+        input_data(data=part.features, label=part.labels, weight=part.weights, feature_names=part.names)
+        return True
+
+
+class Rounds(xgb.callback.TrainingCallback):
+    """Reports each boosting round to the Run, which logs and saves it, and ends the training after a signal.
+
+    Metrics have the names that all scripts use. Those of your own have the mean of the workers' values.
+    """
+
+    def __init__(self, run, state):
+        self.run = run
+        self.state = state
+        metrics = _as_list(state.params.get("eval_metric") or [])
+        self.names = {metric: LOG_NAMES[metric] for metric in metrics if metric in LOG_NAMES}
+
+    def before_training(self, model):
+        """Give the booster of a checkpoint the names of the columns, which may have changed."""
+        if model.num_boosted_rounds():
+            model.feature_names = self.state.feature_names
+            version = tuple(map(int, xgb.__version__.split(".")[:2]))
+            if version < (3, 4) and self.state.draws_samples():
+                log(
+                    "Warning: XGBoost before 3.4 draws other row and column samples, and drops other trees, "
+                    "after a restart: the result will be equally good but not bit-identical"
+                )
+        return model
+
+    def after_iteration(self, model, epoch, evals_log):
+        """Finish the round; return whether the training ends."""
+        self.state.booster = model
+        metrics = {name: self._rename(values) for name, values in evals_log.items()}
+        if self.run.workers.size > 1:
+            metrics = self._average(metrics)
+        num_rows = len(self.state.data.train.labels)
+        return self.run.finish_round(metrics["train"], metrics["validation"], num_rows)
+
+    def _rename(self, metrics):
+        """Return the newest value of each metric."""
+        newest = {}
+        for name, values in metrics.items():
+            log_name = self.names.get(name, name)
+            value = values[-1]
+            if name in self.names and log_name == "accuracy":  # XGBoost's error
+                value = 1 - value
+            newest[log_name] = value
+        return newest
+
+    def _average(self, metrics):
+        by_worker = self.run.workers.all_gather(metrics)
+        averages = {}
+        for split, values in metrics.items():
+            averages[split] = {name: _mean([worker[split][name] for worker in by_worker]) for name in values}
+        return averages
+
+
+def _mean(values):
+    if len(set(values)) == 1:  # XGBoost's own metrics are the same on all workers
+        return values[0]
+    return sum(values) / len(values)
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------
+
+
+def copy_to_host(content, memory):
+    """Return a checkpoint as bytes: the booster, with all the rest as JSON in its attribute "checkpoint"."""
+    booster = content["booster"]
+    facts = {name: value for name, value in content.items() if name != "booster"}
+    facts["sha256"] = atomic_io.NO_CHECKSUM  # a damaged file can crash XGBoost when it is read
+    booster.set_attr(checkpoint=json.dumps(facts))
+    file_content = booster.save_raw("ubj")
+    booster.set_attr(checkpoint=None)
+    return file_content
+
+
+write_checkpoint = atomic_io.write_sealed  # a function of (content, file)
+
+
+def read_checkpoint(file):
+    """Return what `write_checkpoint` or SageMaker's own container has written; nothing in it is executed."""
+    content = file.read()
+    if not content.endswith(b"}"):
+        raise ValueError("it is truncated")
+    # A program that continued from a checkpoint of ours has copied the attribute with our checksum. A file
+    # without a name comes from the main process, which has checked it.
+    saved = re.search(rb'"progress": {"epoch": (\d+),', content)
+    number = Path(getattr(file, "name", "")).suffix[1:]
+    is_ours = not saved or str(int(saved[1]) - 1) == number
+    if b'"sha256": "' in content and is_ours:
+        atomic_io.check_seal(content)
+    booster = xgb.Booster(model_file=bytearray(content))
+    facts = json.loads(booster.attr("checkpoint") or "{}")  # the container's files have none
+    booster.set_attr(checkpoint=None)
+    learner = json.loads(booster.save_config())["learner"]
+    facts["booster"] = booster
+    facts["progress"] = {**facts.get("progress", {}), "epoch": booster.num_boosted_rounds()}
+    facts["job"] = {
+        **facts.get("job", {}),
+        "--objective": learner["objective"]["name"],
+        "number of classes": int(learner["learner_model_param"]["num_class"]),
+        "number of columns": booster.num_features(),
+    }
+    return facts
+
+
+def describe_machine(args):
+    """Return what changes the bits of the result, but not its quality."""
+    num_threads = args.nthread
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    if not num_threads and requested.isdigit():
+        num_threads = int(requested)
+    num_threads = num_threads or len(os.sched_getaffinity(0))
+    return {"CPU threads": num_threads, "xgboost": str(xgb.__version__)}
