@@ -149,14 +149,14 @@ def test_ctrl_c_on_a_pipe_whose_reader_dies_first_loses_no_step(framework, tmp_p
 
 
 def test_a_run_waits_for_the_end_of_another_one(tmp_path):
-    with start("pytorch", "--epochs", 6, cwd=tmp_path) as first:
+    with start("pytorch", "--epochs", 60, cwd=tmp_path) as first:
         assert first.stdout.readline().startswith("Device: ")
-        second = run("pytorch", "--epochs", 6, cwd=tmp_path)
+        second = run("pytorch", "--epochs", 60, cwd=tmp_path)
         expected = (
             "Another run is using --checkpoint-path output/pytorch/checkpoints; waiting for it to finish\n"
         )
         assert expected in second.output
-        assert "Nothing left to train: 6 epochs" in second.output
+        assert "Nothing left to train: 60 epochs" in second.output
         assert first.wait() == 0
 
 
