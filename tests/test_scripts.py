@@ -448,7 +448,7 @@ MISTAKES = [  # of all scripts
     (["--device", "cuda"], ["--device cuda: "]),
     (["--checkpoint-path", "file/c"], ["--checkpoint-path file/c cannot be written"]),
     (["--model-dir", "file/model"], ["--model-dir file/model cannot be written"]),
-    (["--best-metric", "mine"], ["--best-metric mine: ", "--best-metric mine:max or mine:min"]),
+    (["--best-metric", "mine"], ["--best-metric: is more of mine better", "mine:max or mine:min"]),
 ]
 
 
