@@ -40,6 +40,27 @@ def start_logging(is_main_process):
     return stop_logging
 
 
+def log_weights(path, num_loaded, missing, unused):
+    """Log which tensors of `--weights` are used.
+
+    Args:
+        path: the file.
+        num_loaded: the number of tensors that the model has taken.
+        missing: the names of the model's other tensors.
+        unused: the names of the file's other tensors.
+    """
+    found = f"Weights: {num_loaded} of {num_loaded + len(missing)} tensors from {path}"
+    log(f"{found}; not in it: {_shortened(missing)}" if missing else found)
+    if unused:
+        log(f"Weights: not used: {_shortened(unused)}")
+
+
+def _shortened(names):
+    names = sorted(names)
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more
+
+
 def epoch_line(row):
     """Return the log line of a finished epoch; the keys have the same order in all four scripts."""
     digits = {"epoch": "d", "seconds": ".2f", "samples_per_second": ".0f"}

@@ -20,7 +20,7 @@ import numpy as np
 from common import atomic_io, batches, errors
 from common.datasets import ArrayDataset
 from common.errors import UserError
-from common.report import log
+from common.report import log, log_weights
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
 np.bool = bool  # MXNet uses this name, which NumPy dropped in 1.24
@@ -374,12 +374,9 @@ class State:
         for name, key in fitting.items():
             parameters[name].set_data(mx.nd.array(weights[key], dtype=parameters[name].dtype))
         self._send_parameters(parameters.values())
-        missing = sorted(set(parameters) - set(fitting))
-        unused = sorted(set(weights) - set(fitting.values()))
-        found = f"Weights: {len(fitting)} of {len(parameters)} tensors from {path}"
-        log(found + _listed("not in it", missing))
-        if unused:
-            log("Weights:" + _listed("not used", unused)[1:])
+        missing = set(parameters) - set(fitting)
+        unused = set(weights) - set(fitting.values())
+        log_weights(path, len(fitting), missing, unused)
 
     def export(self, folder):
         """Write the model, which then takes raw pixels, for `SymbolBlock` and SageMaker's MXNet container."""
@@ -427,13 +424,6 @@ def _to_context(state, device):
     if isinstance(state, np.ndarray):
         return mx.nd.array(state, device, state.dtype)
     return state
-
-
-def _listed(title, names):
-    if not names:
-        return ""
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return f"; {title}: {', '.join(names[:6])}{more}"
 
 
 def _read_weights(path):

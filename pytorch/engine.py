@@ -11,7 +11,7 @@ import numpy as np
 
 from common import atomic_io, errors
 from common.errors import UserError
-from common.report import log
+from common.report import log, log_weights
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
 os.environ.setdefault(
@@ -219,18 +219,7 @@ class State:
                 f"--weights {path}: no layer fits the model, whose layers are {', '.join(list(own)[:4])}, ..."
             )
         self.model.load_state_dict(fitting, strict=False)
-        missing = sorted(set(own) - set(fitting))
-        unused = sorted(set(weights) - set(fitting))
-        log(f"Weights: {len(fitting)} of {len(own)} tensors from {path}" + _listed("not in it", missing))
-        if unused:
-            log("Weights:" + _listed("not used", unused)[1:])
-
-
-def _listed(title, names):
-    if not names:
-        return ""
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return f"; {title}: {', '.join(names[:6])}{more}"
+        log_weights(path, len(fitting), set(own) - set(fitting), set(weights) - set(fitting))
 
 
 def _read_weights(path):

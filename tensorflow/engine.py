@@ -22,7 +22,7 @@ import numpy as np
 
 from common import atomic_io, batches, datasets, errors
 from common.errors import UserError
-from common.report import log
+from common.report import log, log_weights
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # otherwise every start reports missing GPUs
 
@@ -356,18 +356,7 @@ class State:
                 for name, array in fitting.items():
                     file[name][...] = array
             self.model.load_weights(merged)
-        missing = sorted(set(own) - set(fitting))
-        unused = sorted(set(weights) - set(fitting))
-        log(f"Weights: {len(fitting)} of {len(own)} tensors from {path}" + _listed("not in it", missing))
-        if unused:
-            log("Weights:" + _listed("not used", unused)[1:])
-
-
-def _listed(title, names):
-    if not names:
-        return ""
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return f"; {title}: {', '.join(names[:6])}{more}"
+        log_weights(path, len(fitting), set(own) - set(fitting), set(weights) - set(fitting))
 
 
 def _own_weights(model):
