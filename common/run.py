@@ -265,10 +265,9 @@ class Run:
             epoch = args.epochs
         else:
             log(f"Starting training from epoch: {epoch + 1}" + (f", step: {step + 1}" if step else ""))
+        if epoch >= args.epochs:
+            self.defer_signals()  # the export comes next, and finishes first
         self._last_save = self._clock = time.monotonic()
-        if not is_alone:
-            self.workers.all_gather(None)  # all workers defer their signals together
-        self.signals.deferred = True
         return epoch
 
     def save(self):
@@ -277,9 +276,7 @@ class Run:
         This is a collective call: every worker must reach it.
         """
         progress = vars(self.progress).copy()
-        progress["history"] = list(
-            self.progress.history
-        )  # a copy: the next epoch may end before this is written
+        progress["history"] = list(progress["history"])  # the next epoch may end before this is written
         sums = self.progress.sums
         if self.workers.size > 1 and hasattr(self.state, "metric_sums"):  # the framework adds them up itself
             sums = self.state.metric_sums()
@@ -350,6 +347,7 @@ class Run:
 
     def start_epoch(self, steps_per_epoch):
         """Start the clock and the progress bar of an epoch."""
+        self.defer_signals()
         progress = self.progress
         self.steps_per_epoch = steps_per_epoch
         self._is_validating = False
@@ -358,6 +356,17 @@ class Run:
             progress.epoch + 1, progress.step, steps_per_epoch, self.is_main_process
         )
         self._clock = time.monotonic()
+
+    def defer_signals(self):
+        """Let signals end the training between two steps only, with a checkpoint.
+
+        This is a collective call: every worker must reach it.
+        """
+        if self.signals.deferred:
+            return
+        if self.workers.size > 1:
+            self.workers.all_gather(None)  # all workers begin together
+        self.signals.deferred = True
 
     def finish_step(self, metrics, num_samples=None):
         """Count a step: add up its metrics, show progress, save if it is time, end after a signal.

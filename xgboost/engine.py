@@ -264,6 +264,7 @@ class Rounds(xgb.callback.TrainingCallback):
 
     def before_training(self, model):
         """Give the booster of a checkpoint the names of the columns, which may have changed."""
+        self.run.defer_signals()
         if model.num_boosted_rounds():
             model.feature_names = self.state.feature_names
             version = tuple(map(int, xgb.__version__.split(".")[:2]))

@@ -94,10 +94,10 @@ def build_metric(args):
 
 def train(args, run, state):
     """Train from the newest checkpoint to --num-round, with a checkpoint after each round."""
+    initial_epoch = run.restore(state)  # the number of finished rounds, 0 without a checkpoint
+    if initial_epoch >= args.epochs:  # nothing left to train
+        return
     with state.matrices() as (train_matrix, validation_matrix):
-        initial_epoch = run.restore(state)  # the number of finished rounds, 0 without a checkpoint
-        if initial_epoch >= args.epochs:  # nothing left to train
-            return
         state.booster = xgb.train(
             state.params,
             train_matrix,
