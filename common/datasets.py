@@ -94,7 +94,8 @@ def describe(train, validation, read_samples):
         train, validation: the data sets.
         read_samples: a function of (dataset, indices) that returns arrays (samples, labels, weights).
 
-    Raises UserError for an empty data set and for training and validation samples of different shapes.
+    Raises UserError for an empty data set, and for training and validation samples of different shapes or
+    types.
     """
     for name, dataset in (("training", train), ("validation", validation)):
         if len(dataset) == 0:
@@ -106,6 +107,11 @@ def describe(train, validation, read_samples):
         raise UserError(
             f"the training samples have the shape {samples.shape[1:]}, but the validation samples have "
             f"{others.shape[1:]}: make them equal in load_data"
+        )
+    if samples.dtype != others.dtype:
+        raise UserError(
+            f"the training samples are {samples.dtype}, but the validation samples are {others.dtype}: make "
+            "them equal in load_data"
         )
     mean = std = None
     if samples.dtype == np.uint8 and samples.ndim == 4:

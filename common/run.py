@@ -22,6 +22,7 @@ from common import (
     model_folder,
     preemption,
     report,
+    self_check,
     tables,
     train_state,
 )
@@ -94,6 +95,9 @@ class Run:
         self._started = time.monotonic()
         self._initial_epoch = 0
         self._has_stopped = False
+        self._has_checked_augment = False
+        self._has_checked_attributes = False
+        self._attributes = None
         self._is_validating = False
         self._validation_sums = {}
         self._best_name = None
@@ -188,6 +192,9 @@ class Run:
         if hasattr(self.engine, "wrap_data_sets"):  # the framework has data sets that come in batches
             train, validation = self.engine.wrap_data_sets(train, validation)
         self.data = datasets.describe(train, validation, self._read_samples)
+        for name, dataset in (("training", train), ("validation", validation)):
+            if not isinstance(dataset, datasets.ArrayDataset):
+                self_check.check_data_set(name, dataset, self._read_samples)
         for flag in ("model", "batch_size", "seed"):
             self.job[f"--{flag.replace('_', '-')}"] = getattr(self.args, flag)
         self.job[f"number of training {getattr(train, 'unit', 'samples')}"] = len(train)
@@ -336,8 +343,15 @@ class Run:
         loader = batches.BatchLoader(self.args, self.data.train, self.workers, self.engine, epoch)
         if self.args.augment:
             loader.augment = augment
+            self._check_augment(loader)
         self._batch_sizes = loader.sizes
         return loader
+
+    def _check_augment(self, loader):
+        if not self._has_checked_augment:
+            images, labels, _ = self._read_samples(loader.dataset, loader.indices[0])
+            self_check.check_augment(loader.augment, images, labels, loader.generator)
+        self._has_checked_augment = True
 
     def _load(self, loader, steps):
         is_ours = isinstance(loader.dataset, datasets.ArrayDataset)
@@ -389,6 +403,8 @@ class Run:
             progress.sums[name] = total[0] + numerator, total[1] + denominator
         if args.best_metric and metrics and self._best_name not in metrics:
             self._refuse_metric(metrics)
+        if not self._has_checked_attributes:
+            self._check_attributes()
         now = time.monotonic()
         progress.seconds += now - self._clock
         self._clock = now
@@ -405,6 +421,15 @@ class Run:
             due = self._check_signals(due, save=True)
         if due and progress.step < self.steps_per_epoch:
             self.save()
+
+    def _check_attributes(self):
+        """Log a warning, after the second step, for what the steps change and no checkpoint holds."""
+        if self._attributes is None:
+            owners = {"a variable of train.py": type(self.state).state_dict.__globals__}
+            if hasattr(self.state, "attributes"):
+                owners.update(self.state.attributes())
+            self._attributes = self_check.Attributes(owners)
+        self._has_checked_attributes = self._attributes.compare()
 
     def finish_validation_step(self, metrics):
         """Add up the metrics of a validation step; end the training after a signal."""
@@ -444,6 +469,8 @@ class Run:
         progress.seconds, progress.samples = now - self._clock, samples
         row = progress.finish_epoch(metrics, validation_metrics)
         log(report.epoch_line(row))
+        if not self._has_checked_attributes:
+            self._check_attributes()
         stop = self.should_stop()
         if args.checkpoint_steps or args.checkpoint_seconds:
             due = args.checkpoint_seconds and now - self._last_save >= args.checkpoint_seconds

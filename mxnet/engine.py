@@ -353,8 +353,7 @@ class State:
             counts = {int(index): count for index, count in attributes["_index_update_count"].items()}
             optimizer._all_index_update_counts[device.device_id] = counts
         for name, before in saved["numbers_before"].items():
-            has_changed = attributes[name] != before
-            if has_changed and name not in ("lr", "rescale_grad"):  # which are set in each step
+            if attributes[name] != before:
                 setattr(optimizer, name, attributes[name])
 
     def load_weights(self, path):

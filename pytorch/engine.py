@@ -135,6 +135,13 @@ class State:
             # the bits.
             self.network = torch.compile(self.network, dynamic=False)
 
+    def attributes(self):
+        """Return the attributes of the optimizer and of the layers, by the name of the owner."""
+        owners = {"an attribute of the optimizer": vars(self.optimizer)}
+        for name, module in self.model.named_modules():
+            owners[f"an attribute of the layer {name or type(module).__name__}"] = vars(module)
+        return owners
+
     def _average_gradients(self, model):
         warnings.filterwarnings(
             "ignore", message="Grad strides do not match"
@@ -198,11 +205,10 @@ class State:
             raise ValueError("build_optimizer has other parameter groups than the checkpoint")
         for number, (now, then) in enumerate(zip(settings, saved_settings)):
             for name in set(now) & set(then) - {"lr", "params"}:
-                if now[name] != then[name]:
-                    log(
-                        f"Changed in parameter group {number}: {name} was {then[name]} and is now {now[name]}"
-                    )
-            settings[number] = {**then, **now}
+                was = tuple(then[name]) if isinstance(now[name], tuple) else then[name]
+                if now[name] != was:
+                    log(f"Changed in parameter group {number}: {name} was {was} and is now {now[name]}")
+            settings[number] = {**then, **now, "lr": then["lr"]}  # which the next step sets
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
 
     def load_weights(self, path):

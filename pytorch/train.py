@@ -77,6 +77,7 @@ def build_model(args, data):
 def build_optimizer(args, model):
     """Return the optimizer. Parameter groups keep their own learning rates.
 
+    To clip gradients, call torch.nn.utils.clip_grad_norm_ in a hook: see Optimizer.register_step_pre_hook.
     After a restart the settings come from here, and the state comes from the checkpoint.
     """
     if args.optimizer == "adamw":

@@ -7,6 +7,7 @@ inherits from `State`.
 import contextlib
 import inspect
 import io
+import itertools
 import json
 import os
 import random
@@ -120,6 +121,8 @@ class State:
         self.batch_size = None  # the number of samples in the running step, if they come from a Stream
         self.mean_count = 0.0  # the number of samples in the running step, divided by that of replicas
         self.has_weights = False
+        if args.augment and isinstance(data.train, Stream):
+            log("Warning: --augment does nothing for a tf.data.Dataset: its samples change in load_data only")
 
     @contextlib.contextmanager
     def scope(self):
@@ -756,10 +759,37 @@ class Stream:
                 f"batches: expected {self._count - first_step}, as epoch 0 has {self._count}"
             )
 
+    def check_order(self):
+        """Log a warning if the dataset from the second step on does not begin with the second batch."""
+        batches = list(itertools.islice(self.batches(), 2))
+        batches_again = list(itertools.islice(self.batches(), 2))
+        rest = list(itertools.islice(self.batches(first_step=1), 1)) if self._count > 1 else []
+        if not _is_same(batches, batches_again):
+            return  # a warning about that comes later
+        if not _is_same(batches[1:], rest):
+            log(
+                "Warning: the tf.data.Dataset for epoch 0 and first step 1 does not begin with the second "
+                "batch of that for first step 0: after an interruption the result will not be bit-identical. "
+                "Skip `first_step` batches, and let order and random numbers follow from the epoch"
+            )
+
     def _open(self, epoch=0, first_step=0):
-        if callable(self.source):
+        if not callable(self.source):
+            return self.source.skip(first_step)
+        try:
             return self.source(epoch, first_step)
-        return self.source
+        except RuntimeError as error:
+            if "seed" not in str(error):
+                raise
+            raise UserError(
+                "the tf.data.Dataset draws random numbers without a seed: let them follow from the epoch, as "
+                f"the docstring of load_data says ({errors.first_line(error)})"
+            ) from error
+
+
+def _is_same(batches, others):
+    pairs = zip(tf.nest.flatten(batches), tf.nest.flatten(others))
+    return all(np.array_equal(tensor, other) for tensor, other in pairs)
 
 
 class Reseeding:
@@ -789,6 +819,8 @@ class Reseeding:
 def wrap_data_sets(train, validation):
     """Return both data sets in a form that `common/` knows."""
     wrapped = _wrap(train), _wrap(validation)
+    if isinstance(wrapped[0], Stream):
+        wrapped[0].check_order()
     if any(isinstance(dataset, Reseeding) for dataset in wrapped):
         log("A data set uses tf.random, which is slow to seed for each sample: numpy.random is faster")
     return wrapped
@@ -859,12 +891,20 @@ def write_checkpoint(content, file):
     """Write what `copy_to_host` has returned: a zip file for `np.load`; `np.savez` would copy the arrays."""
     arrays, facts = content
     with zipfile.ZipFile(file, "w") as archive:
-        for name, array in {**arrays, "json": json.dumps(facts)}.items():
+        for name, array in {**arrays, "json": json.dumps(facts, default=_to_plain)}.items():
             array = np.asarray(array, order="C")
             header = np.lib.format.header_data_from_array_1_0(array)
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 member.write(array.reshape(-1).view(np.uint8))
+
+
+def _to_plain(value):
+    """Return NumPy's numbers and arrays, in the state of a callback, as Python's numbers and lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    kind = type(value).__name__
+    raise UserError(f"the state_dict() of a callback contains a {kind}: expected plain values or arrays")
 
 
 def read_checkpoint(file):

@@ -39,9 +39,10 @@ def load_data(args):
     transforms are fine: they are seeded for each sample, so that they do not depend on interruptions.
 
     The validation data set may also be a tf.data.Dataset of batches (images, labels), and the training data
-    set a function (epoch, first_step) that returns one, with the batches of that epoch from `first_step` on.
-    Its order and random numbers must follow from the epoch: instead of Dataset.shuffle use
-    tf.random.experimental.stateless_shuffle and tf.image.stateless_* with seeds such as (args.seed, epoch).
+    set a function (epoch, first_step), with an attribute `classes`, that returns one: the batches of that
+    epoch from `first_step` on. Its order and random numbers must follow from the epoch: instead of
+    Dataset.shuffle use tf.random.experimental.stateless_shuffle and tf.image.stateless_* with seeds such as
+    (args.seed, epoch).
     """
     return load_images(args)
 
@@ -118,7 +119,7 @@ def callbacks(args):
     """Return your own Keras callbacks, such as keras.callbacks.EarlyStopping.
 
     Checkpoints hold the state of EarlyStopping, ReduceLROnPlateau, CSVLogger and TensorBoard, and that of
-    callbacks with the methods `state_dict()` and `load_state_dict(state)`.
+    callbacks with the methods `state_dict()`, which returns plain values, and `load_state_dict(state)`.
     """
     return []
 

@@ -259,6 +259,7 @@ class Rounds(xgb.callback.TrainingCallback):
     def __init__(self, run, state):
         self.run = run
         self.state = state
+        self._has_warned = False
         metrics = _as_list(state.params.get("eval_metric") or [])
         self.names = {metric: LOG_NAMES[metric] for metric in metrics if metric in LOG_NAMES}
 
@@ -278,6 +279,12 @@ class Rounds(xgb.callback.TrainingCallback):
     def after_iteration(self, model, epoch, evals_log):
         """Finish the round; return whether the training ends."""
         self.state.booster = model
+        if model.attr("best_score") and not self._has_warned:
+            self._has_warned = True
+            log(
+                "Warning: no checkpoint holds the state of xgb.callback.EarlyStopping: it begins anew after "
+                "an interruption; use --patience and --best-metric"
+            )
         metrics = {name: self._rename(values) for name, values in evals_log.items()}
         if self.run.workers.size > 1:
             metrics = self._average(metrics)

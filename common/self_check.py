@@ -1,0 +1,121 @@
+"""Warnings at the start: the usual mistakes that make a resumed training differ from an uninterrupted one."""
+
+import math
+import random
+import zlib
+
+import numpy as np
+
+from common.report import log
+
+NUM_SAMPLES = 4  # few: reading them must not delay the start
+MAX_VALUES = 2**16  # of a list or an array that is compared
+# Attributes of torch's optimizers and modules.
+IN_CHECKPOINT = ("state", "param_groups", "defaults", "_parameters", "_buffers", "_modules")
+
+
+def check_data_set(name, dataset, read_samples):
+    """Log a warning if a data set returns other samples when it is read again under the same seed.
+
+    Args:
+        name: "training" or "validation".
+        dataset: see `common/datasets.py`.
+        read_samples: a function of (dataset, indices) that returns arrays (samples, labels, weights).
+    """
+    indices = np.linspace(0, len(dataset) - 1, min(NUM_SAMPLES, len(dataset))).astype(np.int64)
+    if hasattr(dataset, "batches"):
+        indices = indices[:1]  # of the first batch
+    if _is_same(read_samples(dataset, indices), read_samples(dataset, indices)):
+        return
+    log(
+        f"Warning: the {name} data set returns other samples when it is read again: after an interruption "
+        "the result will not be bit-identical. Take random numbers from `random`, `numpy.random` or the "
+        "framework, which are seeded for each sample, not from a generator of your own"
+    )
+
+
+def check_augment(augment, images, labels, make_rng):
+    """Log a warning if `augment` returns something else for the same samples and the same random numbers.
+
+    Args:
+        augment: the function of `train.py`.
+        images, labels: some samples.
+        make_rng: a function that returns a new generator, in the same state each time.
+    """
+    first = augment(images.copy(), labels.copy(), make_rng())
+    if _is_same(first, augment(images.copy(), labels.copy(), make_rng())):
+        return
+    log(
+        "Warning: augment returns other samples for the same `rng`: after an interruption the result will "
+        "not be bit-identical. Take all random numbers from `rng`"
+    )
+
+
+def _is_same(arrays, others):
+    return all(np.array_equal(array, other, equal_nan=False) for array, other in zip(arrays, others))
+
+
+class Attributes:
+    """Finds what training changes although no checkpoint holds it.
+
+    Args:
+        owners: dictionaries of attributes or variables, by what the log calls their owner.
+    """
+
+    def __init__(self, owners):
+        self._owners = owners
+        self._before = None
+
+    def compare(self):
+        """Log a warning for what has changed since the call before; return whether there was one.
+
+        Call it after the first step too: some attributes get their first value there.
+        """
+        now = {}
+        for owner, attributes in self._owners.items():
+            for name, value in attributes.items():
+                if name not in IN_CHECKPOINT and not name.startswith("__"):
+                    now[f"{name} ({owner})"] = _checksum(value)
+        before, self._before = self._before, now
+        if before is None:
+            return False
+        changed = [name for name, value in now.items() if value != before.get(name, value)]
+        if changed:
+            log(
+                f"Warning: training changes {', '.join(changed)}, which no checkpoint holds: after an "
+                "interruption the result will not be bit-identical, unless state_dict() returns it"
+            )
+        return True
+
+
+def _checksum(value, depth=2):
+    """Return a checksum of numbers, arrays and random generators, also in containers; else None."""
+    if isinstance(value, (bool, int, float, str)):
+        return zlib.crc32(repr(value).encode())
+    if isinstance(value, random.Random):
+        return hash(value.getstate())
+    if isinstance(value, np.random.Generator):
+        return zlib.crc32(repr(value.bit_generator.state).encode())
+    if isinstance(value, np.random.RandomState):
+        return _checksum(value.get_state()[1:])
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        if depth == 0 or len(value) > MAX_VALUES:
+            return None
+        return hash(tuple(_checksum(part, depth - 1) for part in value))
+    return _array_checksum(value)
+
+
+def _array_checksum(value):
+    """Return the checksum of an array, or of a tensor on the CPU, that is not large; else None."""
+    if not hasattr(type(value), "__array__"):
+        return None
+    if hasattr(value, "detach"):  # a tensor of torch
+        value = value.detach()
+    if math.prod(value.shape) > MAX_VALUES:
+        return None
+    try:
+        return zlib.crc32(np.ascontiguousarray(value))
+    except (TypeError, ValueError):  # on a GPU, or of a type that NumPy does not have
+        return None
