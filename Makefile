@@ -3,6 +3,7 @@
 # make check         (some minutes the first time, then two: ruff, and tests of a few seconds)
 # make test          (all tests: half an hour on two cores)
 # make integration   (interruptions at random moments: three quarters of an hour)
+# make examples      (renews the examples from their templates, see examples/README.md)
 # make bench [BENCH="checkpoint rounds --repetitions 5"]
 
 FRAMEWORK ?= pytorch
@@ -10,7 +11,7 @@ ARGS ?=
 BENCH ?=
 SPOT ?= --interrupt-after 10s,upload --grace 5s --verify
 
-.PHONY: train spot check test integration bench
+.PHONY: train spot check test integration examples bench
 
 train: .venv/installed
 	.venv/bin/python $(FRAMEWORK)/train.py $(ARGS)
@@ -29,7 +30,10 @@ test: .venv/spot-installed .venv-sdk2/installed .venv-sdk3/installed
 	.venv/bin/python -m pytest
 
 integration: .venv/installed
-	.venv/bin/python tests/soak.py
+	.venv/bin/python -m pytest -m integration --numprocesses 0 --capture no
+
+examples: .venv/installed
+	.venv/bin/python examples/renew.py
 
 bench: .venv/spot-installed
 	.venv/bin/python -m benchmarks $(BENCH)

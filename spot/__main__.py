@@ -30,9 +30,10 @@ with errors.importing(
     from botocore.exceptions import BotoCoreError, ClientError
 
     from launch.job import forwarding_sigterm
-    from spot import compare, report, service
+    from spot import report, service
     from spot.container import namespace
     from spot.sync import list_objects
+    from verify import compare
 
 
 def seconds(text):
@@ -223,7 +224,8 @@ def main(args):
             print("Training once more, without interruption", flush=True)
             untouched = f"{uri[:-1]}-uninterrupted-{time.time():.0f}/"  # nothing is there yet
             _, whole = run(args, s3, "uninterrupted", untouched, values, [], lambda event: None)
-            differences = compare.differences(model, whole)
+            histories = [folder / "output/data/history.csv" for folder in (model, whole)]
+            differences = compare.differences([model / "model", whole / "model"], histories)
             numbers["bit-identical"] = not differences
     report.write(args.output, numbers, attempts, job.request)
     report.show(numbers)

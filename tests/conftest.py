@@ -9,10 +9,9 @@ import pytest
 from helpers import (
     EPOCHS,
     FRAMEWORKS,
-    HAS_MXNET,
     IMAGE_FRAMEWORKS,
     INTERRUPTIBLE,
-    NO_MXNET,
+    choose,
     once,
     run,
 )
@@ -22,13 +21,6 @@ if importlib.util.find_spec("moto") is None:  # `make check` needs no simulator;
 
 hypothesis.settings.register_profile("tests", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("tests")
-
-
-def choose(framework):
-    """Return a framework; skip the test if it does not exist here."""
-    if framework == "mxnet" and not HAS_MXNET:
-        pytest.skip(NO_MXNET)
-    return framework
 
 
 @pytest.fixture(params=FRAMEWORKS)

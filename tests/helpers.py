@@ -4,6 +4,7 @@ Each script runs in a process of its own, in an empty folder. `train` and `engin
 imports them into its own process.
 """
 
+import ast
 import contextlib
 import fcntl
 import json
@@ -14,14 +15,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from spot import compare
+from verify import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,6 +63,13 @@ def environment(**variables):
     """Return this process's environment without what SageMaker might have set, and with `variables`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))}
     return {**kept, **variables}
+
+
+def choose(framework):
+    """Return a framework; skip the test if it does not exist here."""
+    if framework == "mxnet" and not HAS_MXNET:
+        pytest.skip(NO_MXNET)
+    return framework
 
 
 class Result:
@@ -236,6 +246,40 @@ def copy_script(framework, folder, changes=()):
         text = text.replace(old, new)
     script.write_text(text)
     return script
+
+
+def copy_with(folder, framework, changes, imports=""):
+    """Copy a framework's folder to `folder`, as `cp -rL` does, with other functions in "Make it yours".
+
+    Args:
+        folder: a new one.
+        framework: its name.
+        changes: functions and classes in the place of those with these names, or added to them.
+        imports: statements before that section.
+    """
+    shutil.copytree(ROOT / framework, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "train.py"
+    lines = path.read_text().splitlines()
+    new = {node.name: node for node in ast.parse(textwrap.dedent(changes)).body}
+    for node in reversed(ast.parse(path.read_text()).body):
+        name = getattr(node, "name", None)
+        if name in new:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            lines[first - 1 : node.end_lineno] = ast.unparse(new.pop(name)).splitlines()
+    banner = next(number for number, line in enumerate(lines) if line.startswith("# Make it yours"))
+    added = [line for node in new.values() for line in ast.unparse(node).splitlines()]
+    lines[banner - 1 : banner - 1] = [*textwrap.dedent(imports).splitlines(), *added]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run_verify(script, *flags, folder, options=("--interruptions", 2), code=0, seconds=SECONDS):
+    """Run `python -m verify` with `options` on a script with `flags`; return the Result.
+
+    The two trainings are in `folder`, as `whole` and `interrupted`.
+    """
+    command = [sys.executable, "-m", "verify", script, *options, "--output", folder, "--", *flags]
+    return finish(start_command(list(map(str, command)), ROOT), code, seconds)
 
 
 def replace_body(script, **bodies):

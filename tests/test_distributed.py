@@ -40,7 +40,7 @@ from helpers import (
     train_together,
     worker_environment,
 )
-from spot import compare
+from verify import compare
 
 IMAGES = ["--epochs", 4, "--batch-size", 128, "--augment"]
 TREES = ["--epochs", 40, "--subsample", 0.7, "--colsample-bytree", 0.5]

@@ -1,7 +1,7 @@
 """The promise: interrupted at any instant, the training ends with the same bits.
 
-Here the interruptions come at chosen places, so that each run of the tests meets all of them; `tests/soak.py`
-interrupts at random moments.
+Here the interruptions come at chosen places, so that each run of the tests meets all of them; those of
+`test_random_interruptions.py` come at random moments.
 """
 
 import os

@@ -16,10 +16,11 @@ import pytest
 from common import checkpoints, distributed, report
 from helpers import CHECKPOINTS, ROOT, checkpoint_name, environment
 from launch.job import forwarding_sigterm
-from spot import compare, container, service, sync
+from spot import container, service, sync
 from spot import report as spot_report
 from spot.__main__ import environment as container_environment
 from spot.__main__ import parse_args, plan
+from verify import compare
 
 
 @pytest.fixture(scope="module")

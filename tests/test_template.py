@@ -4,56 +4,14 @@ Each test replaces functions of "Make it yours" in a copy, trains it once withou
 at random steps, and compares weights, optimizer state and metrics bit for bit.
 """
 
-import ast
-import shutil
-import subprocess
-import sys
-import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from common.checkpoints import find_checkpoints
-from helpers import CHECKPOINTS, HAS_MXNET, ROOT, Result, environment
-from spot import compare
-
-# Runs a script as its user does, and sends SIGTERM to it in the middle of a training step, or of a boosting
-# round.
-STOP_IN_STEP = """
-import os, runpy, signal, sys
-number, script, *flags = sys.argv[1:]
-sys.argv = [script, *flags]
-sys.path.insert(0, script.rsplit("/", 1)[0])
-from common.run import Run
-calls = []
-def stop_in(name):
-    original = getattr(Run, name)
-    def counted(self, *arguments):
-        calls.append(name)
-        if len(calls) == int(number):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *arguments)
-    setattr(Run, name, counted)
-stop_in("finish_step")
-stop_in("finish_validation_step")
-stop_in("finish_round")
-runpy.run_path(script, run_name="__main__")
-"""
-
-
-def run_copy(script, *flags, cwd, stop_after=None, code=0):
-    """Run a copy of a script to its end, or until a signal after a number of steps; return a Result."""
-    command = [sys.executable, str(script)]
-    if stop_after:
-        command = [sys.executable, "-c", STOP_IN_STEP, str(stop_after), str(script)]
-    command += map(str, flags)
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    result = Result(process, *process.communicate(timeout=300))
-    assert result.code == code, f"exit code {result.code}\n{result.output}\n{result.errors}"
-    return result
+from helpers import HAS_MXNET, NO_MXNET, ROOT, Result, choose, copy_with, run, run_verify
+from verify import compare
 
 
 @pytest.fixture
@@ -68,78 +26,16 @@ def small_photos(tmp_path):
     return tmp_path / "photos"
 
 
-def copy_with(folder, framework, changes, imports=""):
-    """Copy a framework's folder to `folder`, as `cp -rL` does, with other functions in "Make it yours"."""
-    shutil.copytree(ROOT / framework, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / "train.py"
-    lines = path.read_text().splitlines()
-    new = {node.name: node for node in ast.parse(textwrap.dedent(changes)).body}
-    for node in reversed(ast.parse(path.read_text()).body):
-        name = getattr(node, "name", None)
-        if name in new:
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            lines[first - 1 : node.end_lineno] = ast.unparse(new.pop(name)).splitlines()
-    banner = next(number for number, line in enumerate(lines) if line.startswith("# Make it yours"))
-    added = [line for node in new.values() for line in ast.unparse(node).splitlines()]
-    lines[banner - 1 : banner - 1] = [*textwrap.dedent(imports).splitlines(), *added]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+def check_exact(tmp_path, script, *flags):
+    """Train whole, and with two interruptions; fail if the command that compares both finds a difference.
 
-
-def interruptions(num_steps, count):
-    """Return `count` random numbers of steps after which a run is interrupted, and print them."""
-    generator = np.random.default_rng()
-    chosen = [int(generator.integers(1, num_steps // count)) for _ in range(count)]
-    print("interrupted after steps", chosen)
-    return chosen
-
-
-def check_exact(tmp_path, framework, script, flags, num_steps):
-    """Train whole, and in parts that signals end; fail if anything that is saved differs in a bit."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    result = run_copy(script, *flags, cwd=whole)
-    for number in interruptions(num_steps, 2):
-        interrupted = run_copy(script, *flags, cwd=parts, stop_after=number, code=143)
-        assert "Interrupted: saved" in interrupted.output
-    run_copy(script, *flags, cwd=parts)
-    outputs = [folder / "output" / framework for folder in (whole, parts)]
-    histories = [compare.read_history(output / "data/history.csv") for output in outputs]
-    assert histories[0] == histories[1]
-    assert compare.read_model(outputs[0] / "model") == compare.read_model(outputs[1] / "model")
-    assert newest_state(outputs[0], framework) == newest_state(outputs[1], framework)
-    again = run_copy(script, *flags, cwd=parts)
+    Return the Result of the whole training, which is in the folder `whole`.
+    """
+    verified = run_verify(script, *flags, folder=tmp_path)
+    assert verified.last_line.startswith("Exact: "), verified.output
+    again = run(script, *flags, "--output", tmp_path / "interrupted", cwd=tmp_path)
     assert again.epochs == []
-    return result
-
-
-READ_STATE = """
-import torch
-content = torch.load(path, weights_only=True)
-content = {key: content[key] for key in ("model", "optimizer")}
-def walk(value, name=()):
-    if isinstance(value, dict):
-        return [pair for key in value for pair in walk(value[key], (*name, key))]
-    if isinstance(value, (list, tuple)):
-        return [pair for key, item in enumerate(value) for pair in walk(item, (*name, key))]
-    return [(name, value.numpy().tobytes() if isinstance(value, torch.Tensor) else value)]
-state = walk(content)
-"""
-
-
-def newest_state(output, framework):
-    """Return a checksum of weights and optimizer state in the newest checkpoint."""
-    (_, name), *_ = find_checkpoints(output / "checkpoints", CHECKPOINTS[framework])
-    path = output / "checkpoints" / name
-    if framework == "xgboost":
-        return None  # the exported model is all of it
-    if framework == "pytorch":  # in a process, so that this one need not import it
-        code = f"import hashlib, sys; path = sys.argv[1]\n{READ_STATE}"
-        code += "print(hashlib.sha256(repr(state).encode()).hexdigest())"
-        return subprocess.check_output([sys.executable, "-c", code, str(path)], text=True)
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name].tobytes() for name in arrays.files if name != "json"}
+    return Result(SimpleNamespace(returncode=0), (tmp_path / "whole/log-1.txt").read_text(), "")
 
 
 # PyTorch --------------------------------------------------------------------------------------------------
@@ -166,10 +62,10 @@ def test_two_parameter_groups_keep_their_rates_and_label_smoothing_leaves_valida
     script = copy_with(tmp_path / "job", "pytorch", TWO_GROUPS, "import torchvision")
     flags = ["--train", small_photos, "--batch-size", 16, "--epochs", 3, "--warmup-epochs", 1]
     flags += ["--schedule", "cosine"]
-    check_exact(tmp_path, "pytorch", script, flags, num_steps=3 * 8)
+    check_exact(tmp_path, script, *flags)
     import torch
 
-    path = tmp_path / "whole/output/pytorch/checkpoints/checkpoint-3.pt"
+    path = tmp_path / "whole/checkpoints/checkpoint-3.pt"
     groups = torch.load(path, weights_only=True)["optimizer"]["param_groups"]
     assert [group["initial_lr"] for group in groups] == [1e-4, 1e-3]
     assert groups[1]["lr"] == pytest.approx(10 * groups[0]["lr"])
@@ -224,7 +120,7 @@ def compute_metrics(outputs, labels, weights):
 def test_segmentation_has_metrics_per_pixel_and_masks_move_with_their_images(tmp_path):
     script = copy_with(tmp_path / "job", "pytorch", SEGMENTATION, "import numpy as np")
     flags = ["--epochs", 4, "--augment", "--learning-rate", 0.1]
-    result = check_exact(tmp_path, "pytorch", script, flags, num_steps=4 * 26)
+    result = check_exact(tmp_path, script, *flags)
     assert 0.8 < result.metric("validation_accuracy") <= 1
     assert 0.8 < result.metric("train_accuracy") <= 1  # with masks that stay behind it is below 0.75
     assert 0.5 < result.metric("validation_recall") <= 1
@@ -244,12 +140,12 @@ def test_an_own_metric_chooses_the_exported_epoch(tmp_path):
     """The learning rate is far too large, so that the best epoch is not the last one."""
     script = copy_with(tmp_path / "job", "pytorch", F1)
     flags = ["--epochs", 6, "--learning-rate", 0.6, "--batch-size", 128, "--best-metric", "f1"]
-    check_exact(tmp_path, "pytorch", script, flags, num_steps=6 * 13)
-    output = tmp_path / "whole/output/pytorch"
+    check_exact(tmp_path, script, *flags)
+    output = tmp_path / "whole"
     scores = [float(row["validation_f1"]) for row in compare.read_history(output / "data/history.csv")]
     best = scores.index(max(scores)) + 1
     (tmp_path / "best").mkdir()
-    run_copy(script, *flags, "--epochs", best, cwd=tmp_path / "best")
+    run(script, *flags, "--epochs", best, cwd=tmp_path / "best")
     model = compare.read_model(tmp_path / "best/output/pytorch/model")
     assert model == compare.read_model(output / "model")
 
@@ -290,7 +186,7 @@ from torchvision import transforms
 def test_a_torch_dataset_with_random_transforms_resumes_exactly(tmp_path, loaders):
     script = copy_with(tmp_path / "job", "pytorch", TORCH_DATASET, TORCH_IMPORTS)
     flags = ["--epochs", 3, "--batch-size", 16, "--loaders", loaders]
-    result = check_exact(tmp_path, "pytorch", script, flags, num_steps=3 * 25)
+    result = check_exact(tmp_path, script, *flags)
     assert result.metric("train_loss") < 2.3
 
 
@@ -306,7 +202,7 @@ def build_model(args, data):
 
 def test_random_numbers_in_forward_resume_exactly(tmp_path):
     script = copy_with(tmp_path / "job", "pytorch", RANDOM_FORWARD)
-    check_exact(tmp_path, "pytorch", script, ["--epochs", 3], num_steps=3 * 26)
+    check_exact(tmp_path, script, "--epochs", 3)
 
 
 WEIGHTS = """
@@ -331,23 +227,22 @@ class Weighted:
 @pytest.mark.parametrize("framework", ["pytorch", "tensorflow", "mxnet"])
 def test_sample_weights_reach_the_loss(tmp_path, framework):
     """With a weight of zero for all threes the network never learns that a digit may be a three."""
-    if framework == "mxnet" and not HAS_MXNET:
-        pytest.skip("MXNet 1.9.1 exists for Linux on x86-64 and Python up to 3.12")
+    choose(framework)
     script = copy_with(tmp_path / "job", framework, WEIGHTS)
-    result = check_exact(tmp_path, framework, script, ["--epochs", 3], num_steps=3 * 26)
+    result = check_exact(tmp_path, script, "--epochs", 3)
     assert 0.75 < result.metric("validation_accuracy") < 0.95
 
 
 def test_a_second_training_does_not_overwrite_the_model_of_the_first(tmp_path):
     script = ROOT / "pytorch/train.py"
-    run_copy(script, "--epochs", 1, cwd=tmp_path)
+    run(script, "--epochs", 1, cwd=tmp_path)
     earlier = compare.read_model(tmp_path / "output/pytorch/model")
-    line = run_copy(script, "--epochs", 1, "--checkpoint-path", "other", cwd=tmp_path, code=1).error_line
+    line = run(script, "--epochs", 1, "--checkpoint-path", "other", cwd=tmp_path, code=1).error_line
     assert "--model-dir output/pytorch/model contains the model of another job" in line
     assert "../checkpoints" in line
     assert "../../../other" in line
     assert compare.read_model(tmp_path / "output/pytorch/model") == earlier
-    run_copy(script, "--epochs", 1, "--output", "elsewhere", cwd=tmp_path)
+    run(script, "--epochs", 1, "--output", "elsewhere", cwd=tmp_path)
 
 
 # TensorFlow -----------------------------------------------------------------------------------------------
@@ -408,7 +303,7 @@ class Smoothed(keras.losses.Loss):
 
 def test_keras_callbacks_keep_their_state_and_a_stateful_one_of_the_user_is_named(tmp_path):
     script = copy_with(tmp_path / "job", "tensorflow", OWN_CALLBACKS + SMOOTHED)
-    result = check_exact(tmp_path, "tensorflow", script, ["--epochs", 30], num_steps=4 * 26)
+    result = check_exact(tmp_path, script, "--epochs", 30)
     assert len(result.epochs) < 30  # stopped early, and the same command run again trains nothing more
     assert "Counter" in result.output
     assert result.metric("validation_loss") < 0.3  # with label smoothing in it, it would be above 0.5
@@ -416,13 +311,13 @@ def test_keras_callbacks_keep_their_state_and_a_stateful_one_of_the_user_is_name
 
 def test_a_tf_data_pipeline_trains_with_fit_and_resumes_exactly(tmp_path):
     script = copy_with(tmp_path / "job", "tensorflow", TF_DATA, "import tensorflow as tf")
-    result = check_exact(tmp_path, "tensorflow", script, ["--epochs", 3], num_steps=3 * 26)
+    result = check_exact(tmp_path, script, "--epochs", 3)
     assert result.metric("validation_accuracy") > 0.8
 
 
 def test_a_schedule_with_reduce_lr_on_plateau_is_refused_in_one_line(tmp_path):
     script = copy_with(tmp_path / "job", "tensorflow", OWN_CALLBACKS)
-    line = run_copy(script, "--schedule", "cosine", cwd=tmp_path, code=1).error_line
+    line = run(script, "--schedule", "cosine", cwd=tmp_path, code=1).error_line
     assert "ReduceLROnPlateau" in line
     assert "--schedule" in line
 
@@ -467,7 +362,7 @@ def test_an_own_objective_and_metric_with_patience_resume_exactly(tmp_path):
         "--patience",
         8,
     ]
-    result = check_exact(tmp_path, "xgboost", script, flags, num_steps=20)
+    result = check_exact(tmp_path, script, *flags)
     assert 10 < len(result.epochs) < 400
     assert result.metric("validation_hits") > 0.9
 
@@ -501,8 +396,8 @@ from mxnet.gluon.data.vision import transforms
 """
 
 
-@pytest.mark.skipif(not HAS_MXNET, reason="MXNet 1.9.1 exists for Linux on x86-64 and Python up to 3.12")
+@pytest.mark.skipif(not HAS_MXNET, reason=NO_MXNET)
 def test_a_gluon_dataset_with_random_transforms_resumes_exactly(tmp_path):
     script = copy_with(tmp_path / "job", "mxnet", GLUON_DATASET, GLUON_IMPORTS)
-    result = check_exact(tmp_path, "mxnet", script, ["--epochs", 3, "--optimizer", "adamw"], num_steps=3 * 5)
+    result = check_exact(tmp_path, script, "--epochs", 3, "--optimizer", "adamw")
     assert result.metric("train_loss") < 2.3

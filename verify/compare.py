@@ -18,14 +18,14 @@ for name in sorted(reader.get_variable_to_shape_map()):
 TIMES = ("seconds", "samples_per_second")
 
 
-def differences(folder, other):
-    """Return what differs in the models and the histories of two base folders."""
-    models, others = read_model(folder / "model"), read_model(other / "model")
-    if not models:
+def differences(models, histories):
+    """Return what differs in the folders of two models and in two files history.csv, as a list of names."""
+    model, other = map(read_model, models)
+    if not model:
         return ["no model was written"]
-    found = [name for name in sorted({*models, *others}) if models.get(name) != others.get(name)]
-    histories = [read_history(path / "output/data/history.csv") for path in (folder, other)]
-    return found + (["history.csv"] if histories[0] != histories[1] else [])
+    found = [name for name in sorted({*model, *other}) if model.get(name) != other.get(name)]
+    rows, other_rows = map(read_history, histories)
+    return found + (["history.csv"] if rows != other_rows else [])
 
 
 def read_model(folder):

@@ -1,0 +1,293 @@
+"""The usual mistakes in a copy: the log names them at the start, and `python -m verify` finds them."""
+
+import re
+from typing import NamedTuple
+
+import pytest
+
+from helpers import ROOT, choose, copy_with, run, run_verify
+
+
+class Mistake(NamedTuple):
+    """A change that breaks exactness.
+
+    Attributes:
+        framework: whose template is changed.
+        changes, imports: see `copy_with`.
+        flags: of the script.
+        warning: in the script's log; empty if it says nothing.
+        verdict: of the command: what differs first, and the likely cause.
+        at: the step after which the training is interrupted; an epoch has 26.
+    """
+
+    framework: str
+    changes: str
+    imports: str
+    flags: tuple
+    warning: str
+    verdict: str
+    at: int = 5
+
+
+OWN_GENERATOR = """
+def load_data(args):
+    train, validation = load_images(args)
+    return Mislabeled(train), validation
+
+class Mislabeled:
+    def __init__(self, images):
+        self.images = images
+        self.classes = images.classes
+        self.rng = np.random.default_rng(0)
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return image, self.rng.integers(10) if self.rng.random() < 0.1 else label
+"""
+OWN_AUGMENT = """
+def augment(images, labels, rng):
+    return np.roll(images, np.random.randint(-1, 2), axis=1), labels
+"""
+UNREGISTERED_BUFFER = """
+class Center(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(64)
+
+    def forward(self, inputs):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * inputs.mean(0)
+        return inputs - self.mean
+
+def build_model(args, data):
+    return nn.Sequential(nn.Flatten(), Center(), nn.Linear(64, data.num_classes))
+"""
+OPTIMIZER = """
+class SlowlyStarting(torch.optim.SGD):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.num_steps = 0
+
+    def step(self, closure=None):
+        self.num_steps += 1
+        for group in self.param_groups:
+            group["lr"] *= min(1.0, self.num_steps / 40)
+        return super().step(closure)
+
+def build_optimizer(args, model):
+    return SlowlyStarting(model.parameters(), args.learning_rate)
+"""
+GLOBAL_VARIABLE = """
+def compute_loss(outputs, labels, weights):
+    global num_calls
+    num_calls += 1
+    smoothing = 0.2 / num_calls
+    return F.cross_entropy(outputs, labels, reduction="none", label_smoothing=smoothing).sum()
+"""
+METRIC = """
+def compute_metrics(outputs, labels, weights):
+    is_correct = outputs.argmax(1) == labels
+    recent.append(float(is_correct.sum()))
+    losses = F.cross_entropy(outputs, labels, reduction="none")
+    return {"loss": (losses.sum(), len(labels)), "recent": (sum(recent[-5:]), 5)}
+"""
+NUMPY_IN_FORWARD = """
+class Noise(nn.Module):
+    def forward(self, images):
+        noise = np.random.normal(size=images.shape) if self.training else 0.0
+        return images + torch.as_tensor(noise, dtype=images.dtype)
+
+def build_model(args, data):
+    return nn.Sequential(Noise(), nn.Flatten(), nn.Linear(64, data.num_classes))
+"""
+CHANGING_DATA = """
+def load_data(args):
+    train, validation = load_images(args)
+    folder = args.output.parent
+    count = len(list(folder.glob("read-*")))
+    (folder / f"read-{count}").touch()
+    train.images = train.images + np.uint8(count)
+    return train, validation
+"""
+SHUFFLE = """
+def load_data(args):
+    train, validation = load_images(args)
+    samples = tf.data.Dataset.from_tensor_slices(train[:]).shuffle(2000, seed=args.seed)
+
+    def training_set(epoch, first_step):
+        return samples.batch(args.batch_size).skip(first_step)
+
+    training_set.classes = train.classes
+    return training_set, validation
+"""
+CALLBACK = """
+def callbacks(args):
+    return [Decay()]
+
+class Decay(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.num_batches = 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.num_batches += 1
+        self.model.optimizer.learning_rate = 0.01 / self.num_batches
+"""
+EARLY_STOPPING = """
+def train(args, run, state):
+    initial_epoch = run.restore(state)
+    if initial_epoch >= args.epochs:
+        return
+    with state.matrices() as (train_matrix, validation_matrix):
+        state.booster = xgb.train(
+            state.params,
+            train_matrix,
+            num_boost_round=args.epochs - initial_epoch,
+            evals=[(train_matrix, "train"), (validation_matrix, "validation")],
+            xgb_model=state.booster,
+            verbose_eval=False,
+            callbacks=[engine.Rounds(run, state), xgb.callback.EarlyStopping(5)],
+        )
+"""
+
+NOT_SKIPPED = SHUFFLE.replace(".skip(first_step)", "").replace(".shuffle(2000, seed=args.seed)", "")
+
+NP = "import numpy as np"
+NOT_HANDED_IN = "the batch.*Likely cause: random numbers that are not handed in"
+OUTSIDE = "Likely cause: state outside the checkpoint"
+TWO_EPOCHS = ("--epochs", 2)
+MISTAKES = {
+    "a data set with a generator of its own": Mistake(
+        "pytorch",
+        OWN_GENERATOR,
+        NP,
+        TWO_EPOCHS,
+        "the training data set returns other samples when it is read again",
+        f"after SIGTERM after epoch 2, step 1: {NOT_HANDED_IN}",
+    ),
+    "augment that ignores rng": Mistake(
+        "mxnet",
+        OWN_AUGMENT,
+        NP,
+        ("--epochs", 2, "--augment"),
+        "augment returns other samples for the same `rng`",
+        NOT_HANDED_IN,
+    ),
+    "a tensor that is no buffer": Mistake(
+        "pytorch",
+        UNREGISTERED_BUFFER,
+        "",
+        TWO_EPOCHS,
+        r"training changes mean \(an attribute of the layer 1\), which no checkpoint holds",
+        f"since epoch 1, step [67], after SIGTERM after epoch 1, step 5: model, optimizer.*{OUTSIDE}",
+    ),
+    "an optimizer with state of its own": Mistake(
+        "pytorch",
+        OPTIMIZER,
+        "",
+        TWO_EPOCHS,
+        r"training changes num_steps \(an attribute of the optimizer\), which no checkpoint holds",
+        f"since epoch 1, step [67], .*: model, optimizer.*{OUTSIDE}",
+    ),
+    "a global variable": Mistake(
+        "pytorch",
+        GLOBAL_VARIABLE,
+        "num_calls = 0",
+        TWO_EPOCHS,
+        r"training changes num_calls \(a variable of train.py\), which no checkpoint holds",
+        f"since epoch 1, step [67], .*: model, optimizer.*{OUTSIDE}",
+    ),
+    "a metric with a memory": Mistake(
+        "pytorch",
+        METRIC,
+        "recent = []",
+        TWO_EPOCHS,
+        r"training changes recent \(a variable of train.py\), which no checkpoint holds",
+        f"since epoch 1: .*train_recent.*; the weights are the same.*in a metric, {OUTSIDE[14:]}",
+    ),
+    "numpy.random in a step": Mistake(
+        "pytorch",
+        NUMPY_IN_FORWARD,
+        NP,
+        TWO_EPOCHS,
+        "",
+        "model, optimizer.*Likely cause: the step draws random numbers of numpy.random",
+    ),
+    "data that changes": Mistake(
+        "pytorch",
+        CHANGING_DATA,
+        NP,
+        TWO_EPOCHS,
+        "the data has changed since",
+        f"since epoch 1, step 1, before any interruption: {NOT_HANDED_IN}, or data that changes",
+    ),
+    "a shuffled tf.data.Dataset": Mistake(
+        "tensorflow",
+        SHUFFLE,
+        "import tensorflow as tf",
+        TWO_EPOCHS,
+        "the training data set returns other samples when it is read again",
+        NOT_HANDED_IN,
+        at=30,
+    ),
+    "a tf.data.Dataset that ignores the first step": Mistake(
+        "tensorflow",
+        NOT_SKIPPED,
+        "import tensorflow as tf",
+        TWO_EPOCHS,
+        "does not begin with the second batch",
+        NOT_HANDED_IN,
+    ),
+    "a Keras callback with a state": Mistake(
+        "tensorflow",
+        CALLBACK,
+        "",
+        TWO_EPOCHS,
+        r"no checkpoint holds the state of Decay \(num_batches\)",
+        f"since epoch 1, step [67], .*: model, optimizer.*{OUTSIDE}",
+    ),
+    "XGBoost's EarlyStopping": Mistake(
+        "xgboost",
+        EARLY_STOPPING,
+        "",
+        ("--num-round", 60, "--eta", 1, "--max-depth", 1, "--objective", "multi:softmax"),
+        "no checkpoint holds the state of xgb.callback.EarlyStopping",
+        OUTSIDE,
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=list(MISTAKES))
+def test_a_mistake_is_named_in_the_log_and_found(mistake, tmp_path):
+    choose(mistake.framework)
+    script = copy_with(tmp_path / "job", mistake.framework, mistake.changes, mistake.imports)
+    options = ["--at", mistake.at, "--signal", "TERM"]
+    result = run_verify(script, *mistake.flags, folder=tmp_path, options=options, code=1)
+    report = " ".join(result.output.splitlines())
+    assert re.search(f"Not exact: the trainings differ .*{mistake.verdict}", report), result.output
+    if mistake.warning:
+        assert re.search(f"The script's log: Warning: .*{mistake.warning}", report), result.output
+    else:
+        assert "Warning: " not in report
+
+
+def test_tf_data_without_a_seed_is_refused_in_one_line(tmp_path):
+    changes = SHUFFLE.replace("samples.batch", "samples.shuffle(9).batch")
+    script = copy_with(tmp_path / "job", "tensorflow", changes, "import tensorflow as tf")
+    line = run(script, cwd=tmp_path, code=1).error_line
+    assert "the tf.data.Dataset draws random numbers without a seed" in line
+
+
+def test_a_script_that_fails_is_an_error_in_one_line(tmp_path):
+    script = copy_with(tmp_path / "job", "xgboost", "def load_data(args):\n    return load_tables(no_args)")
+    line = run_verify(script, folder=tmp_path, code=1).error_line
+    assert "ends with exit code 1" in line
+    assert "name 'no_args' is not defined" in line
+    options = ["--at", "1000"]
+    line = run_verify(ROOT / "xgboost/train.py", folder=tmp_path, options=options, code=1).error_line
+    assert "--at 1000: the training has 50 steps" in line
+    result = run_verify(ROOT / "xgboost/train.py", "--model-dir=x", folder=tmp_path, code=2)
+    assert "--model-dir=x after --" in result.errors

@@ -1,0 +1,1 @@
+"""Proves that a training script, changed or not, resumes with the same bits."""

@@ -1,0 +1,112 @@
+"""The first difference between two trainings, and its likely cause."""
+
+from typing import NamedTuple
+
+from verify import compare
+
+NOT_HANDED_IN = (
+    "random numbers that are not handed in, or data that changes. In `augment` take them from `rng`; in a "
+    "data set from `random`, `numpy.random` or the framework, which are seeded for each sample"
+)
+OUTSIDE = (
+    "state outside the checkpoint: training changes an attribute, a global variable, a callback or a random "
+    "generator that `state_dict()` does not return"
+)
+UNSEEDED = "random numbers without a seed, or kernels that are not deterministic (--no-deterministic, a GPU)"
+
+
+class Difference(NamedTuple):
+    """What differs and since when, and why that is likely."""
+
+    what: str
+    cause: str
+
+
+def find_difference(whole, interrupted):
+    """Return the first Difference between two trainings, in the order of time; None if there is none."""
+    expected = {(record.kind, record.position): record.facts for record in whole.records}
+    restored = {}  # by the number of the process: the parts of the state that were not restored
+    for record in interrupted.records:
+        kind = record.kind
+        if kind == "restored":
+            kind = "step" if record.position[1] else "epoch"
+        facts = expected.get((kind, record.position))
+        if facts is None:
+            continue  # the beginning
+        state = record.facts["state"]
+        parts = [part for part, checksum in facts["state"].items() if state.get(part) != checksum]
+        if record.kind == "restored":
+            restored[record.run] = parts
+            continue
+        found = describe(record, facts, parts)
+        if found:
+            moment = interrupted.exits[record.run - 2][0] if record.run > 1 else None
+            since = f"after {moment}" if moment else "before any interruption"
+            reason = cause(record, facts, parts, restored.get(record.run, []))
+            return Difference(f"since {record.name}, {since}: {found}", reason)
+    return lost_steps(interrupted) or difference_at_the_end(whole, interrupted)
+
+
+def describe(record, facts, parts):
+    """Return in words what differs; an empty text if nothing does.
+
+    Args:
+        record: of the interrupted training.
+        facts: of the other one at the same position.
+        parts: the parts of the training state that differ.
+    """
+    words = []
+    if record.facts.get("batch") != facts.get("batch"):
+        words.append("the batch")
+    words += parts
+    if record.facts.get("validation") != facts.get("validation"):
+        words.append("the validation data")
+    return ", ".join(words)
+
+
+def cause(record, facts, parts, not_restored):
+    """Return the likely cause of the first difference; for the arguments see `describe`."""
+    if record.facts.get("batch") != facts.get("batch") or not parts:
+        return NOT_HANDED_IN  # in the data for training or validation
+    if record.facts.get("draws"):
+        generators = " and ".join(record.facts["draws"])
+        return f"the step draws random numbers of {generators}, which are seeded for samples only"
+    if record.run == 1:
+        return UNSEEDED
+    # An optimizer contains learning rates, which are set in each step.
+    forgotten = [part for part in not_restored if part in parts and part != "optimizer"]
+    if forgotten:
+        return f"`load_state_dict` does not restore {', '.join(forgotten)} as `state_dict` has returned it"
+    return OUTSIDE
+
+
+def lost_steps(training):
+    """Return the Difference if steps were trained again after a SIGTERM, which loses none."""
+    steps = [record for record in training.records if record.kind == "step"]
+    for run, (moment, code) in enumerate(training.exits, 1):
+        if not moment or code != 128 + moment.signal:
+            continue
+        done = {record.position for record in steps if record.run == run}
+        again = [record for record in steps if record.run == run + 1 and record.position in done]
+        if again:
+            what = f"since {again[0].name}, which was trained again after {moment}"
+            return Difference(what, "the checkpoint that SIGTERM has saved was not used")
+    return None
+
+
+def difference_at_the_end(whole, interrupted):
+    """Return the Difference of history and model; None if there is none."""
+    histories = [training.folder / "data/history.csv" for training in (whole, interrupted)]
+    rows, others = map(compare.read_history, histories)
+    for row, other in zip(rows, others):
+        columns = ", ".join(name for name in row if row[name] != other.get(name))
+        if columns:
+            what = f"since epoch {row['epoch']}: {columns}; the weights are the same"
+            return Difference(what, f"in a metric, {OUTSIDE}")
+    if len(rows) != len(others):
+        return Difference(f"at the end: {len(others)} epochs instead of {len(rows)}", OUTSIDE)
+    names = compare.differences([training.folder / "model" for training in (whole, interrupted)], histories)
+    if names:
+        what = f"in the exported model only: {', '.join(names)}"
+        return Difference(what, "`export_model` writes something that changes from run to run")
+    return None
