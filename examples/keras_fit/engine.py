@@ -1,0 +1,1 @@
+../../tensorflow/engine.py

@@ -1,0 +1,98 @@
+"""The examples: equal to their templates outside "Make it yours", complete, and exact after interruptions."""
+
+import re
+import shutil
+import sys
+
+import pytest
+
+from examples import renew
+from helpers import ROOT, finish, run, start_command
+
+EXAMPLES = sorted(renew.TEMPLATES)
+FLAGS = {
+    "finetune": ["--image-size", 8, "--epochs", 2, "--batch-size", 512, "--best-metric", "f1"],
+    "keras_fit": ["--epochs", 5, "--learning-rate", 0.003],
+    "own_objective": ["--num-round", 200, "--subsample", 0.7, "--best-metric", "cost:min", "--patience", 20],
+}
+INTERRUPTIONS = {"finetune": 1, "keras_fit": 1, "own_objective": 3}
+
+
+def contents(folder):
+    """Return the texts of the files below a folder by path, and the targets of the links."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            found[path.relative_to(folder)] = path.readlink()
+        elif path.suffix == ".py":
+            found[path.relative_to(folder)] = path.read_text()
+    return found
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of the examples and their templates."""
+    for folder in ("examples", "common", *renew.TEMPLATES.values()):
+        ignored = shutil.ignore_patterns("__pycache__", "output")
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=ignored)
+    return tmp_path
+
+
+def renew_in(repository):
+    """Run `renew.py` of a repository; return its output."""
+    return finish(start_command([sys.executable, "examples/renew.py"], cwd=repository)).output
+
+
+@pytest.mark.quick
+def test_the_examples_are_up_to_date(repository):
+    before = contents(repository)
+    assert renew_in(repository) == ""
+    assert contents(repository) == before
+    names = {path.parent.name for path in ROOT.glob("examples/*/train.py")}
+    assert names == set(EXAMPLES)
+    for name in EXAMPLES:
+        assert (ROOT / "examples" / name / "engine.py").samefile(ROOT / renew.TEMPLATES[name] / "engine.py")
+        assert (ROOT / "examples" / name / "common").samefile(ROOT / "common")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_renewing_keeps_the_section_and_replaces_all_else(repository, name):
+    before = contents(repository)
+    script = repository / "examples" / name / "train.py"
+    text = script.read_text().replace("run.restore(state)", "0", 1)
+    text = text.replace("from common import flags", "from common import flags as all_flags", 1)
+    script.write_text(text)
+    (script.parent / "common").unlink()
+    (script.parent / "engine.py").unlink()
+    output = renew_in(repository)
+    assert sorted(re.findall(r"^\w+ examples/\w+/(\S+)$", output, re.MULTILINE)) == [
+        "common",
+        "engine.py",
+        "train.py",
+    ]
+    assert contents(repository) == before
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_copy_is_complete(tmp_path, name):
+    copy = tmp_path / "my-job"
+    shutil.copytree(ROOT / "examples" / name, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert not any(path.is_symlink() for path in copy.rglob("*"))
+    assert "--best-metric" in run(copy / "train.py", "--help", cwd=tmp_path).output
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_that_is_interrupted_at_random_ends_with_the_same_bits(tmp_path, name):
+    flags = list(FLAGS[name])
+    if name == "finetune":
+        pretraining = ["--model", "resnet18", "--image-size", 8, "--epochs", 1, "--batch-size", 512]
+        run("pytorch", *pretraining, cwd=tmp_path)
+        flags += ["--weights", tmp_path / "output/pytorch/model/model.pth"]
+    command = [sys.executable, "-m", "verify", f"examples/{name}/train.py"]
+    command += ["--interruptions", INTERRUPTIONS[name], "--output", tmp_path / "verify", "--", *flags]
+    result = finish(start_command(list(map(str, command)), cwd=ROOT))
+    assert result.last_line.startswith("Exact: "), result.output
+    if name == "finetune":
+        log = (tmp_path / "verify/whole/log-1.txt").read_text()
+        assert "not in it: fc.1.bias, fc.1.weight" in log
