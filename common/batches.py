@@ -51,6 +51,17 @@ def batch_sizes(num_samples, batch_size):
     return [len(part) for part in np.array_split(np.arange(num_samples), num_batches)]
 
 
+def check_sizes(num_samples, args, workers):
+    """Raise UserError if a batch has fewer samples than there are workers."""
+    smallest = batch_sizes(num_samples, args.batch_size)[-1]
+    if smallest < workers.size:
+        raise UserError(
+            f"{num_samples} samples in batches of --batch-size {args.batch_size} make batches of {smallest}, "
+            f"but there are {workers.size} workers: expected a sample for each; raise --batch-size or use "
+            "fewer workers"
+        )
+
+
 class BatchLoader:
     """Loads this worker's part of the batches of one epoch: `loader(step)` returns a Batch.
 
@@ -70,12 +81,6 @@ class BatchLoader:
         self.key = (args.seed, 0 if epoch is None else epoch + 1)
         self.augment = None
         self.sizes = batch_sizes(len(dataset), args.batch_size)
-        if self.sizes[-1] < workers.size:
-            raise UserError(
-                f"{len(dataset)} samples in batches of --batch-size {args.batch_size} make batches of "
-                f"{self.sizes[-1]}, but there are {workers.size} workers: expected a sample for each; "
-                "raise --batch-size or use fewer workers"
-            )
         self.world_size = workers.size
         self.first_step = 0 if epoch is None else epoch * len(self.sizes)
         order = np.arange(len(dataset))

@@ -92,9 +92,17 @@ def progress_bar(epoch, first_step, num_steps, is_main_process):
     return tqdm(desc=f"epoch {epoch}", initial=first_step, total=num_steps, unit="step", leave=False)
 
 
-def write_results(folder, history, facts):
-    """Write `metrics.json` (the last epoch's metrics and `facts`) and `history.csv` (one row per epoch)."""
-    metrics = {**(history[-1] if history else {}), **facts}
+def write_results(folder, history, epoch, facts):
+    """Write `metrics.json` and `history.csv`.
+
+    Args:
+        folder: of both files.
+        history: a dictionary of metrics for each epoch, which is a row of `history.csv`.
+        epoch: that of the exported model, whose metrics are in `metrics.json`.
+        facts: more for `metrics.json`.
+    """
+    exported = [row for row in history if row["epoch"] == epoch]
+    metrics = {**(exported[0] if exported else {}), **facts}
     finite = {key: _finite_or_none(value) for key, value in metrics.items()}  # JSON has no NaN
     _write_text(folder / "metrics.json", json.dumps(finite, indent=2) + "\n")
 

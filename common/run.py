@@ -193,6 +193,8 @@ class Run:
             train, validation = self.engine.wrap_data_sets(train, validation)
         self.data = datasets.describe(train, validation, self._read_samples)
         for name, dataset in (("training", train), ("validation", validation)):
+            if not hasattr(dataset, "batches"):
+                batches.check_sizes(len(dataset), self.args, self.workers)
             if not isinstance(dataset, datasets.ArrayDataset):
                 self_check.check_data_set(name, dataset, self._read_samples)
         for flag in ("model", "batch_size", "seed"):
@@ -550,31 +552,30 @@ class Run:
                 yield Path(folder)
             return
         self.saver.wait()
-        self._load_best()
+        epoch = self._load_best()
         args = self.args
         with atomic_export(args.model_dir, "--model-dir") as folder:
             yield folder
             files = ", ".join(sorted(path.name for path in folder.iterdir()))
             model_folder.write(self._model_facts_path(folder), self._model_facts())
-        log(f"Model: {args.model_dir} ({files})")
-        progress = self.progress
-        facts = {"epochs": progress.epoch, "initial_epoch": self._initial_epoch}
+        log(f"Model: {args.model_dir} ({files}), of epoch {epoch}")
+        facts = {"epochs": self.progress.epoch, "initial_epoch": self._initial_epoch}
         if isinstance(self.data, datasets.Data):
             facts["class_names"] = self.data.classes
-        if args.best_metric:
-            facts["best_epoch"] = self._best_epoch()
         facts["wall_seconds"] = time.monotonic() - self._started
-        report.write_results(args.output_data_dir, progress.history, facts)
+        report.write_results(args.output_data_dir, self.progress.history, epoch, facts)
 
     def _load_best(self):
+        """Load the state of the epoch to export, unless it is the present one; return the epoch."""
+        epoch = getattr(self.state, "restored_epoch", None) or self.progress.epoch
         if not self.args.best_metric:
-            return
+            return epoch
         best = self._best_epoch()
-        if best == self.progress.epoch:
-            return
+        if best == epoch:
+            return best
         if hasattr(self.state, "load_epoch"):  # XGBoost: the last state contains those of all epochs
             self.state.load_epoch(best)
-            return
+            return best
         name = self.checkpoints.name_of(best)
         path = self.checkpoints.folder / name
         try:
@@ -588,6 +589,7 @@ class Run:
             self.state.load_state_dict(content)
         except Exception as error:  # as in `restore`
             raise checkpoints.misfit(path, error) from error
+        return best
 
     def _model_facts(self):
         data = self.data if isinstance(self.data, datasets.Data) else None

@@ -52,7 +52,8 @@ def check_augment(augment, images, labels, make_rng):
 
 
 def _is_same(arrays, others):
-    return all(np.array_equal(array, other, equal_nan=False) for array, other in zip(arrays, others))
+    pairs = zip(map(np.asarray, arrays), map(np.asarray, others))
+    return all(array.tobytes() == other.tobytes() for array, other in pairs)
 
 
 class Attributes:
@@ -83,7 +84,7 @@ class Attributes:
         if changed:
             log(
                 f"Warning: training changes {', '.join(changed)}, which no checkpoint holds: after an "
-                "interruption the result will not be bit-identical, unless state_dict() returns it"
+                "interruption the result may not be bit-identical. Return it from state_dict()"
             )
         return True
 

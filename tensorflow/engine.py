@@ -326,6 +326,11 @@ class State:
             for index, replica in enumerate(replicas):
                 replica.assign([seed + (first + index) * SEEDS_PER_REPLICA, count])
 
+    @property
+    def restored_epoch(self):
+        """The epoch from which EarlyStopping has restored the best weights at the end; None without it."""
+        return self.callbacks.restored_epoch()
+
     def reset_seeds(self):
         """Set dropout's counters to zero: they are not part of the model."""
         for variable in self._seeds():
@@ -536,6 +541,13 @@ class Callbacks(keras.callbacks.CallbackList):
         for index, callback in enumerate(stopping):
             count = len(self.best_weights) // len(stopping)
             callback.best_weights = self.best_weights[index * count : (index + 1) * count] or None
+
+    def restored_epoch(self):
+        """Return the epoch of the weights that EarlyStopping restores at the end; None without it."""
+        for callback in reversed(self._own):
+            if _restores_weights(callback) and callback.best_weights:
+                return callback.best_epoch + 1
+        return None
 
     def _load_files(self):
         """Write the CSV files as they were: a row of an epoch that is repeated would be in them twice."""

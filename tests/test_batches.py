@@ -124,8 +124,10 @@ def test_the_shards_of_all_workers_are_the_batches_of_one(count, batch_size, siz
 
 
 def test_a_batch_without_a_sample_for_each_worker_is_refused():
+    args = Namespace(batch_size=4)
+    batches.check_sizes(8, args, Workers(0, ["host"] * 4))
     with pytest.raises(UserError, match="make batches of 3, but there are 4 workers"):
-        loader_of(numbered(7), 0, Workers(0, ["host"] * 4), batch_size=4)
+        batches.check_sizes(7, args, Workers(0, ["host"] * 4))
 
 
 def test_each_epoch_and_each_seed_has_an_order():

@@ -1,5 +1,6 @@
 """The examples: equal to their templates outside "Make it yours", complete, and exact after interruptions."""
 
+import json
 import re
 import shutil
 import sys
@@ -7,7 +8,8 @@ import sys
 import pytest
 
 from examples import renew
-from helpers import ROOT, finish, run, start_command
+from helpers import ROOT, finish, run, run_verify, start_command
+from verify.compare import read_history
 
 EXAMPLES = sorted(renew.TEMPLATES)
 FLAGS = {
@@ -89,10 +91,28 @@ def test_an_example_that_is_interrupted_at_random_ends_with_the_same_bits(tmp_pa
         pretraining = ["--model", "resnet18", "--image-size", 8, "--epochs", 1, "--batch-size", 512]
         run("pytorch", *pretraining, cwd=tmp_path)
         flags += ["--weights", tmp_path / "output/pytorch/model/model.pth"]
-    command = [sys.executable, "-m", "verify", f"examples/{name}/train.py"]
-    command += ["--interruptions", INTERRUPTIONS[name], "--output", tmp_path / "verify", "--", *flags]
-    result = finish(start_command(list(map(str, command)), cwd=ROOT))
+    options = ["--interruptions", INTERRUPTIONS[name]]
+    script = ROOT / "examples" / name / "train.py"
+    result = run_verify(script, *flags, folder=tmp_path / "verify", options=options)
     assert result.last_line.startswith("Exact: "), result.output
+    log = (tmp_path / "verify/whole/log-1.txt").read_text()
     if name == "finetune":
-        log = (tmp_path / "verify/whole/log-1.txt").read_text()
         assert "not in it: fc.1.bias, fc.1.weight" in log
+        checkpoint = tmp_path / "verify/whole/checkpoints/checkpoint-2.pt"
+        rates = [group["lr"] for group in torch_load(checkpoint)["optimizer"]["param_groups"]]
+        assert rates == [0.001, 0.01]  # with --learning-rate 0.01, the default
+    if name == "keras_fit":  # EarlyStopping restores the best weights
+        exported = json.loads((tmp_path / "verify/whole/data/metrics.json").read_text())
+        losses = [row["validation_loss"] for row in read_history(tmp_path / "verify/whole/data/history.csv")]
+        assert exported["epoch"] == 1 + losses.index(min(losses, key=float))
+    if name == "own_objective":
+        assert "Stopping early: " in log
+        again = run(script, *flags, "--output", tmp_path / "verify/interrupted", cwd=tmp_path)
+        assert again.epochs == []
+
+
+def torch_load(path):
+    """Return the content of a checkpoint of PyTorch, whose import takes seconds."""
+    import torch
+
+    return torch.load(path, weights_only=True)

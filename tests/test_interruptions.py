@@ -356,7 +356,10 @@ def test_the_best_epoch_is_kept_and_exported_and_patience_ends_the_training_also
     assert len(rows) == best + 3 < 60
     stopping = f"Stopping early: no better validation_accuracy since epoch {best} (--patience 3)\n"
     assert stopping in resumed.output
-    assert metrics(parts, framework)["best_epoch"] == best
+    exported = metrics(parts, framework)
+    assert (exported["epoch"], exported["epochs"]) == (best, best + 3)
+    assert exported["validation_accuracy"] == pytest.approx(max(accuracies))
+    assert re.search(rf"^Model: .*, of epoch {best}$", resumed.output, re.MULTILINE)
     assert files(parts, framework) == names(framework, best, best + 3)
 
     jobs = [(whole, flags), (parts, [*flags, "--keep-checkpoints", 1])]

@@ -64,7 +64,7 @@ def test_a_log_line_that_cannot_be_written_ends_nothing():
 
 def test_results_with_metrics_that_changed_on_the_way(tmp_path):
     history = [{"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_auc": float("nan")}]
-    report.write_results(tmp_path, history, {"epochs": 2, "class_names": ["a", "b"]})
+    report.write_results(tmp_path, history, 2, {"epochs": 2, "class_names": ["a", "b"]})
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=None)
     assert metrics == {"epoch": 2, "epochs": 2, "train_auc": None, "class_names": ["a", "b"]}
     with open(tmp_path / "history.csv") as file:
@@ -76,5 +76,5 @@ def test_results_with_metrics_that_changed_on_the_way(tmp_path):
 
 
 def test_results_without_any_epoch(tmp_path):
-    report.write_results(tmp_path, [], {"epochs": 5})
+    report.write_results(tmp_path, [], 0, {"epochs": 5})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"epochs": 5}
