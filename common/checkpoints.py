@@ -229,8 +229,8 @@ def misfit(path, error):
     """Return the UserError for a checkpoint that cannot be loaded into the model because of `error`."""
     if isinstance(error, UserError):
         return error
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return UserError(
-        f"{path} does not fit the model that build_model returns: {reason}. "
-        "Build the same model again, or pass another --output"
+        f"{path} does not fit this script, load_state_dict ends with {reason}. "
+        "Build the same model and training state again, or pass another --output"
     )

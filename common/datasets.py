@@ -100,8 +100,7 @@ def describe(train, validation, read_samples):
     for name, dataset in (("training", train), ("validation", validation)):
         if len(dataset) == 0:
             raise UserError(f"the {name} data set has no samples: expected at least one")
-    count = min(len(train), STATISTICS_SAMPLES)
-    samples, _, _ = read_samples(train, np.linspace(0, len(train) - 1, count).astype(np.int64))
+    samples, _, _ = read_samples(train, np.arange(1))
     others, _, _ = read_samples(validation, np.arange(1))
     if samples.shape[1:] != others.shape[1:]:
         raise UserError(
@@ -115,7 +114,8 @@ def describe(train, validation, read_samples):
         )
     mean = std = None
     if samples.dtype == np.uint8 and samples.ndim == 4:
-        mean, std = channel_statistics(samples)
+        indices = np.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLES)).astype(np.int64)
+        mean, std = channel_statistics(read_samples(train, indices)[0])
     return Data(train, validation, samples.shape[1:], samples.dtype, find_classes(train), mean, std)
 
 

@@ -427,11 +427,17 @@ class Run:
     def _check_attributes(self):
         """Log a warning, after the second step, for what the steps change and no checkpoint holds."""
         if self._attributes is None:
-            owners = {"a variable of train.py": type(self.state).state_dict.__globals__}
-            if hasattr(self.state, "attributes"):
-                owners.update(self.state.attributes())
-            self._attributes = self_check.Attributes(owners)
+            self._attributes = self_check.Attributes(self.state, self._owners_of_attributes)
         self._has_checked_attributes = self._attributes.compare()
+
+    def _owners_of_attributes(self):
+        owners = {
+            "a variable of train.py": type(self.state).state_dict.__globals__,
+            "an attribute of TrainingState": self_check.own_attributes(self.state),
+        }
+        if hasattr(self.state, "attributes"):
+            owners.update(self.state.attributes())
+        return owners
 
     def finish_validation_step(self, metrics):
         """Add up the metrics of a validation step; end the training after a signal."""

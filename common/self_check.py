@@ -1,7 +1,9 @@
 """Warnings at the start: the usual mistakes that make a resumed training differ from an uninterrupted one."""
 
+import contextlib
 import math
 import random
+import types
 import zlib
 
 import numpy as np
@@ -60,10 +62,12 @@ class Attributes:
     """Finds what training changes although no checkpoint holds it.
 
     Args:
-        owners: dictionaries of attributes or variables, by what the log calls their owner.
+        state: the training state.
+        owners: a function that returns dictionaries of attributes, by what the log calls their owner.
     """
 
-    def __init__(self, owners):
+    def __init__(self, state, owners):
+        self._state = state
         self._owners = owners
         self._before = None
 
@@ -73,7 +77,7 @@ class Attributes:
         Call it after the first step too: some attributes get their first value there.
         """
         now = {}
-        for owner, attributes in self._owners.items():
+        for owner, attributes in self._owners().items():
             for name, value in attributes.items():
                 if name not in IN_CHECKPOINT and not name.startswith("__"):
                     now[f"{name} ({owner})"] = _checksum(value)
@@ -82,6 +86,9 @@ class Attributes:
             return False
         changed = [name for name, value in now.items() if value != before.get(name, value)]
         if changed:
+            held = {_checksum(value) for value in self._state.state_dict().values()}
+            changed = [name for name in changed if now[name] not in held]
+        if changed:
             log(
                 f"Warning: training changes {', '.join(changed)}, which no checkpoint holds: after an "
                 "interruption the result may not be bit-identical. Return it from state_dict()"
@@ -89,8 +96,19 @@ class Attributes:
         return True
 
 
-def _checksum(value, depth=2):
+def own_attributes(state):
+    """Return the attributes of a training state that `train.py` itself sets, not `engine.py`."""
+    names = set()
+    for value in vars(type(state)).values():
+        if hasattr(value, "__code__"):
+            names.update(value.__code__.co_names)
+    return {name: value for name, value in vars(state).items() if name in names}
+
+
+def _checksum(value, depth=5):
     """Return a checksum of numbers, arrays and random generators, also in containers; else None."""
+    if isinstance(value, (type, types.ModuleType)):
+        return None
     if isinstance(value, (bool, int, float, str)):
         return zlib.crc32(repr(value).encode())
     if isinstance(value, random.Random):
@@ -99,6 +117,10 @@ def _checksum(value, depth=2):
         return zlib.crc32(repr(value.bit_generator.state).encode())
     if isinstance(value, np.random.RandomState):
         return _checksum(value.get_state()[1:])
+    for method in ("state_dict", "get_state"):  # torch's modules, optimizers, schedulers, generators
+        if hasattr(value, method):
+            with contextlib.suppress(TypeError):  # a method of the user's with arguments
+                return _checksum(getattr(value, method)(), depth)
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):

@@ -122,6 +122,7 @@ class State:
         """Set `network`, `predict` and `job`, and remember the learning rate of each parameter group."""
         self.job = {"optimizer": type(self.optimizer).__name__}
         for group in self.optimizer.param_groups:
+            group["initial"] = {name: value for name, value in group.items() if name != "params"}
             group["initial_lr"] = group["lr"]
         self.predict = self.model
         if self.args.precision != "fp32":
@@ -139,7 +140,8 @@ class State:
         """Return the attributes of the optimizer and of the layers, by the name of the owner."""
         owners = {"an attribute of the optimizer": vars(self.optimizer)}
         for name, module in self.model.named_modules():
-            owners[f"an attribute of the layer {name or type(module).__name__}"] = vars(module)
+            unsaved = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+            owners[f"an attribute of the layer {name or type(module).__name__}"] = {**vars(module), **unsaved}
         return owners
 
     def _average_gradients(self, model):
@@ -194,9 +196,10 @@ class State:
         return images, labels, weights
 
     def load_optimizer(self, saved):
-        """Load an optimizer's state; the settings of its parameter groups are those of this run.
+        """Load an optimizer's state.
 
-        What an optimizer itself has added to a group, such as a number of steps, comes from the checkpoint.
+        The settings of its parameter groups are those of this run, except those that training changes, such
+        as the number of steps that an optimizer counts, or a momentum that a scheduler sets.
         """
         settings = self.optimizer.state_dict()["param_groups"]
         saved_settings = saved["param_groups"]
@@ -204,11 +207,13 @@ class State:
         if groups != [len(group["params"]) for group in saved_settings]:
             raise ValueError("build_optimizer has other parameter groups than the checkpoint")
         for number, (now, then) in enumerate(zip(settings, saved_settings)):
-            for name in set(now) & set(then) - {"lr", "params"}:
-                was = tuple(then[name]) if isinstance(now[name], tuple) else then[name]
-                if now[name] != was:
+            for name, value in then.items():
+                was = tuple(value) if isinstance(now.get(name), tuple) else value
+                if name not in now or value != then["initial"].get(name, value):
+                    now[name] = was
+                elif now[name] != was and name not in ("params", "lr", "initial"):
                     log(f"Changed in parameter group {number}: {name} was {was} and is now {now[name]}")
-            settings[number] = {**then, **now, "lr": then["lr"]}  # which the next step sets
+            now["lr"] = then["lr"]  # which the next step sets
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
 
     def load_weights(self, path):
@@ -364,10 +369,25 @@ def copy_to_host(state, memory, name=()):
     if isinstance(state, (list, tuple)):
         return [copy_to_host(value, memory, (*name, index)) for index, value in enumerate(state)]
     if not isinstance(state, torch.Tensor):
-        return state
+        return _check_plain(state, name)
     if name not in memory:
         memory[name] = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
     return memory[name].copy_(state)
+
+
+def _check_plain(value, name):
+    """Return a plain value, a NumPy number as Python's.
+
+    Raises UserError for a type that torch.load refuses.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return value
+    raise UserError(
+        f"state_dict() returns a {type(value).__name__} as {'/'.join(map(str, name))}: expected tensors, "
+        "numbers, text, lists and dictionaries, as reading a checkpoint must execute nothing"
+    )
 
 
 write_checkpoint = torch.save  # a function of (content, file)

@@ -56,7 +56,10 @@ def augment(images, labels, rng):
 
 
 def build_model(args, data):
-    """Return the network: images (n, channels, height, width) in, one logit per class (n, classes) out."""
+    """Return the network: images (n, channels, height, width) in, one logit per class (n, classes) out.
+
+    Its random numbers and those of the loss must be torch's: they are seeded for each step.
+    """
     if args.model != "cnn":
         return engine.zoo_model(args.model, data)
     inputs = data.sample_shape[2]
@@ -78,7 +81,7 @@ def build_optimizer(args, model):
     """Return the optimizer. Parameter groups keep their own learning rates.
 
     To clip gradients, call torch.nn.utils.clip_grad_norm_ in a hook: see Optimizer.register_step_pre_hook.
-    After a restart the settings come from here, and the state comes from the checkpoint.
+    After a restart the settings come from here, and the state and what training changes from the checkpoint.
     """
     if args.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
@@ -184,7 +187,7 @@ class TrainingState(engine.State):
         self.prepare()
 
     def state_dict(self):
-        """Return the content of a checkpoint."""
+        """Return the content of a checkpoint: tensors, numbers, text, lists and dictionaries."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -256,6 +256,7 @@ class State:
         Args:
             training, validation: the batches, as for `model.fit`.
         """
+        self.run.defer_signals()
         progress, model, callbacks = self.run.progress, self.model, self.callbacks
         rate = model.optimizer.learning_rate
         rate = rate.numpy() if isinstance(rate, keras.Variable) else None

@@ -419,10 +419,8 @@ def test_another_job_is_refused_and_changed_flags_are_logged(tmp_path, log):
 def test_a_state_that_does_not_fit_is_an_error_of_one_line(tmp_path):
     error = checkpoints.misfit(tmp_path / "checkpoint-1.pt", RuntimeError("size mismatch\n  for 3: expected"))
     assert isinstance(error, UserError)
-    assert (
-        "checkpoint-1.pt does not fit the model that build_model returns: size mismatch for 3: expected"
-        in str(error)
-    )
+    assert "checkpoint-1.pt does not fit this script" in str(error)
+    assert "load_state_dict ends with RuntimeError: size mismatch for 3: expected. Build" in str(error)
 
 
 def test_the_lock_of_the_folder_goes_with_the_run(tmp_path):

@@ -23,6 +23,7 @@ from helpers import (
     CHECKPOINTS,
     PLAIN_NETWORKS,
     ROOT,
+    SAMPLING,
     Workers,
     assert_same_bits,
     checkpoint_folder,
@@ -43,7 +44,7 @@ from helpers import (
 from verify import compare
 
 IMAGES = ["--epochs", 4, "--batch-size", 128, "--augment"]
-TREES = ["--epochs", 40, "--subsample", 0.7, "--colsample-bytree", 0.5]
+TREES = ["--epochs", 40, *SAMPLING]
 STEPS = 13  # per epoch: 1,618 digits in batches of 128
 MARK = "TEST_WORKERS"  # in the environment of all processes that a test starts
 

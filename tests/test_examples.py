@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from examples import renew
-from helpers import ROOT, finish, run, run_verify, start_command
+from helpers import ROOT, SAMPLING, finish, run, run_verify, start_command
 from verify.compare import read_history
 
 EXAMPLES = sorted(renew.TEMPLATES)
 FLAGS = {
     "finetune": ["--image-size", 8, "--epochs", 2, "--batch-size", 512, "--best-metric", "f1"],
     "keras_fit": ["--epochs", 5, "--learning-rate", 0.003],
-    "own_objective": ["--num-round", 200, "--subsample", 0.7, "--best-metric", "cost:min", "--patience", 20],
+    "own_objective": ["--num-round", 200, *SAMPLING, "--best-metric", "cost:min", "--patience", 20],
 }
 INTERRUPTIONS = {"finetune": 1, "keras_fit": 1, "own_objective": 3}
 

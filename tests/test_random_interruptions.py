@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers import FRAMEWORKS, choose, run_verify, script_of
+from helpers import FRAMEWORKS, SAMPLING, choose, run_verify, script_of
 
 pytestmark = pytest.mark.integration
 
@@ -10,7 +10,7 @@ JOBS = {  # trainings of 20 to 60 seconds
     "pytorch": ["--epochs", 8, "--batch-size", 4, "--augment", "--checkpoint-steps", 9],
     "tensorflow": ["--epochs", 8, "--batch-size", 4, "--augment", "--checkpoint-steps", 40],
     "mxnet": ["--epochs", 8, "--batch-size", 4, "--augment", "--checkpoint-steps", 9],
-    "xgboost": ["--epochs", 800, "--subsample", 0.7, "--colsample-bytree", 0.5, "--checkpoint-steps", 5],
+    "xgboost": ["--epochs", 800, *SAMPLING, "--checkpoint-steps", 5],
 }
 
 

@@ -1,11 +1,15 @@
 """The usual mistakes in a copy: the log names them at the start, and `python -m verify` finds them."""
 
 import re
+import signal
+import sys
+import time
 from typing import NamedTuple
 
+import psutil
 import pytest
 
-from helpers import ROOT, choose, copy_with, run, run_verify
+from helpers import ROOT, choose, copy_with, finish, run, run_verify, start_command
 
 
 class Mistake(NamedTuple):
@@ -155,6 +159,42 @@ def train(args, run, state):
 
 NOT_SKIPPED = SHUFFLE.replace(".skip(first_step)", "").replace(".shuffle(2000, seed=args.seed)", "")
 
+# Changes the momentum of the optimizer too.
+SCHEDULER = """
+class TrainingState(engine.State):
+    def __init__(self, args, run, data):
+        super().__init__(args, run, data)
+        self.model = self.place(build_model(args, data))
+        self.optimizer = build_optimizer(args, self.model)
+        self.prepare()
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, 60)
+
+    def state_dict(self):
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, checkpoint):
+        self.model.load_state_dict(checkpoint["model"])
+        self.load_optimizer(checkpoint["optimizer"])
+        self.scheduler.load_state_dict(checkpoint["scheduler"])
+
+def train_step(args, state, batch):
+    images, labels, weights = state.load_batch(batch)
+    state.optimizer.zero_grad()
+    outputs = state.network(images)
+    loss = compute_loss(outputs, labels, weights) / batch.samples_per_worker
+    loss.backward()
+    state.optimizer.step()
+    state.scheduler.step()
+    return compute_metrics(outputs.detach(), labels, weights)
+"""
+UNSAVED_SCHEDULER = SCHEDULER.replace('"scheduler": self.scheduler.state_dict(),', "")
+UNSAVED_SCHEDULER = UNSAVED_SCHEDULER.replace('self.scheduler.load_state_dict(checkpoint["scheduler"])', "")
+
 NP = "import numpy as np"
 NOT_HANDED_IN = "the batch.*Likely cause: random numbers that are not handed in"
 OUTSIDE = "Likely cause: state outside the checkpoint"
@@ -166,7 +206,7 @@ MISTAKES = {
         NP,
         TWO_EPOCHS,
         "the training data set returns other samples when it is read again",
-        f"after SIGTERM after epoch 2, step 1: {NOT_HANDED_IN}",
+        f"after SIGTERM sent after epoch 2, step 1: {NOT_HANDED_IN}",
     ),
     "augment that ignores rng": Mistake(
         "mxnet",
@@ -182,7 +222,7 @@ MISTAKES = {
         "",
         TWO_EPOCHS,
         r"training changes mean \(an attribute of the layer 1\), which no checkpoint holds",
-        f"since epoch 1, step [67], after SIGTERM after epoch 1, step 5: model, optimizer.*{OUTSIDE}",
+        f"since epoch 1, step [67], after SIGTERM sent after epoch 1, step 5: model, optimizer.*{OUTSIDE}",
     ),
     "an optimizer with state of its own": Mistake(
         "pytorch",
@@ -191,6 +231,14 @@ MISTAKES = {
         TWO_EPOCHS,
         r"training changes num_steps \(an attribute of the optimizer\), which no checkpoint holds",
         f"since epoch 1, step [67], .*: model, optimizer.*{OUTSIDE}",
+    ),
+    "a scheduler that is not saved": Mistake(
+        "pytorch",
+        UNSAVED_SCHEDULER,
+        "",
+        TWO_EPOCHS,
+        r"training changes scheduler \(an attribute of TrainingState\), which no checkpoint holds",
+        f"since epoch 1, step [67], .*: optimizer.*{OUTSIDE}",
     ),
     "a global variable": Mistake(
         "pytorch",
@@ -272,6 +320,47 @@ def test_a_mistake_is_named_in_the_log_and_found(mistake, tmp_path):
         assert re.search(f"The script's log: Warning: .*{mistake.warning}", report), result.output
     else:
         assert "Warning: " not in report
+
+
+def test_a_scheduler_that_is_saved_is_exact(tmp_path):
+    """It sets the momentum of the optimizer, which comes from the checkpoint as training has changed it."""
+    script = copy_with(tmp_path / "job", "pytorch", SCHEDULER)
+    result = run_verify(script, *TWO_EPOCHS, folder=tmp_path, options=["--at", "5,30"])
+    assert result.last_line.startswith("Exact: 52 steps, interruptions: 2, ")
+    assert "Warning: " not in result.output
+    assert "Changed in parameter group" not in (tmp_path / "interrupted/log-2.txt").read_text()
+
+
+def test_a_state_that_could_not_be_read_is_refused_when_it_is_saved(tmp_path):
+    changes = SCHEDULER.replace("self.scheduler.state_dict(),", "[iter(())],")
+    script = copy_with(tmp_path / "job", "pytorch", changes)
+    line = run(script, "--epochs", 1, cwd=tmp_path, code=1).error_line
+    assert "state_dict() returns a tuple_iterator as scheduler/0: expected tensors, numbers" in line
+
+
+def test_an_interruption_before_the_first_step_is_never_missed(tmp_path):
+    """The second start may be much faster than the first one, which tells how long a start takes."""
+    slow = "import time\nif args.output.name == 'whole':\n    time.sleep(5)\n"
+    script = copy_with(tmp_path / "job", "xgboost", "", "")
+    script.write_text(script.read_text().replace("import engine\n", f"import engine\n{slow}", 1))
+    options = ["--interruptions", 3, "--seed", 1]  # the first one is before the first step
+    result = run_verify(script, folder=tmp_path, options=options)
+    assert "SIGTERM before the first step" in result.output or "SIGKILL before" in result.output
+    assert result.last_line.startswith("Exact: 50 steps, interruptions: 3, ")
+
+
+def test_the_training_ends_with_the_command(tmp_path):
+    command = [sys.executable, "-m", "verify", "pytorch/train.py", "--output", str(tmp_path)]
+    process = start_command(command, ROOT)
+    log = tmp_path / "whole/log-1.txt"
+    while not log.exists() or "Device" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process, 143)
+    assert "Traceback" not in result.errors
+    commands = [each.info["cmdline"] or [] for each in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(tmp_path) in " ".join(command)]
 
 
 def test_tf_data_without_a_seed_is_refused_in_one_line(tmp_path):

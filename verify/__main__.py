@@ -11,6 +11,7 @@ holds. The first one that differs says what went wrong, since when and probably 
 
 import argparse
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -75,26 +76,39 @@ def main(args):
 
 
 def report(args, whole, interrupted):
-    """Print the verdict; return the exit code."""
+    """Print the verdict; return the exit code. Raises UserError if an interruption is missing."""
     difference = find_difference(whole, interrupted)
     warnings = {line: None for line in interrupted.log.splitlines() if line.startswith("Warning: ")}
     for warning in warnings:
         print(f"The script's log: {warning}")
-    num_interruptions = sum(code != 0 for _, code in interrupted.exits)
     if difference:
         print(f"Not exact: the trainings differ {difference.what}")
         print(f"Likely cause: {difference.cause}")
         return 1
+    num_interruptions = sum(code != 0 for _, code in interrupted.exits)
+    expected = len(args.at) if args.at else args.interruptions
+    if num_interruptions < expected:
+        raise errors.UserError(
+            f"only {num_interruptions} of {expected} interruptions: the training ended before the next one. "
+            "Run this again, or choose flags for a longer training"
+        )
     num_steps = len(whole.steps())
     num_repeated = len(interrupted.steps()) - num_steps
     print(
-        f"Exact: {num_interruptions} interruptions in {num_steps} steps, {num_repeated} of them repeated; "
+        f"Exact: {num_steps} steps, interruptions: {num_interruptions}, repeated steps: {num_repeated}; "
         f"the same batches, training state, history and model (--seed {args.seed})"
     )
     return 0
 
 
+def end(number, frame):
+    """End after a signal, but not without ending the training."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
     args = parse_args()
     try:
         sys.exit(main(args))

@@ -1,6 +1,7 @@
 """A training that is recorded, in one process or in several, one after the other."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from common.errors import UserError
 
 TRACE = Path(__file__).with_name("trace.py")
 POLL_SECONDS = 0.002
+FIRST = (0, 0)  # a position that every step has reached
 
 
 class Record(NamedTuple):
@@ -45,7 +47,7 @@ class Moment(NamedTuple):
     Attributes:
         signal: the signal's number.
         position: the step, or None for the time before the first one.
-        seconds: after the step, or after the start of the process.
+        seconds: after the step, or at most after the start of the process.
     """
 
     signal: int
@@ -55,8 +57,8 @@ class Moment(NamedTuple):
     def __str__(self):
         name = signal.Signals(self.signal).name
         if self.position is None:
-            return f"{name} {self.seconds:.1f} s after the start"
-        return f"{name} after {Record(0, self.position, '', {}).name}"
+            return f"{name} before the first step"
+        return f"{name} sent after {Record(0, self.position, '', {}).name}"
 
 
 class Training:
@@ -124,12 +126,14 @@ class Training:
 
     def _interrupt(self, process, moment):
         """Send the signal at the moment, unless the process ends before."""
-        if moment.position is not None:
-            while not self._has_reached(moment.position):
-                if process.poll() is not None:
-                    return
-                time.sleep(POLL_SECONDS)
-        time.sleep(moment.seconds)
+        latest = time.monotonic() + moment.seconds if moment.position is None else math.inf
+        position = moment.position or FIRST
+        while time.monotonic() < latest and not self._has_reached(position):
+            if process.poll() is not None:
+                return
+            time.sleep(POLL_SECONDS)
+        if moment.position:
+            time.sleep(moment.seconds)
         process.send_signal(moment.signal)
 
     def _has_reached(self, position):

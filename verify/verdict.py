@@ -9,8 +9,8 @@ NOT_HANDED_IN = (
     "data set from `random`, `numpy.random` or the framework, which are seeded for each sample"
 )
 OUTSIDE = (
-    "state outside the checkpoint: training changes an attribute, a global variable, a callback or a random "
-    "generator that `state_dict()` does not return"
+    "state outside the checkpoint: training changes an attribute, a global variable, gradients, a callback "
+    "or a random generator that `state_dict()` does not return"
 )
 UNSEEDED = "random numbers without a seed, or kernels that are not deterministic (--no-deterministic, a GPU)"
 
@@ -73,8 +73,7 @@ def cause(record, facts, parts, not_restored):
         return f"the step draws random numbers of {generators}, which are seeded for samples only"
     if record.run == 1:
         return UNSEEDED
-    # An optimizer contains learning rates, which are set in each step.
-    forgotten = [part for part in not_restored if part in parts and part != "optimizer"]
+    forgotten = [part for part in not_restored if part in parts]
     if forgotten:
         return f"`load_state_dict` does not restore {', '.join(forgotten)} as `state_dict` has returned it"
     return OUTSIDE
@@ -108,5 +107,7 @@ def difference_at_the_end(whole, interrupted):
     names = compare.differences([training.folder / "model" for training in (whole, interrupted)], histories)
     if names:
         what = f"in the exported model only: {', '.join(names)}"
-        return Difference(what, "`export_model` writes something that changes from run to run")
+        return Difference(
+            what, f"{OUTSIDE}, and only `export_model` uses it; or this changes from run to run"
+        )
     return None

@@ -224,7 +224,7 @@ class TrainingState(engine.State):
         self.prepare()
 
     def state_dict(self):
-        """Return the content of a checkpoint."""
+        """Return the content of a checkpoint: tensors, numbers, text, lists and dictionaries."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
