@@ -3,13 +3,10 @@
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
 import zipfile
-
-import numpy as np
 
 from common.errors import UserError, first_line
 
@@ -44,27 +41,6 @@ def check_zip(file):
     if damaged:
         raise ValueError(f"the checksum of its {damaged} is wrong: the file is damaged")
     file.seek(0)
-
-
-def write_arrays(content, file):
-    """Write a pair (arrays by name, facts for JSON) as a zip file for `np.load`; `np.savez` copies arrays."""
-    arrays, facts = content
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in {**arrays, "json": json.dumps(facts)}.items():
-            array = np.asarray(array, order="C")
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(array))
-                member.write(array.reshape(-1).view(np.uint8))
-
-
-def read_arrays(file):
-    """Return (arrays by name, facts) as `write_arrays` has written them; nothing in the file is executed.
-
-    Raises ValueError if the file is damaged, and NumPy's own errors if it is something else.
-    """
-    check_zip(file)
-    arrays = dict(np.load(file, allow_pickle=False))
-    return arrays, json.loads(str(arrays.pop("json")))
 
 
 @contextlib.contextmanager

@@ -4,20 +4,22 @@
 """
 
 import atexit
+import io
 import json
 import operator
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import warnings
-import zipfile
+import zlib
 
 import numpy as np
 
-from common import atomic_io, batches, errors
+from common import batches, errors
 from common.datasets import ArrayDataset
 from common.errors import UserError
 from common.report import log, log_weights
@@ -435,10 +437,10 @@ def _read_weights(path):
             raise UserError(f"--weights {path} contains {len(files)} .params files: expected one")
         path = files[0]
     try:
-        if zipfile.is_zipfile(path):  # a checkpoint of this script
-            with open(path, "rb") as file:
-                return read_checkpoint(file)["model"]
-        weights = mx.nd.load(str(path))
+        content = path.read_bytes()
+        if content[-len(_CHECKSUM.format(0)) :].startswith(_CHECKSUM[:8].encode()):
+            return read_checkpoint(io.BytesIO(content))["model"]
+        weights = mx.nd.load_frombuffer(content)
     except Exception as error:  # MXNet and NumPy have several types for a damaged file
         raise UserError(f"--weights {path} cannot be read: {errors.first_line(error)}") from error
     if not isinstance(weights, dict):
@@ -670,44 +672,74 @@ def load_with_processes(loader, steps, num_processes):
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------
-# Not MXNet's own format, which does not notice a full disk, nor Trainer.save_states(), which is a pickle.
+# In MXNet's own format, for mx.nd.load and load_parameters(path, ignore_extra=True). They are not written by
+# mx.nd.save, which does not notice a full disk, nor by Trainer.save_states, which writes a pickle.
 
 _ARRAY = "__array__"  # the key in the place of an array; the value is the array's name
+_CHECKSUM = "CRC-32: {:08x}"
+_TYPES = ("float32", "float64", "float16", "uint8", "int32", "int8", "int64")  # by MXNet's numbers
 
 
-def copy_to_host(content, memory, name=""):
+def copy_to_host(content, memory, prefix=None):
     """Return the arrays of `content` by name, copied, and `content` with names in the place of its arrays.
 
     Args:
         content: dictionaries, lists and tuples, NDArrays and plain values. Other objects are left out.
         memory: has the copies by name, and is used again for the next save.
-        name: of `content`, for the values inside.
+        prefix: of the names of the values inside; None for the whole content.
     """
     if isinstance(content, mx.nd.NDArray):
+        name = prefix[:-1]
         if name not in memory:
             memory[name] = np.empty(content.shape, content.dtype)
         content.copyto(mx.nd.from_numpy(memory[name]))
         return {_ARRAY: name}
     if isinstance(content, (list, tuple)):
-        return [copy_to_host(value, memory, f"{name}/{index}") for index, value in enumerate(content)]
+        return [copy_to_host(value, memory, f"{prefix}{index}/") for index, value in enumerate(content)]
     if not isinstance(content, dict):
         return content if isinstance(content, (str, int, float)) else None
-    if name:
-        return {key: copy_to_host(value, memory, f"{name}/{key}") for key, value in content.items()}
+    if prefix is not None:
+        return {key: copy_to_host(value, memory, f"{prefix}{key}/") for key, value in content.items()}
     mx.nd.waitall()  # with static memory the statistics would be those of an earlier step
-    facts = {key: copy_to_host(value, memory, key) for key, value in content.items()}
+    facts = {}
+    for key, value in content.items():  # the weights have the names that save_parameters gives them
+        facts[key] = copy_to_host(value, memory, "" if key == "model" else f"{key}/")
     mx.nd.waitall()
     return memory, facts
 
 
-write_checkpoint = atomic_io.write_arrays  # a function of (content, file)
+def write_checkpoint(content, file):
+    """Write what `copy_to_host` has returned, and a checksum behind it, which MXNet does not read.
+
+    The format is that of `mx.nd.save`, see NDArray::Save in MXNet's src/ndarray/ndarray.cc; little-endian.
+    """
+    arrays, facts = content
+    arrays = {**arrays, "json": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
+    parts = [struct.pack("<QQQ", 0x112, 0, len(arrays))]  # of a list of arrays
+    for array in arrays.values():
+        parts.append(struct.pack("<Iii", 0xF993FAC9, 0, array.ndim))  # version 2, dense
+        parts.append(struct.pack(f"<{array.ndim}q", *array.shape))
+        parts.append(struct.pack("<iii", 1, 0, _TYPES.index(array.dtype.name)))  # in the memory of the CPU
+        parts.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    parts.append(struct.pack("<Q", len(arrays)))
+    for name in arrays:
+        parts.append(struct.pack("<Q", len(name.encode())) + name.encode())
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+        file.write(part)
+    file.write(_CHECKSUM.format(checksum).encode())
 
 
 def read_checkpoint(file):
     """Return the content of a checkpoint, with its arrays in their places; nothing in it is executed."""
-    atomic_io.check_zip(file)
-    arrays = dict(np.load(file, allow_pickle=False))
-    content = json.loads(str(arrays.pop("json")))
+    whole = file.read()
+    end = len(whole) - len(_CHECKSUM.format(0))
+    # MXNet's own reader takes many damaged files for whole ones, and crashes over others.
+    if whole[end:] != _CHECKSUM.format(zlib.crc32(whole[:end])).encode():
+        raise ValueError("its checksum is wrong: the file is damaged, or not a checkpoint of this script")
+    arrays = {name: array.asnumpy() for name, array in mx.nd.load_frombuffer(whole).items()}
+    content = json.loads(arrays.pop("json").tobytes())
     if not isinstance(content, dict) or not isinstance(content.get("progress"), dict):
         raise ValueError("it is not a checkpoint of this script")
     containers = [content]

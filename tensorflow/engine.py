@@ -146,9 +146,11 @@ class State:
     def prepare(self):
         """Make the functions that Keras calls for each step, and all variables, which `restore` needs."""
         model = self.model
-        with self.strategy.scope():
-            model.optimizer.build(model.trainable_variables)
         sample = self._one_sample()
+        with self.strategy.scope():
+            if not getattr(model, "inputs", None):  # a subclass: the first call makes its variables
+                model(sample[0])
+            model.optimizer.build(model.trainable_variables)
         # Keras would compile a function for each size of a batch, and another one for all sizes. The
         # size that came first would decide which of them computes a batch, and so its last bits.
         self.spec = tuple(tf.TensorSpec([None, *array.shape[1:]], array.dtype) for array in sample)
@@ -168,6 +170,7 @@ class State:
         self.find_metrics()
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
         self.job = {"optimizer": type(optimizer).__name__}
+        self.run.saver.memory["archive"] = Archive(model)
 
     def _one_sample(self):
         """Return arrays (samples, labels) or (samples, labels, weights) of one validation sample."""
@@ -400,15 +403,12 @@ def _read_weights(path):
 def _read_hdf5(file):
     """Return the arrays of the layers in an HDF5 file, without the optimizer's and dropout's seeds."""
     arrays = {}
-
-    def read(name, item):
-        is_weight = name.startswith(("layers/", "_layer", "vars/")) or "/vars/" in name
-        is_other = name.startswith("optimizer/") or "seed_generator" in name
-        if isinstance(item, h5py.Dataset) and is_weight and not is_other and not item.external:
-            arrays[name] = item[()]
-
     with h5py.File(file, "r") as content:
-        content.visititems(read)  # follows no links to other files
+        for name, item in _hdf5_items(content).items():
+            is_weight = name.startswith(("layers/", "_layer", "vars/")) or "/vars/" in name
+            is_other = name.startswith("optimizer/") or "seed_generator" in name
+            if isinstance(item, h5py.Dataset) and is_weight and not is_other:
+                arrays[name] = item[()]
     return arrays
 
 
@@ -883,10 +883,83 @@ def to_device(value):
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------
+# A .keras file for keras.models.load_model. What Keras leaves out is in more members, which it ignores.
+
+WEIGHTS = "model.weights.h5"
+FACTS = "training/state.json"
+ARRAY = "training/{}.npy"
+
+
+class Archive:
+    """What Keras writes into the .keras file of a model, apart from the values of the variables.
+
+    Keras itself could not save the values of an earlier step, which a checkpoint in the background needs.
+
+    Args:
+        model: built and compiled. Its variables have other values for a moment.
+
+    Attributes:
+        members: the contents of the archive's other files by name; empty if Keras cannot save the model.
+        groups: the attributes of the groups in the file `model.weights.h5`, by name.
+        names: the names of the variables in that file, by their keys such as "model/3".
+    """
+
+    def __init__(self, model):
+        self.names = {}
+        self.members = {}
+        self.groups = {}
+        variables = {}
+        for key, group in (("model", model.variables), ("optimizer", model.optimizer.variables)):
+            variables.update((f"{key}/{index}", variable) for index, variable in enumerate(group))
+        values = [variable.numpy() for variable in variables.values()]
+        try:
+            for number, variable in enumerate(variables.values()):
+                variable.assign(np.full(variable.shape, number, variable.dtype))  # to find it in the file
+            self._save(model, list(variables))
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            log(f"Warning: Keras cannot open the checkpoints, as it cannot save this model: {reason}")
+            self.names = {}
+            self.members = {}
+        finally:
+            for variable, value in zip(variables.values(), values):
+                variable.assign(value)
+        if self.members:  # its learning rate was that of the other values
+            config = json.loads(self.members["config.json"])
+            config["compile_config"] = model.get_compile_config()
+            self.members["config.json"] = json.dumps(config)
+
+    def _save(self, model, keys):
+        """Let Keras save the model, whose variables are numbered as in `keys`; keep what it has written."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.keras")
+            model.save(path)
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if name != WEIGHTS:
+                        self.members[name] = archive.read(name)
+                with archive.open(WEIGHTS) as file, h5py.File(file) as weights:
+                    for name, item in _hdf5_items(weights).items():
+                        if isinstance(item, h5py.Dataset):
+                            self.names[keys[int(item[()].flat[0])]] = name
+                        else:
+                            self.groups[name] = dict(item.attrs)
+
+
+def _hdf5_items(file):
+    """Return groups and arrays of an HDF5 file by name, without those that are in other files."""
+    names = []
+    file.visit(names.append)  # follows no links to other files
+    items = {name: file[name] for name in names}
+    return {
+        name: item
+        for name, item in items.items()
+        if not isinstance(item, h5py.Dataset) or not (item.external or item.is_virtual)
+    }
 
 
 def copy_to_host(content, memory):
-    """Return (arrays by name, everything else): a list of variables or arrays as `key/0`, `key/1` and so on.
+    """Return (arrays by name, everything else, Archive): a list of arrays as `key/0`, `key/1` and so on.
 
     The arrays are tensors that are no copies yet: while they are held, TensorFlow copies what a step changes.
     """
@@ -897,18 +970,31 @@ def copy_to_host(content, memory):
                 arrays[f"{key}/{index}"] = tf.convert_to_tensor(array)
         else:
             facts[key] = value
-    return arrays, facts
+    return arrays, facts, memory.get("archive")
 
 
 def write_checkpoint(content, file):
-    """Write what `copy_to_host` has returned: a zip file for `np.load`; `np.savez` would copy the arrays."""
-    arrays, facts = content
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in {**arrays, "json": json.dumps(facts, default=_to_plain)}.items():
+    """Write what `copy_to_host` has returned."""
+    arrays, facts, archive = content
+    facts = {**facts, "names": archive.names}
+    with zipfile.ZipFile(file, "w") as container:
+        for name, member in archive.members.items():
+            container.writestr(zipfile.ZipInfo(name), member)
+        if archive.names:
+            buffer = io.BytesIO()
+            with h5py.File(buffer, "w") as weights:
+                for name, attributes in archive.groups.items():
+                    weights.create_group(name).attrs.update(attributes)
+                for key, name in archive.names.items():
+                    weights[name] = np.asarray(arrays[key])
+            container.writestr(zipfile.ZipInfo(WEIGHTS), buffer.getbuffer())
+        container.writestr(zipfile.ZipInfo(FACTS), json.dumps(facts, default=_to_plain))
+        for key, array in arrays.items():
+            if key in archive.names:
+                continue
             array = np.asarray(array, order="C")
-            header = np.lib.format.header_data_from_array_1_0(array)
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
+            with container.open(ARRAY.format(key), "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(array))
                 member.write(array.reshape(-1).view(np.uint8))
 
 
@@ -923,12 +1009,30 @@ def _to_plain(value):
 def read_checkpoint(file):
     """Return what `write_checkpoint` has written; nothing in the file is executed."""
     atomic_io.check_zip(file)
-    arrays = dict(np.load(file, allow_pickle=False))
-    content = json.loads(str(arrays.pop("json")))
-    if not isinstance(content, dict) or not isinstance(content.get("progress"), dict):
-        raise ValueError("it is not a checkpoint of this script")
-    for name, array in arrays.items():  # in the order of their indices
-        content.setdefault(name.rpartition("/")[0], []).append(array)
+    arrays = {}
+    with zipfile.ZipFile(file) as container:
+        content = json.loads(container.read(FACTS))
+        if not isinstance(content, dict) or not isinstance(content.get("progress"), dict):
+            raise ValueError("it is not a checkpoint of this script")
+        names = content.pop("names")
+        if names:
+            with container.open(WEIGHTS) as member, h5py.File(member) as weights:
+                found = []
+                weights.visit(found.append)  # follows no links to other files
+                for key, name in names.items():
+                    item = weights[name]
+                    if name not in found or item.external or item.is_virtual:
+                        raise ValueError("its weights are in other files")
+                    arrays[key] = item[()]
+        prefix, suffix = ARRAY.split("{}")
+        for name in container.namelist():
+            if name.startswith(prefix) and name.endswith(suffix):
+                with container.open(name) as member:
+                    array = np.lib.format.read_array(member, allow_pickle=False)
+                arrays[name[len(prefix) : -len(suffix)]] = array
+    for key in {key.rpartition("/")[0] for key in arrays}:
+        indices = range(sum(name.rpartition("/")[0] == key for name in arrays))
+        content[key] = [arrays[f"{key}/{index}"] for index in indices]
     return content
 
 

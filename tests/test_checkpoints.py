@@ -10,7 +10,6 @@ import zipfile
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -483,33 +482,3 @@ def test_damage_to_a_zip_file_is_found_or_does_no_harm(members, data):
     assert set(left.values()) <= set(
         members.values()
     )  # whole members: one may be missing or have another name
-
-
-def test_arrays_come_back_as_they_were_written(tmp_path):
-    arrays = {
-        "scalar": np.array(7, np.int64),
-        "none": np.zeros((0, 3), np.float32),
-        "columns first": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-        "every second": np.arange(10, dtype=np.uint8)[::2],
-        "a/b": np.array([np.nan, -0.0, np.inf], np.float16),
-    }
-    facts = {"class names": ["Käse"], "history": [{"epoch": 1, "loss": 0.1 + 0.2}]}
-    path = tmp_path / "arrays"
-    with path.open("wb") as file:
-        atomic_io.write_arrays((arrays, facts), file)
-    with path.open("rb") as file:
-        read, told = atomic_io.read_arrays(file)
-    assert told == facts
-    assert list(read) == list(arrays)
-    for name, array in arrays.items():
-        assert (read[name].dtype, read[name].shape, read[name].tobytes()) == (
-            array.dtype,
-            array.shape,
-            array.tobytes(),
-        )
-    with path.open("wb") as file:
-        np.savez(
-            file, objects=np.array([{}], dtype=object), json="{}"
-        )  # a pickle, which could execute something
-    with path.open("rb") as file, pytest.raises(ValueError, match="pickle"):
-        atomic_io.read_arrays(file)

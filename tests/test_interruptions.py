@@ -4,6 +4,7 @@ Here the interruptions come at chosen places, so that each run of the tests meet
 `test_random_interruptions.py` come at random moments.
 """
 
+import io
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -408,15 +410,24 @@ Path("executed").unlink()  # Keras runs a layer once when it is made
 """
 
 
+def pickled_array():
+    """Return the content of a .npy file with an object, which is a pickle."""
+    file = io.BytesIO()
+    np.save(file, np.array([Hostile()], dtype=object))
+    return file.getvalue()
+
+
 def hostile_tensorflow(path):
     run_python(LAMBDA, path, cwd=path.parent)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("checkpoint.json", pickle.dumps(Hostile()))
+        archive.writestr("training/state.json", '{"progress": {"epoch": 7, "step": 0}, "names": {}}')
+        archive.writestr("training/model/0.npy", pickled_array())
 
 
 def hostile_mxnet(path):
-    with open(path, "wb") as file:
-        np.savez(file, json=np.array([Hostile()], dtype=object))
+    """Write a pickle with a right checksum behind it."""
+    content = pickle.dumps(Hostile())
+    path.write_bytes(content + f"CRC-32: {zlib.crc32(content):08x}".encode())
 
 
 def hostile_xgboost(path):

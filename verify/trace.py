@@ -99,11 +99,12 @@ class TracedRun(common.run.Run):
         content = self.engine.copy_to_host(self.state.state_dict(), self._memory)
         if isinstance(content, (bytes, bytearray)):
             return {"booster": zlib.crc32(content)}
+        arrays = {}
         if isinstance(content, tuple):  # (arrays by name, everything else)
-            content = {**content[0], **content[1]}
+            arrays, content = content[:2]
         checksums = {}
-        for name, value in content.items():
-            part = name.split("/")[0]
+        for name, value in [*content.items(), *arrays.items()]:
+            part = name.split("/")[0] if name in content or "/" in name else "model"  # MXNet's weights
             checksums[part] = checksum(value, checksums.get(part, 0))
         return checksums
 
