@@ -354,6 +354,7 @@ class State:
                 updater.states_synced[int(index)] = True
             counts = {int(index): count for index, count in attributes["_index_update_count"].items()}
             optimizer._all_index_update_counts[device.device_id] = counts
+        optimizer._set_current_context(self.devices[-1].device_id)  # as after a step
         for name, before in saved["numbers_before"].items():
             if attributes[name] != before:
                 setattr(optimizer, name, attributes[name])

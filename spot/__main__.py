@@ -224,8 +224,7 @@ def main(args):
             print("Training once more, without interruption", flush=True)
             untouched = f"{uri[:-1]}-uninterrupted-{time.time():.0f}/"  # nothing is there yet
             _, whole = run(args, s3, "uninterrupted", untouched, values, [], lambda event: None)
-            histories = [folder / "output/data/history.csv" for folder in (model, whole)]
-            differences = compare.differences([model / "model", whole / "model"], histories)
+            differences = compare.differences(model, whole)
             numbers["bit-identical"] = not differences
     report.write(args.output, numbers, attempts, job.request)
     report.show(numbers)

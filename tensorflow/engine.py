@@ -31,6 +31,7 @@ with errors.importing("TensorFlow", "Install it with: pip install tensorflow"):
     import h5py
     import keras
     import tensorflow as tf
+    from keras.src.saving import saving_lib
     from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 CHECKPOINT = "checkpoint-{}.keras"
@@ -915,8 +916,8 @@ class Archive:
         try:
             for number, variable in enumerate(variables.values()):
                 variable.assign(np.full(variable.shape, number, variable.dtype))  # to find it in the file
-            self._save(model, list(variables))
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            self._save(model, variables)
+        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             log(f"Warning: Keras cannot open the checkpoints, as it cannot save this model: {reason}")
             self.names = {}
@@ -929,21 +930,24 @@ class Archive:
             config["compile_config"] = model.get_compile_config()
             self.members["config.json"] = json.dumps(config)
 
-    def _save(self, model, keys):
-        """Let Keras save the model, whose variables are numbered as in `keys`; keep what it has written."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "model.keras")
-            model.save(path)
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    if name != WEIGHTS:
-                        self.members[name] = archive.read(name)
-                with archive.open(WEIGHTS) as file, h5py.File(file) as weights:
-                    for name, item in _hdf5_items(weights).items():
-                        if isinstance(item, h5py.Dataset):
-                            self.names[keys[int(item[()].flat[0])]] = name
-                        else:
-                            self.groups[name] = dict(item.attrs)
+    def _save(self, model, variables):
+        """Let Keras save the model, whose variables are numbered in this order; keep what it has written."""
+        keys = list(variables)
+        buffer = io.BytesIO()  # model.save() needs a file, and the disk may be full
+        saving_lib._save_model_to_fileobj(model, buffer, "h5")
+        with zipfile.ZipFile(buffer) as archive:
+            for name in archive.namelist():
+                if name != WEIGHTS:
+                    self.members[name] = archive.read(name)
+            with archive.open(WEIGHTS) as file, h5py.File(file) as weights:
+                for name, item in _hdf5_items(weights).items():
+                    if not isinstance(item, h5py.Dataset):
+                        self.groups[name] = dict(item.attrs)
+                        continue
+                    key = keys[int(item[()].flat[0])]
+                    if item.shape != tuple(variables[key].shape):
+                        raise ValueError(f"{name} is not a variable of it")
+                    self.names[key] = name
 
 
 def _hdf5_items(file):

@@ -18,13 +18,13 @@ for name in sorted(reader.get_variable_to_shape_map()):
 TIMES = ("seconds", "samples_per_second")
 
 
-def differences(models, histories):
-    """Return what differs in the folders of two models and in two files history.csv, as a list of names."""
-    model, other = map(read_model, models)
-    if not model:
+def differences(folder, other, history="output/data/history.csv"):
+    """Return what differs in `model/` and in the history of two folders, as a list of names."""
+    models, others = read_model(folder / "model"), read_model(other / "model")
+    if not models:
         return ["no model was written"]
-    found = [name for name in sorted({*model, *other}) if model.get(name) != other.get(name)]
-    rows, other_rows = map(read_history, histories)
+    found = [name for name in sorted({*models, *others}) if models.get(name) != others.get(name)]
+    rows, other_rows = read_history(folder / history), read_history(other / history)
     return found + (["history.csv"] if rows != other_rows else [])
 
 

@@ -165,9 +165,10 @@ def random_moments(args, whole):
     """Return `--interruptions` Moments for a training that is known: one in five is before the first step."""
     generator = random.Random(args.seed)  # noqa: S311 - not for secrets
     steps = whole.steps()
+    steps = steps[: max(1, len(steps) * 9 // 10)]  # the signal must come before the end
     seconds_to_start, seconds_per_step = whole.seconds()
     moments = []
-    for position in sorted(generator.choice(steps[:-1]) for _ in range(args.interruptions)):
+    for position in sorted(generator.choice(steps) for _ in range(args.interruptions)):
         if generator.random() < 0.2:
             moments.append((None, generator.uniform(0, seconds_to_start)))
         else:

@@ -95,8 +95,9 @@ def lost_steps(training):
 
 def difference_at_the_end(whole, interrupted):
     """Return the Difference of history and model; None if there is none."""
-    histories = [training.folder / "data/history.csv" for training in (whole, interrupted)]
-    rows, others = map(compare.read_history, histories)
+    history = "data/history.csv"
+    rows = compare.read_history(whole.folder / history)
+    others = compare.read_history(interrupted.folder / history)
     for row, other in zip(rows, others):
         columns = ", ".join(name for name in row if row[name] != other.get(name))
         if columns:
@@ -104,7 +105,7 @@ def difference_at_the_end(whole, interrupted):
             return Difference(what, f"in a metric, {OUTSIDE}")
     if len(rows) != len(others):
         return Difference(f"at the end: {len(others)} epochs instead of {len(rows)}", OUTSIDE)
-    names = compare.differences([training.folder / "model" for training in (whole, interrupted)], histories)
+    names = compare.differences(whole.folder, interrupted.folder, history)
     if names:
         what = f"in the exported model only: {', '.join(names)}"
         return Difference(
