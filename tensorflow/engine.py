@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -982,8 +983,8 @@ def write_checkpoint(content, file):
     arrays, facts, archive = content
     facts = {**facts, "names": archive.names}
     with zipfile.ZipFile(file, "w") as container:
-        for name, member in archive.members.items():
-            container.writestr(zipfile.ZipInfo(name), member)
+        for name, text in archive.members.items():
+            container.writestr(zipfile.ZipInfo(name), text)
         if archive.names:
             buffer = io.BytesIO()
             with h5py.File(buffer, "w") as weights:
@@ -991,7 +992,9 @@ def write_checkpoint(content, file):
                     weights.create_group(name).attrs.update(attributes)
                 for key, name in archive.names.items():
                     weights[name] = np.asarray(arrays[key])
-            container.writestr(zipfile.ZipInfo(WEIGHTS), buffer.getbuffer())
+            buffer.seek(0)
+            with container.open(zipfile.ZipInfo(WEIGHTS), "w", force_zip64=True) as member:
+                shutil.copyfileobj(buffer, member, 2**20)
         container.writestr(zipfile.ZipInfo(FACTS), json.dumps(facts, default=_to_plain))
         for key, array in arrays.items():
             if key in archive.names:
