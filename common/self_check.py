@@ -27,7 +27,7 @@ def check_data_set(name, dataset, read_samples):
     indices = np.linspace(0, len(dataset) - 1, min(NUM_SAMPLES, len(dataset))).astype(np.int64)
     if hasattr(dataset, "batches"):
         indices = indices[:1]  # of the first batch
-    if _is_same(read_samples(dataset, indices), read_samples(dataset, indices)):
+    if is_same(read_samples(dataset, indices), read_samples(dataset, indices)):
         return
     log(
         f"Warning: the {name} data set returns other samples when it is read again: after an interruption "
@@ -45,7 +45,7 @@ def check_augment(augment, images, labels, make_rng):
         make_rng: a function that returns a new generator, in the same state each time.
     """
     first = augment(images.copy(), labels.copy(), make_rng())
-    if _is_same(first, augment(images.copy(), labels.copy(), make_rng())):
+    if is_same(first, augment(images.copy(), labels.copy(), make_rng())):
         return
     log(
         "Warning: augment returns other samples for the same `rng`: after an interruption the result will "
@@ -53,7 +53,8 @@ def check_augment(augment, images, labels, make_rng):
     )
 
 
-def _is_same(arrays, others):
+def is_same(arrays, others):
+    """Return whether two sequences of arrays have the same bits."""
     pairs = zip(map(np.asarray, arrays), map(np.asarray, others))
     return all(array.tobytes() == other.tobytes() for array, other in pairs)
 

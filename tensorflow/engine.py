@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic_io, batches, datasets, errors
+from common import atomic_io, batches, datasets, errors, self_check
 from common.errors import UserError
 from common.report import log, log_weights
 
@@ -779,9 +779,9 @@ class Stream:
         batches = list(itertools.islice(self.batches(), 2))
         batches_again = list(itertools.islice(self.batches(), 2))
         rest = list(itertools.islice(self.batches(first_step=1), 1)) if self._count > 1 else []
-        if not _is_same(batches, batches_again):
+        if not self_check.is_same(*map(tf.nest.flatten, (batches, batches_again))):
             return  # a warning about that comes later
-        if not _is_same(batches[1:], rest):
+        if not self_check.is_same(*map(tf.nest.flatten, (batches[1:], rest))):
             log(
                 "Warning: the tf.data.Dataset for epoch 0 and first step 1 does not begin with the second "
                 "batch of that for first step 0: after an interruption the result will not be bit-identical. "
@@ -800,11 +800,6 @@ class Stream:
                 "the tf.data.Dataset draws random numbers without a seed: let them follow from the epoch, as "
                 f"the docstring of load_data says ({errors.first_line(error)})"
             ) from error
-
-
-def _is_same(batches, others):
-    pairs = zip(tf.nest.flatten(batches), tf.nest.flatten(others))
-    return all(np.array_equal(tensor, other) for tensor, other in pairs)
 
 
 class Reseeding:

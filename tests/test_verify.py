@@ -343,7 +343,7 @@ def test_an_interruption_before_the_first_step_is_never_missed(tmp_path):
     slow = "import time\nif args.output.name == 'whole':\n    time.sleep(5)\n"
     script = copy_with(tmp_path / "job", "xgboost", "", "")
     script.write_text(script.read_text().replace("import engine\n", f"import engine\n{slow}", 1))
-    options = ["--interruptions", 3, "--seed", 1]  # the first one is before the first step
+    options = ["--interruptions", 3, "--seed", 8]  # two of them are before the first step
     result = run_verify(script, folder=tmp_path, options=options)
     assert "SIGTERM before the first step" in result.output or "SIGKILL before" in result.output
     assert result.last_line.startswith("Exact: 50 steps, interruptions: 3, ")
