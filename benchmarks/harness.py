@@ -81,7 +81,8 @@ def run(command, cwd=None, env=None):
     """Run a command in an empty folder, or in `cwd`; return its standard output, or raise RuntimeError."""
     with contextlib.ExitStack() as stack:
         cwd = cwd or stack.enter_context(tempfile.TemporaryDirectory())
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": search_path, **(env or {})}
         command = [sys.executable, *map(str, command)]
         finished = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     if finished.returncode:
