@@ -66,6 +66,7 @@ class Data(NamedTuple):
         classes: the names of the classes, or None.
         mean, std: of each channel over training images of uint8, float32 arrays; None for other samples,
             which reach the network as they are.
+        label_shape, label_dtype: of the label of a sample.
     """
 
     train: object
@@ -75,6 +76,8 @@ class Data(NamedTuple):
     classes: list
     mean: np.ndarray
     std: np.ndarray
+    label_shape: tuple
+    label_dtype: np.dtype
 
     @property
     def num_classes(self):
@@ -100,7 +103,7 @@ def describe(train, validation, read_samples):
     for name, dataset in (("training", train), ("validation", validation)):
         if len(dataset) == 0:
             raise UserError(f"the {name} data set has no samples: expected at least one")
-    samples, _, _ = read_samples(train, np.arange(1))
+    samples, labels, _ = read_samples(train, np.arange(1))
     others, _, _ = read_samples(validation, np.arange(1))
     if samples.shape[1:] != others.shape[1:]:
         raise UserError(
@@ -116,7 +119,18 @@ def describe(train, validation, read_samples):
     if samples.dtype == np.uint8 and samples.ndim == 4:
         indices = np.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLES)).astype(np.int64)
         mean, std = channel_statistics(read_samples(train, indices)[0])
-    return Data(train, validation, samples.shape[1:], samples.dtype, find_classes(train), mean, std)
+    label = labels[0]
+    return Data(
+        train,
+        validation,
+        samples.shape[1:],
+        samples.dtype,
+        find_classes(train),
+        mean,
+        std,
+        label.shape,
+        label.dtype,
+    )
 
 
 def channel_statistics(images):

@@ -1,28 +1,135 @@
-"""`model.json`, which says what is in the folder of an exported model and which training it comes from."""
+"""The folder of an exported model: `model.json` describes the model, and `code/` predicts with it.
 
+`common.serving` and `common.export` read what this module has written.
+"""
+
+import argparse
+import contextlib
+import io
 import json
 import os
+import shutil
+from pathlib import Path
 
+import numpy as np
+
+from common import datasets
 from common.errors import UserError
 
 FILE_NAME = "model.json"
+CODE = "code"  # where SageMaker's containers look for inference.py
+OTHER_COLUMNS = ("epoch", "seconds", "samples_per_second")  # of the history, beside the metrics
 
 
-def describe(args, job, data):
-    """Return what `model.json` contains, in plain values.
+def describe_origin(args, job):
+    """Return which training a model comes from, in plain values.
 
     Args:
         args: the flags.
         job: what makes a job, such as {"--model": "cnn"}.
-        data: a `common.datasets.Data`, or None for tables.
     """
-    facts = {"checkpoints": _origin(args), "job": job}
-    if data:
-        facts["class_names"] = data.classes
-        facts["sample_shape"] = list(data.sample_shape)
-        facts["mean"] = data.mean if data.mean is None else data.mean.tolist()
-        facts["std"] = data.std if data.std is None else data.std.tolist()
+    # This stays true if both folders are moved together.
+    checkpoints = os.path.relpath(args.checkpoint_path.resolve(), args.model_dir.resolve())
+    return {"checkpoints": checkpoints, "job": job}
+
+
+def describe_data(data):
+    """Return what `restore_data` needs, and what a reader of `model.json` wants to know, in plain values."""
+    facts = {
+        "sample_shape": list(data.sample_shape),  # of an image (height, width, channels)
+        "sample_type": str(data.dtype),
+        "value_range": None,
+        "mean": None,
+        "std": None,
+        "class_names": data.classes,
+        "label_shape": list(data.label_shape),
+        "label_type": str(data.label_dtype),
+        "num_training_samples": len(data.train),
+    }
+    if data.dtype == np.uint8:
+        facts["value_range"] = [0, 255]
+    if data.mean is not None:
+        facts["mean"] = data.mean.tolist()
+        facts["std"] = data.std.tolist()
     return facts
+
+
+def restore_data(facts):
+    """Return the `common.datasets.Data` of `describe_data`; the samples of both its data sets are zeros."""
+    num_samples = facts["num_training_samples"]
+    sample = np.zeros(facts["sample_shape"], facts["sample_type"])
+    label = np.zeros(facts["label_shape"], facts["label_type"])
+    images = np.broadcast_to(sample, (num_samples, *sample.shape))
+    labels = np.broadcast_to(label, (num_samples, *label.shape))
+    zeros = datasets.ArrayDataset(images, labels, facts["class_names"])
+    mean = std = None
+    if facts["mean"] is not None:
+        mean = np.array(facts["mean"], np.float32)
+        std = np.array(facts["std"], np.float32)
+    return datasets.Data(
+        train=zeros,
+        validation=zeros,
+        sample_shape=sample.shape,
+        dtype=sample.dtype,
+        classes=facts["class_names"],
+        mean=mean,
+        std=std,
+        label_shape=label.shape,
+        label_dtype=label.dtype,
+    )
+
+
+def describe_flags(args):
+    """Return what `restore_flags` needs: the flags by name, paths as text, and which of them are paths."""
+    flags = {name: _plain(value) for name, value in vars(args).items()}
+    paths = [name for name, value in vars(args).items() if isinstance(value, Path)]
+    return {"flags": flags, "paths": paths}
+
+
+def restore_flags(facts, parse_args):
+    """Return the flags of `describe_flags`; others have their defaults, if `parse_args` needs no flag."""
+    args = argparse.Namespace()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        args = parse_args([])
+    for name, value in facts["flags"].items():
+        setattr(args, name, Path(value) if name in facts["paths"] else value)
+    return args
+
+
+def _plain(value):
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def describe_metrics(progress, epoch):
+    """Return the metrics of an epoch without its times; none of them for a model from inside an epoch."""
+    metrics = {}
+    if progress.step:
+        return metrics
+    for row in progress.history:
+        if row["epoch"] == epoch:
+            metrics = {name: value for name, value in row.items() if name not in OTHER_COLUMNS}
+    for name, value in metrics.items():
+        if not np.isfinite(value):  # JSON has no such numbers
+            metrics[name] = None
+    return metrics
+
+
+def describe_outputs(outputs, classes):
+    """Return what a network computes: "logits" or "probabilities" of the classes, otherwise "values".
+
+    Args:
+        outputs: an array, what it has computed for some samples; None for several arrays.
+        classes: the names of the classes, or None.
+    """
+    if outputs is None or classes is None or outputs.ndim != 2 or outputs.shape[1] != len(classes):
+        return "values"
+    sums = outputs.astype(np.float64).sum(1)
+    is_distribution = (outputs >= 0).all() and np.allclose(sums, 1, atol=1e-3)
+    return "probabilities" if is_distribution else "logits"
 
 
 def write(path, facts):
@@ -30,24 +137,52 @@ def write(path, facts):
     path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def check_same_job(path, facts):
-    """Raise UserError if the model beside `path`, its `model.json`, is of another job and would be lost."""
+def copy_code(folder, target, requirements=None):
+    """Copy what is needed to predict: the Python files of the training script and the packages beside it.
+
+    Args:
+        folder: that of `train.py`.
+        target: a new folder.
+        requirements: the lines of its `requirements.txt`; default: those of the file beside `train.py`.
+    """
+    target.mkdir()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".py" or path.name == "requirements.txt":
+            shutil.copyfile(path, target / path.name)
+        elif (path / "__init__.py").is_file():
+            shutil.copytree(path, target / path.name, ignore=_not_python)
+    if requirements:
+        (target / "requirements.txt").write_text("".join(f"{name}\n" for name in requirements))
+
+
+def _not_python(folder, names):
+    other = []
+    for name in names:
+        is_package = os.path.isfile(os.path.join(folder, name, "__init__.py"))
+        if not is_package and not name.endswith(".py"):
+            other.append(name)
+    return other
+
+
+def check_same_job(folder, path, origin):
+    """Raise UserError if a folder has the model of another job, which would be lost.
+
+    Args:
+        folder: that of the model.
+        path: its `model.json`.
+        origin: see `describe_origin`.
+    """
     try:
         earlier = json.loads(path.read_text())
         earlier_job = {**earlier["job"], "the folder of checkpoints": earlier["checkpoints"]}
     except (OSError, ValueError, KeyError, TypeError):
         return  # no model, or not one of ours
-    facts = json.loads(json.dumps(facts))
-    job = {**facts["job"], "the folder of checkpoints": facts["checkpoints"]}
+    origin = json.loads(json.dumps(origin))
+    job = {**origin["job"], "the folder of checkpoints": origin["checkpoints"]}
     for key, value in job.items():
         if key in earlier_job and earlier_job[key] != value:
             raise UserError(
-                f"--model-dir {path.parent} contains the model of another job: "
+                f"--model-dir {folder} contains the model of another job: "
                 f"{key} was {earlier_job[key]} and is now {value}. "
                 "Pass another --output or --model-dir, delete that folder, or add --resume-anyway"
             )
-
-
-def _origin(args):
-    """Return which training a model comes from; this stays true if both folders are moved together."""
-    return os.path.relpath(args.checkpoint_path.resolve(), args.model_dir.resolve())

@@ -98,7 +98,7 @@ def write_results(folder, history, epoch, facts):
     Args:
         folder: of both files.
         history: a dictionary of metrics for each epoch, which is a row of `history.csv`.
-        epoch: that of the exported model, whose metrics are in `metrics.json`.
+        epoch: that of the exported model, whose metrics are in `metrics.json`; None for one inside an epoch.
         facts: more for `metrics.json`.
     """
     exported = [row for row in history if row["epoch"] == epoch]

@@ -31,8 +31,6 @@ from common.errors import UserError, fail, write_failure_reason
 from common.preemption import Interrupted
 from common.report import log
 
-MODEL_FACTS = "model.json"  # in the folder of the exported model; an engine may name another file
-
 
 def start(parse_args):
     """Take over SIGTERM and Ctrl-C, and return the parsed flags; call this before the slow imports."""
@@ -84,6 +82,7 @@ class Run:
         self.state = None
         self.job = {}
         self._data_facts = {}
+        self._export_facts = model_folder.describe_flags(args)  # also in each checkpoint
         self._description = {}  # what the next run compares itself with, in plain values
         self.progress = train_state.Progress()
         self.workers = distributed.Workers()
@@ -205,6 +204,7 @@ class Run:
         for name, dataset in (("training", train), ("validation", validation)):
             for key, value in datasets.fingerprint(dataset, self._read_samples).items():
                 self._data_facts[f"{key} ({name} data)"] = value
+        self._export_facts.update(model_folder.describe_data(self.data))
         self._check_job()
         return self.data
 
@@ -226,7 +226,9 @@ class Run:
         """Raise UserError if the workers have different data, or `--model-dir` the model of another job."""
         self.workers.check_same({**self.job, **self._data_facts})
         if self.workers.is_main_process and not self.args.resume_anyway:
-            model_folder.check_same_job(self._model_facts_path(self.args.model_dir), self._model_facts())
+            origin = model_folder.describe_origin(self.args, self.job)
+            folder = self.args.model_dir
+            model_folder.check_same_job(folder, self._model_facts_path(folder), origin)
 
     def _read_samples(self, dataset, indices):
         return batches.read_samples(dataset, indices, self.engine, (self.args.seed,))
@@ -279,6 +281,24 @@ class Run:
         self._last_save = self._clock = time.monotonic()
         return epoch
 
+    def load_checkpoint(self, content, training_state):
+        """Set the training state to the content of a checkpoint, to export its model without any data.
+
+        Args:
+            content: what the engine has read.
+            training_state: the class in `train.py`.
+        """
+        self.device = self.engine.start(self.args, self.workers)
+        self.job, self._data_facts = content["job"], content.get("data", {})
+        if "export" in content:
+            self._export_facts = content["export"]
+        if "sample_shape" in self._export_facts:
+            self.data = model_folder.restore_data(self._export_facts)
+        self.state = training_state(self.args, self, self.data)
+        self.state.load_state_dict(content)
+        progress = {**content["progress"], "sums": {}}
+        self.progress = train_state.Progress(**progress)
+
     def save(self):
         """Copy the training state and write it in the background; return the name of the checkpoint.
 
@@ -297,6 +317,7 @@ class Run:
             self.saver.wait()
         if self.workers.is_main_process and not (self.checkpoints.folder / name).exists():
             content = {**self.state.state_dict(), "progress": progress, **self._description}
+            content["export"] = self._export_facts
             content = self.engine.copy_to_host(content, self.saver.memory)
             best = self._best_epoch() if self.args.best_metric else None
             self.saver.in_flight = self.saver.thread.submit(self.checkpoints.write, name, content, best)
@@ -551,7 +572,7 @@ class Run:
         """Yield an empty folder whose content becomes that of `--model-dir`, then write the metrics.
 
         With `--best-metric` the training state becomes that of the best epoch. Every worker may write into
-        its folder; that of the main process counts.
+        its folder; that of the main process counts. `model.json` and `code/` are added.
         """
         if not self.workers.is_main_process:
             with tempfile.TemporaryDirectory() as folder:
@@ -562,14 +583,33 @@ class Run:
         args = self.args
         with atomic_export(args.model_dir, "--model-dir") as folder:
             yield folder
+            self._describe_model(folder, epoch)
             files = ", ".join(sorted(path.name for path in folder.iterdir()))
-            model_folder.write(self._model_facts_path(folder), self._model_facts())
-        log(f"Model: {args.model_dir} ({files}), of epoch {epoch}")
+        step = f" and {self.progress.step} steps" if self.progress.step else ""
+        log(f"Model: {args.model_dir} ({files}), of epoch {epoch}{step}")
         facts = {"epochs": self.progress.epoch, "initial_epoch": self._initial_epoch}
         if isinstance(self.data, datasets.Data):
             facts["class_names"] = self.data.classes
         facts["wall_seconds"] = time.monotonic() - self._started
-        report.write_results(args.output_data_dir, self.progress.history, epoch, facts)
+        whole_epoch = None if self.progress.step else epoch
+        report.write_results(args.output_data_dir, self.progress.history, whole_epoch, facts)
+
+    def _describe_model(self, folder, epoch):
+        """Write `model.json` and `code/` into the folder of the model."""
+        code = Path(self.engine.__file__).parent
+        model_folder.copy_code(
+            code, folder / model_folder.CODE, getattr(self.engine, "SERVING_REQUIREMENTS", None)
+        )
+        framework, version = self.engine.FRAMEWORK
+        network = self.job.get("--model") or self.job.get("--booster")
+        facts = {"framework": framework, "version": version, "network": network}
+        facts.update(self._export_facts)
+        facts.update(self.state.model_facts)
+        facts["epoch"], facts["step"] = epoch, self.progress.step
+        facts["metrics"] = model_folder.describe_metrics(self.progress, epoch)
+        facts["data"] = self._data_facts
+        facts.update(model_folder.describe_origin(self.args, self.job))
+        model_folder.write(self._model_facts_path(folder), facts)
 
     def _load_best(self):
         """Load the state of the epoch to export, unless it is the present one; return the epoch."""
@@ -596,10 +636,6 @@ class Run:
         except Exception as error:  # as in `restore`
             raise checkpoints.misfit(path, error) from error
         return best
-
-    def _model_facts(self):
-        data = self.data if isinstance(self.data, datasets.Data) else None
-        return model_folder.describe(self.args, self.job, data)
 
     def _model_facts_path(self, folder):
         return folder / getattr(self.engine, "MODEL_FACTS", model_folder.FILE_NAME)

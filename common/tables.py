@@ -35,19 +35,21 @@ class Table(NamedTuple):
         labels: float32 (n,).
         weights: float32 (n,), or None if all rows weigh the same.
         names: the names of the columns, or None.
+        types: their types as XGBoost has them, "int" or "float", or None.
     """
 
     features: object
     labels: np.ndarray
     weights: object = None
     names: object = None
+    types: object = None
 
     def rows(self, chosen):
         """Return the rows that a slice or a mask chooses, in order."""
         weights = None
         if self.weights is not None:
             weights = self.weights[chosen]
-        return Table(self.features[chosen], self.labels[chosen], weights, self.names)
+        return self._replace(features=self.features[chosen], labels=self.labels[chosen], weights=weights)
 
     def parts(self):
         """Yield the rows as tables, of which one at a time is in memory."""
@@ -61,7 +63,7 @@ class Table(NamedTuple):
             weights = None
             if self.weights is not None:
                 weights = self.weights[part]
-            yield Table(features, self.labels[part], weights, self.names)
+            yield self._replace(features=features, labels=self.labels[part], weights=weights)
 
 
 class Parts:
@@ -144,12 +146,12 @@ def describe(train, validation):
 
 
 def _to_table(name, table):
-    if not isinstance(table, (tuple, list)) or not 2 <= len(table) <= 4:
+    if not isinstance(table, (tuple, list)) or not 2 <= len(table) <= 5:
         raise UserError(
             f"load_data returns a {type(table).__name__} as the {name} table: expected (features, labels), "
             "(features, labels, weights) or (features, labels, weights, names)"
         )
-    features, labels, weights, names = Table(*table)
+    features, labels, weights, names, types = Table(*table)
     num_rows, num_columns = features.shape
     labels = np.asarray(labels, np.float32)
     if weights is not None:
@@ -168,7 +170,7 @@ def _to_table(name, table):
             )
     if num_rows == 0:
         raise UserError(f"load_data returns no {name} rows: expected at least one")
-    return Table(features, labels, weights, names)
+    return Table(features, labels, weights, names, types)
 
 
 def _checksum(values):
@@ -186,20 +188,20 @@ def load_tables(args):
     folder = None
     if args.external_memory:
         folder = _temporary_folder()
-    names = None
+    names = types = None
     if args.train is None:
         channels = [_digits(folder)]
     else:
         paths = {"--train": args.train}
         if args.validation is not None:
             paths["--validation"] = args.validation
-        channels, names = _read_channels(paths, folder)
+        channels, names, types = _read_channels(paths, folder)
     num_columns = 0
     for parts in channels:
         num_columns = max(num_columns, *(features.shape[1] for features, _ in parts))
     if folder:
         _check_room(folder, num_columns * args.max_bin)
-    tables = [_join(parts, num_columns, names) for parts in channels]
+    tables = [_join(parts, num_columns)._replace(names=names, types=types) for parts in channels]
     channels.clear()  # the next step needs memory
     if len(tables) == 1:
         return _hold_out(tables[0], args.seed)
@@ -228,7 +230,7 @@ def _digits(folder):
 
 
 def _read_channels(paths, folder):
-    """Return a list of parts (features, labels) for each folder in `paths`, and the names of the columns."""
+    """Return a list of parts (features, labels) for each folder, and the columns' names and types."""
     files = {flag: _find_files(flag, path) for flag, path in paths.items()}
     names = _check_files([path for channel in files.values() for path in channel])
     channels = []
@@ -245,7 +247,7 @@ def _read_channels(paths, folder):
         if not parts:
             raise UserError(f"{flag} {path} has files without rows: expected some")
         channels.append(parts)
-    return channels, _feature_names(next(iter(files.values()))[0], names)
+    return channels, *_feature_names(next(iter(files.values()))[0], names)
 
 
 def _find_files(flag, folder):
@@ -312,14 +314,23 @@ def _column_names(path):
 
 
 def _feature_names(path, names):
-    """Return the names of the features if the files have some that XGBoost accepts, otherwise None."""
+    """Return names and types of the features if the files have some that XGBoost accepts, otherwise None."""
     if _kind(path) != "Parquet":
-        return None
+        return None, None
     features = names[1:]
     if len(set(features)) < len(features) or re.search(r"[\[\]<]", "".join(features)):
         log(f"Column names are not used: XGBoost allows no duplicates, and no [, ] and < ({path})")
-        return None
-    return features
+        return None, None
+    return features, _feature_types(path)
+
+
+def _feature_types(path):
+    """Return the types of the features in a Parquet file, as XGBoost names them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    types = parquet.read_schema(path).types[1:]
+    return ["int" if pyarrow.types.is_integer(each) else "float" for each in types]
 
 
 def _read(path, names):
@@ -393,7 +404,7 @@ def _line_number(path, row):
         return next(itertools.islice(numbers, row - 1, None))
 
 
-def _join(parts, num_columns, names):
+def _join(parts, num_columns):
     """Return parts (features, labels) as one table."""
     from scipy import sparse
 
@@ -405,7 +416,7 @@ def _join(parts, num_columns, names):
         joined = sparse.vstack([_widen(part, num_columns) for part in features], "csr")
     else:
         joined = np.concatenate(features)
-    return Table(joined, labels, names=names)
+    return Table(joined, labels)
 
 
 def _widen(features, num_columns):

@@ -29,15 +29,16 @@ GPU_INSTANCE = r"ml\.[gp]\d.*"
 
 def make_parser(description, choices, instance_type):
     """Return the parser of the flags that all launchers have; `choices` are what they can train."""
-    parser = _Parser(
+    parser = Parser(
         description=description,
         usage="%(prog)s WHAT --role ARN [flags of the launcher] [-- flags of what trains]",
         epilog="Addresses look like s3://bucket/folder/. Credentials are found as by all AWS tools.",
         allow_abbrev=False,
     )
+    parser.hint += "; those of what trains go behind `--`"
     add = parser.add_argument
     add("what", choices=choices, metavar="WHAT", help=f"what trains: {', '.join(choices)}")
-    add("--role", required=True, type=_role, help="ARN of the IAM role that the job runs with")
+    add("--role", required=True, type=role, help="ARN of the IAM role that the job runs with")
     add("--region", help="AWS region; default: that of your AWS settings")
     add(
         "--instance-type",
@@ -91,14 +92,19 @@ def parse_args(parser):
         parser.error(f"--max-wait {args.max_wait} is less than --max-run {args.max_run}, which it includes")
     args.job_name = args.job_name or f"{args.what}-{time.strftime('%Y%m%d-%H%M%S')}"
     if args.dry_run:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            os.environ[name] = "dry-run"  # on import SDK v2 looks for real ones, even on the network
-        os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # SDK v3 asks AWS what the role may do
-        logging.getLogger("sagemaker.config").disabled = True  # SDK v2 logs on standard output
-        args.wait = False
+        prepare_dry_run(args)
     channels = {"train": args.train, "validation": args.validation}
     args.channels = {name: channel for name, channel in channels.items() if channel}
     return args
+
+
+def prepare_dry_run(args):
+    """Keep the SDK, which is imported later, from looking for credentials or waiting for an answer."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ[name] = "dry-run"  # on import SDK v2 looks for real ones, even on the network
+    os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # SDK v3 asks AWS what the role may do
+    logging.getLogger("sagemaker.config").disabled = True  # SDK v2 logs on standard output
+    args.wait = False
 
 
 def parse_script_args(description):
@@ -139,14 +145,17 @@ def boto_session(args):
 
 
 def _answer(args, model, params):
-    """Answer a request in place of AWS, so that boto3 sends nothing; print the one for the training job."""
+    """Answer a request in place of AWS, so that boto3 sends nothing; print those that change something."""
     if model.name == "CreateTrainingJob":
         print(json.dumps(json.loads(params["body"]), indent=2))
+    elif model.service_model.service_name == "sagemaker" and model.name.startswith(("Create", "Delete")):
+        print(json.dumps({model.name: json.loads(params["body"])}, indent=2))
+    account = args.role.split(":")[4] if args.role else None  # yours, most likely
     answers = {
-        "GetCallerIdentity": {"Account": args.role.split(":")[4]},  # yours, most likely
+        "GetCallerIdentity": {"Account": account},
         "ListBuckets": {"Buckets": []},
         "CreateTrainingJob": {"TrainingJobArn": ""},
-        "DescribeTrainingJob": {"TrainingJobName": args.job_name},
+        "DescribeTrainingJob": {"TrainingJobName": getattr(args, "job_name", None)},
     }
     return AWSResponse("", 200, {}, None), answers.get(model.name, {})
 
@@ -160,12 +169,16 @@ def prepare(args, session):
     bucket = session.default_bucket()
     args.output = args.output or f"s3://{bucket}/"
     args.checkpoints = args.checkpoints or args.resume_from or f"s3://{bucket}/{args.job_name}/checkpoints/"
-    if args.resume_from and not args.dry_run:
-        bucket, _, folder = args.resume_from[len("s3://") :].partition("/")
-        s3 = session.boto_session.client("s3")
-        if not s3.list_objects_v2(Bucket=bucket, Prefix=folder, MaxKeys=1)["KeyCount"]:
-            raise ValueError(f"--resume-from {args.resume_from}: no objects found at this address")
+    if args.resume_from and not args.dry_run and not has_objects(session, args.resume_from):
+        raise ValueError(f"--resume-from {args.resume_from}: no objects found at this address")
     print(f"Checkpoints: {args.checkpoints}", file=sys.stderr)
+
+
+def has_objects(session, address):
+    """Return whether S3 has an object whose address starts with this one; `session` is the SDK's."""
+    bucket, _, prefix = address[len("s3://") :].partition("/")
+    s3 = session.boto_session.client("s3")
+    return s3.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)["KeyCount"] > 0
 
 
 def forwarding_sigterm(*command):
@@ -196,14 +209,17 @@ def run(main, args, *sdk_errors):
     except (ValueError, OSError, BotoCoreError, Boto3Error, ClientError, *sdk_errors) as error:
         errors.fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit("Not watching any more. A job that has been started goes on: stop it in SageMaker's console")
+        sys.exit("Stopped watching. What SageMaker has started is still running: see its console")
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line that ends with a hint."""
+
+    hint = "--help lists all flags"
 
     def error(self, message):
-        errors.fail(f"{message} (--help lists all flags; those of what trains go behind `--`)", code=2)
+        """Exit with the message and the hint."""
+        errors.fail(f"{message} ({self.hint})", code=2)
 
 
 def address(text):
@@ -218,15 +234,21 @@ def _folder(text):
     return address(text).rstrip("/") + "/"
 
 
-def _role(text):
+def role(text):
+    """Return the ARN of a role as it is."""
     if not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/.+", text):
         example = "arn:aws:iam::123456789012:role/SageMaker"
         raise argparse.ArgumentTypeError(f"expected the ARN of a role such as {example}, got {text!r}")
     return text
 
 
-def _job_name(text):
-    # SageMaker allows 63 characters; SDK v3 appends the time.
-    if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,47}", text) or len(text) > 48:
-        raise argparse.ArgumentTypeError(f"expected at most 48 letters, digits and hyphens, got {text!r}")
+def name(text, limit=63):
+    """Return a name as it is if SageMaker allows it."""
+    if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", text) or len(text) > limit:
+        expected = f"expected at most {limit} letters, digits and hyphens"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
     return text
+
+
+def _job_name(text):
+    return name(text, limit=48)  # SDK v3 appends the time

@@ -19,7 +19,7 @@ import zlib
 
 import numpy as np
 
-from common import batches, errors
+from common import batches, errors, model_folder
 from common.datasets import ArrayDataset
 from common.errors import UserError
 from common.report import log, log_weights
@@ -37,6 +37,7 @@ with errors.importing("MXNet", _HINT):
 
 CHECKPOINT = "checkpoint-{}.params"
 FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
+FRAMEWORK = "mxnet", str(mx.__version__)
 SEED_STEPS = 16  # steps from one seeding to the next: on a CPU it takes 1.5 ms, as long as a small step
 SEED_ONCE_PER_BATCH = True  # also the random numbers of a data set, for that reason
 
@@ -100,6 +101,7 @@ class State:
         loss_scales: that loss scale on each device; None in another precision.
         optimizer_state: the optimizer's arrays by index of the weight, and its attributes, always up to date.
         job: what makes a job, beside the flags and the data.
+        model_facts: what `model.json` says about the model, beside the data.
     """
 
     def __init__(self, args, run, data):
@@ -147,7 +149,7 @@ class State:
             warnings.simplefilter("ignore")  # they name the layers that are initialized already
             model.initialize(mx.init.Xavier())
         try:
-            model(self._zeros(mx.cpu()))
+            outputs = model(self._zeros(mx.cpu()))
             mx.nd.waitall()
         except (MXNetError, ValueError, AssertionError) as error:
             size = "x".join(map(str, self.data.sample_shape))
@@ -155,6 +157,8 @@ class State:
                 f"--model {self.args.model} cannot take images of {size} ({errors.first_line(error)}): "
                 "pass --image-size, such as 224"
             ) from error
+        array = outputs.astype("float32").asnumpy() if isinstance(outputs, mx.nd.NDArray) else None
+        self.model_facts = {"outputs": model_folder.describe_outputs(array, self.data.classes)}
         model.collect_params().reset_ctx(self.devices)
         return model
 
@@ -761,5 +765,5 @@ def describe_machine(args):
     return {
         "CPU threads": num_threads,
         "number of devices": len(_find_devices(args)),
-        "mxnet": str(mx.__version__),
+        **dict([FRAMEWORK]),
     }

@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 
-from common import atomic_io, errors
+from common import atomic_io, errors, model_folder
 from common.errors import UserError
 from common.report import log, log_weights
 
@@ -28,6 +28,7 @@ with errors.importing("PyTorch and torchvision", "Install them with: pip install
 
 CHECKPOINT = "checkpoint-{}.pt"
 FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
+FRAMEWORK = "torch", str(torch.__version__)
 
 
 def start(args, workers):
@@ -81,6 +82,7 @@ class State:
         network: the model to train with; it may be compiled, or average the gradients of several workers.
         predict: the model to evaluate with.
         job: what makes a job, beside the flags and the data.
+        model_facts: what `model.json` says about the model, beside the data.
         scaler: the loss scaler of `--precision fp16`; otherwise it does nothing.
     """
 
@@ -90,29 +92,26 @@ class State:
         self.device = run.device
         self.workers = run.workers
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
-        self._mean = self._std = None
-        if data.mean is not None:
-            self._mean = torch.from_numpy(data.mean).view(1, -1, 1, 1).to(self.device)
-            self._std = torch.from_numpy(data.std).view(1, -1, 1, 1).to(self.device)
+        self._statistics = channel_statistics(data, self.device)
 
     def place(self, model):
         """Return the model on the device, after one trial with a sample of zeros.
 
         Raises UserError if the model cannot take samples of this shape.
         """
-        dtype = (
-            torch.float32 if self._mean is not None else torch.from_numpy(np.zeros(1, self.data.dtype)).dtype
-        )
+        dtype = torch.float32 if self._statistics else torch.from_numpy(np.zeros(1, self.data.dtype)).dtype
         sample = torch.zeros(1, *self._shape(), dtype=dtype)
         try:
             with torch.no_grad():
-                model.eval()(sample)
+                outputs = model.eval()(sample)
         except (RuntimeError, AssertionError, ValueError) as error:
             size = "x".join(map(str, self.data.sample_shape))
             raise UserError(
                 f"--model {self.args.model} cannot take images of {size} ({error}): "
                 "pass --image-size, such as 224"
             ) from error
+        array = outputs.float().numpy() if isinstance(outputs, torch.Tensor) else None
+        self.model_facts = {"outputs": model_folder.describe_outputs(array, self.data.classes)}
         model.to(self.device)
         if self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)  # the layout of the images, and of tensor cores
@@ -191,8 +190,8 @@ class State:
             torch.default_generator.manual_seed(batch.seed)
         if images.ndim == 4:
             images = images.permute(0, 3, 1, 2)
-        if images.dtype == torch.uint8 and self._mean is not None:
-            images = (images.float() - self._mean) / self._std
+        if images.dtype == torch.uint8 and self._statistics:
+            images = normalize(images.float(), *self._statistics, eps=0)
         return images, labels, weights
 
     def load_optimizer(self, saved):
@@ -231,6 +230,19 @@ class State:
             )
         self.model.load_state_dict(fitting, strict=False)
         log_weights(path, len(fitting), set(own) - set(fitting), set(weights) - set(fitting))
+
+
+# (images - mean) / deviation per channel in one kernel, for training and prediction: a function of images
+# (n, channels, height, width) of float32, and of what `channel_statistics` returns; with eps=0.
+normalize = nn.functional.batch_norm
+
+
+def channel_statistics(data, device):
+    """Return mean and variance of the channels as tensors; None for samples that are not normalized."""
+    if data.mean is None:
+        return None
+    statistics = data.mean, data.std.astype(np.float64) ** 2
+    return [torch.tensor(values, dtype=torch.float32, device=device) for values in statistics]
 
 
 def _read_weights(path):
@@ -404,4 +416,4 @@ def read_checkpoint(file):
 
 def describe_machine(args):
     """Return what changes the bits of the result, but not its quality."""
-    return {"CPU threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    return {"CPU threads": torch.get_num_threads(), **dict([FRAMEWORK])}

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic_io, batches, datasets, errors, self_check
+from common import atomic_io, batches, datasets, errors, model_folder, self_check
 from common.errors import UserError
 from common.report import log, log_weights
 
@@ -34,9 +34,12 @@ with errors.importing("TensorFlow", "Install it with: pip install tensorflow"):
     import tensorflow as tf
     from keras.src.saving import saving_lib
     from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+    from tensorflow.core.protobuf import fingerprint_pb2
 
 CHECKPOINT = "checkpoint-{}.keras"
 FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
+FRAMEWORK = "tensorflow", str(tf.__version__)
+SERVING_REQUIREMENTS = "numpy", "pillow"  # SageMaker's container for SavedModels installs them
 
 POLICIES = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
 SEEDS_PER_REPLICA = 2**20
@@ -47,6 +50,7 @@ def start(args, workers):
 
     The device changes the speed, never which data or how many epochs.
     """
+    keras.utils.clear_session(free_memory=False)  # layers have the same names in each training of a process
     gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")[: args.num_gpus]
     _check_flags(args, gpus)
     # Each GPU needs a sample, and a batch may be half full.
@@ -109,6 +113,7 @@ class State:
         steps_per_epoch: the number of steps in an epoch.
         metrics: the variables of the metrics of the running epoch; their last values during the validation.
         job: what makes a job, beside the flags and the data.
+        model_facts: what `model.json` says about the model, beside the data.
     """
 
     def __init__(self, args, run, data):
@@ -337,10 +342,38 @@ class State:
         """The epoch from which EarlyStopping has restored the best weights at the end; None without it."""
         return self.callbacks.restored_epoch()
 
-    def reset_seeds(self):
-        """Set dropout's counters to zero: they are not part of the model."""
-        for variable in self._seeds():
+    def export(self, folder):
+        """Write a SavedModel that takes samples of any number: `pixels`, as they are in the files.
+
+        Its signatures are `serving_default` for float32, which TensorFlow Serving makes of JSON numbers, and
+        for images of uint8 also `serving_uint8`. They return `logits`, `class`, `class_name` and
+        `probability` for a classifier, otherwise what the network returns.
+        """
+        for variable in self._seeds():  # dropout's counters are not part of the model
             variable.assign([variable.numpy()[0], 0])
+        data, model = self.data, self.model
+        outputs = model(np.zeros((1, *data.sample_shape), data.dtype), training=False)
+        array = np.asarray(outputs, np.float32) if isinstance(outputs, tf.Tensor) else None
+        kind = model_folder.describe_outputs(array, data.classes)
+        self.model_facts = {"outputs": kind}
+
+        def answer(pixels):
+            if data.dtype == np.uint8 and pixels.dtype != tf.uint8:
+                pixels = tf.round(pixels)
+            samples = tf.saturate_cast(pixels, str(data.dtype))
+            return _name_outputs(model(samples, training=False), kind, data.classes)
+
+        signatures = {"serving_default": tf.float32, "serving_uint8": tf.uint8}
+        if data.dtype != np.uint8:
+            del signatures["serving_uint8"]
+        for name, dtype in signatures.items():
+            spec = tf.TensorSpec((None, *data.sample_shape), dtype, name="pixels")
+            signatures[name] = tf.function(answer, input_signature=[spec])
+        # Not Keras' own export, which writes the variables in another order each time.
+        module = tf.Module()
+        module.weights = [variable.value for variable in model.variables]
+        tf.saved_model.save(module, str(folder), signatures)
+        _fix_fingerprint(folder / "fingerprint.pb")
 
     def share_statistics(self):
         """Give all replicas the batch-normalization statistics of the first one, which checkpoints hold."""
@@ -371,6 +404,35 @@ class State:
                     file[name][...] = array
             self.model.load_weights(merged)
         log_weights(path, len(fitting), set(own) - set(fitting), set(weights) - set(fitting))
+
+
+def _name_outputs(outputs, kind, classes):
+    """Return the outputs of a network by name; those of a classifier with class and probability."""
+    if kind == "values":
+        if isinstance(outputs, dict):
+            return outputs
+        parts = tf.nest.flatten(outputs)
+        return (
+            {"outputs": parts[0]}
+            if len(parts) == 1
+            else {f"output_{i}": part for i, part in enumerate(parts)}
+        )
+    outputs = tf.cast(outputs, "float32")
+    probabilities = tf.nn.softmax(outputs) if kind == "logits" else outputs
+    best = tf.argmax(probabilities, 1)
+    return {
+        kind: outputs,
+        "class": best,
+        "class_name": tf.gather(tf.constant(classes), best),
+        "probability": tf.reduce_max(probabilities, 1),
+    }
+
+
+def _fix_fingerprint(path):
+    """Replace the random number in the fingerprint of a SavedModel, so that equal models have equal files."""
+    fingerprint = fingerprint_pb2.FingerprintDef.FromString(path.read_bytes())
+    fingerprint.uuid = str(fingerprint.saved_model_checksum)
+    path.write_bytes(fingerprint.SerializeToString(deterministic=True))
 
 
 def _own_weights(model):
@@ -1045,4 +1107,4 @@ def describe_machine(args):
     )
     wanted = str(wanted or os.environ.get("OMP_NUM_THREADS"))
     threads = int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
-    return {"CPU threads": threads, "tensorflow": str(tf.__version__)}
+    return {"CPU threads": threads, **dict([FRAMEWORK])}

@@ -11,8 +11,9 @@ import time
 
 import boto3
 import pytest
-from moto.sagemaker.models import FakeTrainingJob
+from moto.sagemaker.models import FakeEndpoint, FakeTrainingJob
 from moto.sagemaker.responses import SageMakerResponse
+from moto.sagemakerruntime.responses import SageMakerRuntimeResponse
 from moto.server import ThreadedMotoServer
 
 from helpers import FRAMEWORKS, ROOT, Result, environment
@@ -113,13 +114,9 @@ class AWS:
             "SAGEMAKER_USER_CONFIG_OVERRIDE": str(config),
             "SAGEMAKER_VALIDATE_ROLE": "false",  # moto cannot tell what a role may do
         }
-        self.s3 = boto3.client(
-            "s3",
-            endpoint_url=address,
-            region_name="us-east-1",
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",  # noqa: S106 - no password
-        )
+        session = boto3.Session("testing", "testing", region_name="us-east-1")
+        self.s3 = session.client("s3", endpoint_url=address)
+        self.sagemaker = session.client("sagemaker", endpoint_url=address)
 
     def download(self, uri, folder):
         """Copy all that is below an address into a folder, as SageMaker does."""
@@ -458,6 +455,225 @@ def test_the_other_sdk_is_one_line_with_the_command_that_installs_the_right_one(
     assert f"needs version {SDK[launcher]} of SageMaker's Python SDK" in result.error_line
     right = {2: '"sagemaker<3"', 3: '"sagemaker>=3"'}[SDK[launcher]]
     assert result.error_line.endswith(f"Install it with: pip install {right}")
+
+
+# An endpoint ------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "pytorch": ["model.pth", "model.json"],
+    "tensorflow": ["1/saved_model.pb", "1/variables/variables.index", "model.json"],
+    "mxnet": ["model-symbol.json", "model-0000.params", "model.json"],
+    "xgboost": ["xgboost-model", "code/model.json"],
+}
+CODE = ["code/inference.py", "code/train.py", "code/common/__init__.py"]
+SERVING_IMAGES = {
+    "pytorch": "/pytorch-inference:2.6.0-cpu-py312",
+    "tensorflow": "/tensorflow-inference:2.20.0-cpu-py312",
+    "mxnet": "/mxnet-inference:1.9.0-cpu-py38",
+    "xgboost": "/sagemaker-xgboost:3.2-0",
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Return a function that makes a folder with the names of an exported model."""
+
+    def make(framework):
+        for name in [*MODELS[framework], *CODE, "code/__pycache__/train.pyc"]:
+            path = tmp_path / "model" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+        (tmp_path / "request.json").write_text("[[0, 1]]")
+        return str(tmp_path / "model")
+
+    return make
+
+
+def deploy(launch, *words, **options):
+    return launch("deploy", *words, sdk=3, **options)
+
+
+def printed_requests(result):
+    """Return the requests of a dry run by name; they are JSON objects in a row."""
+    objects = json.loads("[" + result.output.replace("\n}\n{\n", "\n},\n{\n") + "]")
+    return {name: request for item in objects for name, request in item.items()}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_dry_run_prints_the_requests_for_an_endpoint(launch, model, tmp_path, framework):
+    flags = ("--role", ROLE, "--region", "us-east-1", "--endpoint", "digits", "--dry-run")
+    request = ("--request", str(tmp_path / "request.json"))
+    requests = printed_requests(deploy(launch, framework, *flags, "--model-dir", model(framework), *request))
+    assert list(requests) == ["CreateModel", "CreateEndpointConfig", "CreateEndpoint", "InvokeEndpoint"]
+    container = requests["CreateModel"]["PrimaryContainer"]
+    assert container["Image"].endswith(SERVING_IMAGES[framework])
+    assert container["ModelDataUrl"] == "s3://sagemaker-us-east-1-123456789012/digits/model.tar.gz"
+    expected = {"SAGEMAKER_REGION": "us-east-1", "SAGEMAKER_CONTAINER_LOG_LEVEL": "20"}
+    if framework != "tensorflow":
+        expected["SAGEMAKER_PROGRAM"] = "inference.py"
+        expected["SAGEMAKER_SUBMIT_DIRECTORY"] = "/opt/ml/model/code"
+    assert container["Environment"] == expected
+    [variant] = requests["CreateEndpointConfig"]["ProductionVariants"]
+    assert (variant["InstanceType"], variant["InitialInstanceCount"]) == ("ml.m5.large", 1)
+    assert requests["InvokeEndpoint"]["ContentType"] == "application/json"
+    assert requests["InvokeEndpoint"]["Body"] == "8 bytes"
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_serverless_endpoint_has_memory_instead_of_a_machine(launch, framework):
+    flags = ("--role", ROLE, "--region", "us-east-1", "--job", "job-1", "--dry-run")
+    requests = printed_requests(deploy(launch, framework, *flags, "--serverless", "--memory", "4096"))
+    [variant] = requests["CreateEndpointConfig"]["ProductionVariants"]
+    assert variant["ServerlessConfig"] == {"MemorySizeInMB": 4096, "MaxConcurrency": 5}
+    assert "InstanceType" not in variant
+    container = requests["CreateModel"]["PrimaryContainer"]
+    assert container["Image"].endswith(SERVING_IMAGES[framework])
+    assert container["ModelDataUrl"].endswith("/job-1/output/model.tar.gz")
+
+
+def test_a_machine_with_gpus_gets_their_image(launch):
+    flags = ("--role", ROLE, "--region", "us-east-1", "--job", "job-1", "--dry-run")
+    requests = printed_requests(deploy(launch, "pytorch", *flags, "--instance-type", "ml.g5.xlarge"))
+    assert "-gpu-" in requests["CreateModel"]["PrimaryContainer"]["Image"]
+
+
+def test_an_endpoint_from_a_folder_to_its_end(launch, aws, model, tmp_path):
+    """It is created, asked, asked once more, deleted; then there is nothing left to delete."""
+    sent = []
+    invoke = SageMakerRuntimeResponse.invoke_endpoint
+
+    def record(self):
+        sent.append((self.headers["Content-Type"], self.body))
+        return invoke(self)
+
+    endpoint = ("--endpoint", "digits")
+    folder = ("--role", ROLE, "--bucket", "my-models", "--model-dir", model("pytorch"))
+    (tmp_path / "digit.png").write_text("pixels")  # moto takes text only
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SageMakerRuntimeResponse, "invoke_endpoint", record)
+        request = ("--request", str(tmp_path / "request.json"))
+        result = deploy(launch, "pytorch", *endpoint, *folder, *request, **aws.variables)
+        assert result.output == "body\n"  # moto's answer
+        command = "python launch/deploy.py pytorch --endpoint digits --delete"
+        expected = f"Created model, endpoint configuration, endpoint digits. To delete: {command}\n"
+        assert expected in result.errors
+        image = ("--request", str(tmp_path / "digit.png"))
+        assert deploy(launch, "pytorch", *endpoint, *image, **aws.variables).output == "body\n"
+    assert [kind for kind, _ in sent] == ["application/json", "application/x-image"]
+
+    created = aws.sagemaker.describe_model(ModelName="digits")
+    assert created["ExecutionRoleArn"] == ROLE
+    address = created["PrimaryContainer"]["ModelDataUrl"]
+    assert address == "s3://my-models/digits/model.tar.gz"
+    assert aws.sagemaker.describe_endpoint(EndpointName="digits")["EndpointConfigName"] == "digits"
+    aws.download(address, tmp_path / "archive")
+    with tarfile.open(tmp_path / "archive/file") as archive:
+        names = [entry.name for entry in archive if entry.isfile()]
+        assert names == sorted([*MODELS["pytorch"], *CODE])
+        assert {(entry.mtime, entry.uid, entry.uname) for entry in archive} == {(0, 0, "")}
+
+    result = deploy(launch, "pytorch", *endpoint, "--delete", **aws.variables)
+    assert result.errors == "Deleted endpoint, endpoint configuration, model digits\n"
+    assert not aws.sagemaker.list_endpoints(NameContains="digits")["Endpoints"]
+    assert not aws.sagemaker.list_endpoint_configs(NameContains="digits")["EndpointConfigs"]
+    assert not aws.sagemaker.list_models(NameContains="digits")["Models"]
+    result = deploy(launch, "pytorch", *endpoint, "--delete", code=1, **aws.variables)
+    assert result.error_line.startswith("error: --endpoint digits: no endpoint, endpoint configuration or")
+
+
+def test_the_model_of_a_finished_job(launch, aws):
+    aws.s3.create_bucket(Bucket="my-jobs")
+    aws.sagemaker.create_training_job(
+        TrainingJobName="job-1",
+        RoleArn=ROLE,
+        AlgorithmSpecification={"TrainingImage": "image", "TrainingInputMode": "File"},
+        OutputDataConfig={"S3OutputPath": "s3://my-jobs/"},
+        ResourceConfig={"InstanceType": "ml.m5.large", "InstanceCount": 1, "VolumeSizeInGB": 1},
+        StoppingCondition={"MaxRuntimeInSeconds": 60},
+    )
+    words = ("xgboost", "--role", ROLE, "--job", "job-1", "--endpoint", "trees", "--serverless", "--no-wait")
+
+    def refused_as(status):
+        described = FakeTrainingJob.response_object.fget
+        facts = {"TrainingJobStatus": status, "FailureReason": "no data"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                FakeTrainingJob, "response_object", property(lambda self: {**described(self), **facts})
+            )
+            return deploy(launch, *words, code=1, **aws.variables).error_line
+
+    expected = "expected a job that is Completed or Stopped"
+    assert refused_as("Failed") == f"error: --job job-1 is Failed (no data): {expected}"
+    assert refused_as("InProgress") == f"error: --job job-1 is InProgress: {expected}"
+    missing = "has no model at s3://my-jobs/job-1/output/model.tar.gz"
+    assert refused_as("Stopped").startswith(f"error: --job job-1 is Stopped, but {missing}")
+    assert not aws.sagemaker.list_models(NameContains="trees")["Models"]
+
+    aws.s3.put_object(Bucket="my-jobs", Key="job-1/output/model.tar.gz", Body=b"")
+    deploy(launch, *words, **aws.variables)
+    container = aws.sagemaker.describe_model(ModelName="trees")["PrimaryContainer"]
+    assert container["ModelDataUrl"] == "s3://my-jobs/job-1/output/model.tar.gz"
+    [variant] = aws.sagemaker.describe_endpoint_config(EndpointConfigName="trees")["ProductionVariants"]
+    assert variant["ServerlessConfig"]["MemorySizeInMB"] == 2048
+    deploy(launch, "xgboost", "--endpoint", "trees", "--delete", **aws.variables)
+
+
+def test_what_a_failed_deployment_leaves_is_named_and_can_be_deleted(launch, aws, model):
+    words = ("mxnet", "--role", ROLE, "--bucket", "my-models", "--model-dir", model("mxnet"))
+    words += ("--endpoint", "unlucky")
+    delete = ("mxnet", "--endpoint", "unlucky", "--delete")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SageMakerResponse, "create_endpoint", refuse)
+        result = deploy(launch, *words, code=1, **aws.variables)
+    assert "quota" in result.error_line
+    assert "Created model, endpoint configuration unlucky. To delete: python launch/dep" in result.errors
+    result = deploy(launch, *delete, **aws.variables)
+    assert result.errors == "Deleted endpoint configuration, model unlucky\n"
+
+    init = FakeEndpoint.__init__
+
+    def fail(self, *args, **options):
+        init(self, *args, **options)
+        self.endpoint_status, self.failure_reason = "Failed", "The ping did not succeed."
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeEndpoint, "__init__", fail)
+        result = deploy(launch, *words, code=1, **aws.variables)
+    assert result.error_line.startswith("error: endpoint unlucky is Failed: The ping did not succeed. (its l")
+    assert "Created model, endpoint configuration, endpoint unlucky. To delete:" in result.errors
+    deploy(launch, *delete, **aws.variables)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--job", "job-1"], "--role is missing"),
+        ([], "nothing to do: add --job or --model-dir to deploy, --request to ask, or --delete"),
+        (["--delete"], "--endpoint is missing"),
+        (
+            ["--role", ROLE, "--model-dir", "absent"],
+            "--model-dir absent: no such folder: expected what pytorch/",
+        ),
+        (
+            ["--role", ROLE, "--model-dir", str(ROOT / "launch")],
+            "model.pth is missing: expected what pytorch/",
+        ),
+        (
+            ["--endpoint", "a", "--request", "a.txt"],
+            "expected a .json, .csv, .npy, .jpg, .jpeg, .png file, got",
+        ),
+        (["--endpoint", "a", "--request", "a.csv"], "argument --request: no such file: 'a.csv'"),
+        (
+            ["--role", ROLE, "--job", "a", "--memory", "2048"],
+            "--memory is for serverless endpoints: add --serv",
+        ),
+        (["--role", ROLE, "--job", "a", "--serverless", "--memory", "2000"], "invalid choice: 2000"),
+    ],
+)
+def test_a_mistake_in_the_flags_of_an_endpoint_is_one_line(launch, words, message):
+    result = deploy(launch, "pytorch", *words, code=2)
+    assert message in result.error_line
+    assert result.errors.count("\n") == 1
 
 
 # SIGTERM ----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def definitions(framework):
 def test_each_framework_folder_is_complete_and_shadows_no_library(name):
     folder = ROOT / name
     names = {path.name for path in folder.iterdir()} - {"__pycache__"}
-    assert names == {"common", "engine.py", "train.py"}
+    assert names == {"common", "engine.py", "inference.py", "train.py"}
     assert (folder / "common").is_symlink()
     assert (folder / "common").readlink().as_posix() == "../common"
     assert not (ROOT / "setup.py").exists()

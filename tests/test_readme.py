@@ -70,6 +70,7 @@ def clone(tmp_path_factory):
         (folder / ".venv" / name).touch()
     for name in (".venv-sdk2", ".venv-sdk3"):
         (folder / name).symlink_to(ROOT / name)
+    Image.new("L", (8, 8)).save(folder / "digit.png")
     generator = np.random.default_rng(0)
     for channel, count in (("train", 40), ("validation", 10)):
         for name, colour in (("cats", 60), ("dogs", 180)):
@@ -98,6 +99,9 @@ def test_the_commands_of_the_readme_run_as_they_stand(clone):
     assert "\nbit-identical: True\n" in finished.stdout
     for framework in ("pytorch", "tensorflow", "mxnet", "xgboost"):
         assert (clone / "output" / framework / "data/metrics.json").is_file()
+    assert "\n20 predictions in predictions.csv\n" in finished.stdout
+    assert "A restart takes checkpoint-" in finished.stdout
+    assert (clone / "output/epoch-3/model/model.pth").is_file()
     assert not any(path.is_symlink() for path in (clone / "my-job").rglob("*"))
     assert (clone / "my-job/output/checkpoints/checkpoint-1.pt").is_file()
 
@@ -112,7 +116,7 @@ def test_make_train_twice_leaves_nothing_to_train(clone):
 
 
 def test_the_python_of_the_readme_is_python():
-    assert len(blocks("python")) == 1
+    assert len(blocks("python")) == 2
     for block in blocks("python"):
         compile(block, "README.md", "exec")
 

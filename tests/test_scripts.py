@@ -157,11 +157,9 @@ def test_one_epoch_trains_and_writes_a_checkpoint_a_model_and_metrics(framework,
     assert (folder / "model" / MODEL_FILES[framework]).is_file()
     assert sorted(os.listdir(folder / "data")) == ["history.csv", "metrics.json"]
     assert os.listdir(tmp_path) == ["runs"]
-    if framework == "xgboost":  # SageMaker's container loads each file without a dot as a model
-        assert (folder / "model/.model.json").is_file()
-    else:
-        facts = json.loads((folder / "model/model.json").read_text())
-        assert facts["class_names"] == [str(digit) for digit in range(10)]
+    # SageMaker's XGBoost container loads each file beside the model as a model.
+    facts = folder / "model" / ("code/model.json" if framework == "xgboost" else "model.json")
+    assert json.loads(facts.read_text())["class_names"] == [str(digit) for digit in range(10)]
 
 
 def test_the_log_line_has_the_same_keys_in_all_scripts(framework, uninterrupted):
@@ -201,8 +199,9 @@ logits = model.eval()(torch.from_numpy(inputs)).detach().numpy()
 """,
     "tensorflow": """
 import tensorflow as tf
-logits = tf.saved_model.load(str(folder / "1")).signatures["serving_default"](tf.constant(pixels))
-logits = list(logits.values())[0].numpy()
+logits = tf.saved_model.load(str(folder / "1")).signatures["serving_default"](
+    tf.constant(pixels, tf.float32)
+)["logits"].numpy()
 """,
     "mxnet": """
 np.bool = bool

@@ -1,20 +1,11 @@
 """Whether two trainings have ended with the same bits."""
 
 import csv
-import subprocess
-import sys
+import json
 from pathlib import Path
 
-# Keras writes the variables a second time, in another order each time, and a fingerprint of that: here are
-# the first.
-SAVED_MODEL = """
-import sys
-import tensorflow as tf
-reader = tf.train.load_checkpoint(sys.argv[1])
-for name in sorted(reader.get_variable_to_shape_map()):
-    if name.startswith("variables/"):
-        print(name, reader.get_tensor(name).tobytes().hex())
-"""
+# Its functions are numbered by how many TensorFlow has made before, which an interruption changes.
+NUMBERED = ("saved_model.pb", "fingerprint.pb")
 TIMES = ("seconds", "samples_per_second")
 
 
@@ -29,18 +20,19 @@ def differences(folder, other, history="output/data/history.csv"):
 
 
 def read_model(folder):
-    """Return the content of an exported model: bytes by names of files, or of variables of a SavedModel."""
+    """Return the content of an exported model, as bytes by names of files.
+
+    The flags in `model.json` are left out, which may differ, and of a SavedModel all but its variables.
+    """
     files = {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
-    saved_models = {str(Path(name).parent) for name in files if Path(name).name == "saved_model.pb"}
-    content = {
-        name: path.read_bytes() for name, path in files.items() if Path(name).parts[0] not in saved_models
-    }
-    for name in saved_models:
-        command = [sys.executable, "-c", SAVED_MODEL, str(folder / name / "variables/variables")]
-        lines = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ).stdout
-        content.update((f"{name}/{line.split()[0]}", line) for line in lines.splitlines())
+    content = {}
+    for name, path in files.items():
+        if path.name == "model.json":
+            facts = json.loads(path.read_text())
+            facts["flags"] = facts["paths"] = None
+            content[name] = json.dumps(facts).encode()
+        elif path.name not in NUMBERED and "__pycache__" not in path.parts:
+            content[name] = path.read_bytes()
     return content
 
 

@@ -27,11 +27,13 @@ with errors.importing("XGBoost", "Install it with: pip install xgboost"):
 
 CHECKPOINT = "xgboost-checkpoint.{}"  # the last round, counted from 0, as in SageMaker's own container
 FIRST_NUMBER = 0  # in the name of the checkpoint after the first round
-MODEL_FACTS = ".model.json"  # SageMaker's own container loads each file without a dot as a model
+FRAMEWORK = "xgboost", str(xgb.__version__)
+MODEL_FACTS = "code/model.json"  # SageMaker's own container loads each file beside the model as a model
 WEEK = 7 * 24 * 3600  # seconds
 
 QUANTILE_METHODS = ("auto", "hist")  # these build trees from quantiles of the columns, made in advance
 DEFAULT_METRICS = {"multi": "mlogloss,merror", "binary": "logloss,error", "reg": "rmse"}
+PROBABILITIES = "multi:softprob", "binary:logistic"  # objectives whose predictions are probabilities
 LOG_NAMES = {"logloss": "loss", "mlogloss": "loss", "error": "accuracy", "merror": "accuracy"}
 
 
@@ -105,12 +107,10 @@ def _choose_objective(labels, num_classes):
 class State:
     """The part of the training state that no parameter changes: device, workers, matrices.
 
-    A subclass sets `params`.
-
     Attributes:
-        params: XGBoost's parameters.
+        params: XGBoost's parameters; `train` sets them.
         booster: the trees; None before the first round.
-        feature_names: the names of the columns, or None.
+        feature_names, feature_types: the names and types of the columns, or None.
     """
 
     def __init__(self, args, run, data):
@@ -118,8 +118,9 @@ class State:
         self.data = data
         self.device = run.device
         self.workers = run.workers
+        self.params = {}
         self.booster = None
-        self.feature_names = None
+        self.feature_names = self.feature_types = None
         self._tracker = None  # the main process's: where XGBoost's own engines meet
 
     @contextlib.contextmanager
@@ -136,7 +137,7 @@ class State:
         try:
             self._connect()
             train, validation = self._build_matrices()
-            self.feature_names = train.feature_names
+            self.feature_names, self.feature_types = train.feature_names, train.feature_types
             yield train, validation
             self._disconnect()
         except Interrupted:
@@ -207,6 +208,22 @@ class State:
             "number of classes": int(self.params.get("num_class", 0)),
         }
 
+    @property
+    def model_facts(self):
+        """What `model.json` says about the model: all of it is in the booster."""
+        learner = json.loads(self.booster.save_config())["learner"]
+        objective = learner["objective"]["name"]
+        num_classes = int(learner["learner_model_param"]["num_class"]) or 2
+        is_classifier = objective in PROBABILITIES
+        return {
+            "objective": objective,
+            "num_columns": self.booster.num_features(),
+            "column_names": self.booster.feature_names,
+            "column_types": self.booster.feature_types,
+            "class_names": [str(number) for number in range(num_classes)] if is_classifier else None,
+            "outputs": "probabilities" if is_classifier else "values",
+        }
+
     def load_epoch(self, epoch):
         """Go back to the trees of the first `epoch` rounds."""
         self.booster = self.booster[:epoch]
@@ -219,9 +236,8 @@ class State:
 
 
 def _matrix(table, options):
-    return xgb.DMatrix(
-        table.features, table.labels, weight=table.weights, feature_names=table.names, **options
-    )
+    options = {**options, "feature_names": table.names, "feature_types": table.types}
+    return xgb.DMatrix(table.features, table.labels, weight=table.weights, **options)
 
 
 def _as_list(value):
@@ -246,7 +262,13 @@ class Batches(xgb.DataIter):
         part = next(self.parts, None)
         if part is None:
             return False
-        input_data(data=part.features, label=part.labels, weight=part.weights, feature_names=part.names)
+        input_data(
+            data=part.features,
+            label=part.labels,
+            weight=part.weights,
+            feature_names=part.names,
+            feature_types=part.types,
+        )
         return True
 
 
@@ -268,6 +290,7 @@ class Rounds(xgb.callback.TrainingCallback):
         self.run.defer_signals()
         if model.num_boosted_rounds():
             model.feature_names = self.state.feature_names
+            model.feature_types = self.state.feature_types
             version = tuple(map(int, xgb.__version__.split(".")[:2]))
             if version < (3, 4) and self.state.draws_samples():
                 log(
@@ -367,4 +390,4 @@ def describe_machine(args):
     if not num_threads and requested.isdigit():
         num_threads = int(requested)
     num_threads = num_threads or len(os.sched_getaffinity(0))
-    return {"CPU threads": num_threads, "xgboost": str(xgb.__version__)}
+    return {"CPU threads": num_threads, **dict([FRAMEWORK])}

@@ -94,6 +94,7 @@ def build_metric(args):
 
 def train(args, run, state):
     """Train from the newest checkpoint to --num-round, with a checkpoint after each round."""
+    state.params = build_params(args, run.data)
     initial_epoch = run.restore(state)  # the number of finished rounds, 0 without a checkpoint
     if initial_epoch >= args.epochs:  # nothing left to train
         return
@@ -120,10 +121,6 @@ def train(args, run, state):
 
 class TrainingState(engine.State):
     """Everything that training changes."""
-
-    def __init__(self, args, run, data):
-        super().__init__(args, run, data)
-        self.params = build_params(args, data)
 
     def state_dict(self):
         """Return the content of a checkpoint."""

@@ -242,8 +242,7 @@ class TrainingState(engine.State):
 def export_model(run, state):
     """Write `1/`, a SavedModel for TensorFlow Serving."""
     with run.export() as folder:
-        state.reset_seeds()
-        state.model.export(folder / "1", verbose=False)
+        state.export(folder / "1")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""List the checkpoints of a training: what is in them, whether they are intact, which one a restart takes.
+
+    python -m common.list_checkpoints pytorch/train.py [FOLDER]
+
+FOLDER is that of the checkpoints; default: where the script would look for them. Nothing in it changes.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from common import checkpoints, errors, run
+from common.atomic_io import TEMPORARY
+from common.checkpoints import DAMAGED
+from common.errors import UserError
+from common.export import import_script, read_checkpoint
+
+MARKS = {".sagemaker-uploaded": "yes", ".sagemaker-uploading": "running"}  # that SageMaker writes
+COLUMNS = ("checkpoint", "epoch", "step", "MB", "age", "in S3", "state")
+
+
+def main(argv=None):
+    """Print the table; return the exit code: 1 if there are checkpoints and none can be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.list_checkpoints",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("script", type=Path, help="train.py")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder of the checkpoints")
+    args = parser.parse_args(argv)
+    try:
+        train = import_script(args.script)
+        return print_table(train.engine, args.folder or train.parse_args([]).checkpoint_path)
+    except Exception as error:
+        return run.report_error(error)
+
+
+def print_table(engine, folder):
+    """Print what is in the folder, newest first; return the exit code."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is not a folder: expected checkpoints such as {engine.CHECKPOINT.format(1)}"
+        )
+    found = checkpoints.find_checkpoints(folder, engine.CHECKPOINT)
+    rows = [_describe(engine, folder, name) for _, name in found]
+    metrics = list(dict.fromkeys(name for _, values in rows for name in values))
+    titles = [*COLUMNS, *metrics]
+    lines = [titles]
+    for cells, values in rows:
+        lines.append([*cells, *(f"{values[name]:.4f}" if name in values else "" for name in metrics)])
+    widths = [max(len(line[index]) for line in lines) for index in range(len(titles))]
+    for line in lines if found else []:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith((DAMAGED, TEMPORARY)):
+            kind = (
+                "damaged, kept for inspection"
+                if path.name.endswith(DAMAGED)
+                else "being written, or left over"
+            )
+            print(f"{path.name}: {kind}")
+    intact = [cells[0] for cells, _ in rows if cells[-1] == "intact"]
+    if intact:
+        print(f"A restart takes {intact[0]}")
+    elif found:
+        print("A restart would end with an error: none of the checkpoints can be read")
+    else:
+        print(f"A restart would begin at the first epoch: no checkpoints in {folder}")
+    return 1 if found and not intact else 0
+
+
+def _describe(engine, folder, name):
+    """Return the cells of a checkpoint's row, and the validation metrics of its last finished epoch."""
+    path = folder / name
+    size, age = path.stat().st_size / 1e6, max(0, time.time() - path.stat().st_mtime)
+    marks = [text for suffix, text in MARKS.items() if path.with_name(name + suffix).exists()]
+    epoch = step = ""
+    state = "intact"
+    metrics = {}
+    try:
+        progress = read_checkpoint(engine, path)["progress"]
+        epoch, step = progress["epoch"], progress.get("step", 0) or ""
+        history = progress.get("history", [])
+        metrics = {
+            key: value for row in history[-1:] for key, value in row.items() if key.startswith("validation_")
+        }
+    except (UserError, LookupError, TypeError) as error:
+        state = f"damaged: {errors.first_line(error)[:60]}"
+    cells = [name, epoch, step, f"{size:.1f}", _age(age), "".join(marks[:1]) or "-", state]
+    return list(map(str, cells)), metrics
+
+
+def _age(seconds):
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+../../pytorch/inference.py

@@ -1,0 +1,1 @@
+../../tensorflow/inference.py

@@ -1,0 +1,1 @@
+../../xgboost/inference.py

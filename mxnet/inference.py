@@ -1,0 +1,69 @@
+"""Predict with a model that `train.py` has exported: photos on your machine, or requests on SageMaker.
+
+Local:      python mxnet/inference.py photos/ --model-dir output/mxnet/model
+SageMaker:  its MXNet container finds this file in `code/` of the model; see launch/deploy.py
+
+The exported network contains the normalization of its images: after a change of `build_model` nothing changes
+here. The four functions are those of SageMaker's inference toolkit,
+https://github.com/aws/sagemaker-mxnet-inference-toolkit.
+"""
+
+import sys
+from pathlib import Path
+
+from common import serving
+
+if __name__ == "__main__":
+    args = serving.parse_args("mxnet", __file__, __doc__)  # before the slow imports
+
+import engine  # noqa: F401 - prepares NumPy for MXNet
+import mxnet as mx
+
+
+class Model(mx.gluon.Block):  # SageMaker's container refuses other classes
+    """A network that is ready to predict.
+
+    Attributes:
+        facts: the content of `model.json`.
+    """
+
+    def __init__(self, model_dir):
+        super().__init__()
+        self.facts = serving.read_facts(model_dir)
+        self.device = mx.gpu() if mx.context.num_gpus() else mx.cpu()
+        symbol, weights = Path(model_dir, "model-symbol.json"), Path(model_dir, "model-0000.params")
+        self.network = mx.gluon.SymbolBlock.imports(str(symbol), ["data"], str(weights), self.device)
+
+    def forward(self, samples):
+        """Return the outputs of the network for samples, images as an array (n, height, width, channels)."""
+        if samples.ndim == 4:
+            samples = samples.transpose(0, 3, 1, 2)
+        outputs = self.network(mx.nd.array(samples, self.device, samples.dtype))
+        if isinstance(outputs, (list, tuple)):
+            return [output.astype("float32").asnumpy() for output in outputs]
+        return outputs.astype("float32").asnumpy()
+
+
+def model_fn(model_dir):
+    """Return the model in a folder."""
+    return Model(model_dir)
+
+
+def input_fn(body, content_type):
+    """Return the content of a request."""
+    return serving.decode(body, content_type)
+
+
+def predict_fn(content, model):
+    """Return a prediction for each sample of a request."""
+    samples = serving.to_samples(content, model.facts)
+    return serving.answers(model(samples), model.facts)
+
+
+def output_fn(predictions, accept):
+    """Return the body and the content type of an answer."""
+    return serving.encode(predictions, accept)
+
+
+if __name__ == "__main__":
+    sys.exit(serving.predict_files(args, model_fn, predict_fn))
