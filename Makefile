@@ -2,7 +2,7 @@
 # make spot [FRAMEWORK=...] [SPOT="--interrupt-after 20s"] [ARGS="--epochs 20"]
 # make check         (some minutes the first time, then two: ruff, and tests of a few seconds)
 # make test          (all tests: half an hour on two cores)
-# make integration   (interruptions at random moments: three quarters of an hour)
+# make integration   (random interruptions, and SageMaker's serving toolkits: three quarters of an hour)
 # make examples      (renews the examples from their templates, see examples/README.md)
 # make bench [BENCH="checkpoint rounds --repetitions 5"]
 
@@ -29,7 +29,7 @@ test: .venv/spot-installed .venv-sdk2/installed .venv-sdk3/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
 
-integration: .venv/installed
+integration: .venv/installed .venv-serving/installed
 	.venv/bin/python -m pytest -m integration --numprocesses 0 --capture no
 
 examples: .venv/installed
@@ -59,3 +59,13 @@ bench: .venv/spot-installed
 .venv-sdk%/installed: launch/requirements-v%.txt | .venv/installed
 	@echo "Setting up .venv-sdk$* for the launchers: takes some minutes, once"
 	@.venv/bin/python -m venv .venv-sdk$* && .venv-sdk$*/bin/python -m pip install --quiet --requirement $< && touch $@
+
+# SageMaker's serving toolkits, which find the frameworks in .venv.
+.venv-serving/installed: tests/requirements-serving.txt tests/requirements-serving-pytorch.txt | .venv/spot-installed
+	@echo "Setting up .venv-serving with SageMaker's serving toolkits: takes a minute, once"
+	@.venv/bin/python -m venv .venv-serving
+	@.venv-serving/bin/python -m pip install --quiet --no-deps --requirement $<
+	@.venv-serving/bin/python -m pip install --quiet --no-deps --upgrade --target .venv-serving/pytorch \
+	    --requirement tests/requirements-serving-pytorch.txt
+	@packages='import site; print(site.getsitepackages()[0])'; \
+	    .venv/bin/python -c "$$packages" > "$$(.venv-serving/bin/python -c "$$packages")/frameworks.pth" && touch $@

@@ -27,44 +27,31 @@ SUFFIXES = {".csv": "text/csv", ".json": "application/json", ".npy": "applicatio
 SUFFIXES.update(dict.fromkeys(images.EXTENSIONS, "application/x-image"))
 
 
-def _error_classes():
-    """Return the exceptions that SageMaker's servers answer with a status of the request's fault."""
-    classes = []
-    try:
-        from sagemaker_inference.errors import BaseInferenceToolkitError
-
-        classes.append(BaseInferenceToolkitError)
-    except ImportError:
-        pass
-    try:
-        from werkzeug.exceptions import HTTPException  # the server of the XGBoost container is Flask
-
-        classes.append(HTTPException)
-    except ImportError:
-        pass
-    return classes or [Exception]
+try:  # the exception that SageMaker's servers answer with its own status
+    from sagemaker_inference.errors import BaseInferenceToolkitError as ServingError
+except ImportError:
+    ServingError = Exception
 
 
-class BadRequest(*_error_classes()):
+class RequestError(ServingError):
     """A request that cannot be answered: what it contains and what was expected.
 
     Attributes:
-        message: the text.
-        status_code: 400, or 415 for an unknown content type.
+        message, phrase: the text.
+        status_code: 400; 415 for an unknown content type, 406 for one that is not written here.
     """
 
     def __init__(self, message, status_code=400):
         Exception.__init__(self, message)
-        self.message = self.phrase = self.description = message  # the names that the servers read
-        self.status_code = self.code = status_code
-        self.response = None
+        self.message = self.phrase = message
+        self.status_code = status_code
 
     def __str__(self):
         return self.message
 
 
 def with_status(function):
-    """Make a function of `inference.py` answer with the status of a BadRequest where the server is Flask.
+    """Make a function of `inference.py` answer with the status of a RequestError where the server is Flask.
 
     SageMaker's XGBoost container hides each exception in one of its own, which Flask answers with 500.
     """
@@ -73,7 +60,7 @@ def with_status(function):
     def call(*args):
         try:
             return function(*args)
-        except BadRequest as error:
+        except RequestError as error:
             flask = sys.modules.get("flask")
             if flask and flask.has_request_context():
                 answer = flask.Response(error.message, error.status_code, mimetype="text/plain")
@@ -114,19 +101,19 @@ def decode(body, content_type):
         body: bytes or text.
         content_type: such as "application/json".
 
-    Raises BadRequest.
+    Raises RequestError.
     """
     kind = (content_type or "").split(";")[0].strip().lower()
     readers = {"application/json": _read_json, "text/csv": _read_csv, "application/x-npy": _read_npy}
     readers.update(dict.fromkeys(IMAGE_TYPES, _read_image))
     if kind not in readers:
-        raise BadRequest(f"the content type is {content_type}: expected one of {', '.join(readers)}", 415)
+        raise RequestError(f"the content type is {content_type}: expected one of {', '.join(readers)}", 415)
     if isinstance(body, str):
         body = body.encode()
     try:
         return readers[kind](bytes(body))
     except Exception as error:  # each reader has its own
-        raise BadRequest(f"the body cannot be read as {kind}: {errors.first_line(error)}") from error
+        raise RequestError(f"the body cannot be read as {kind}: {errors.first_line(error)}") from error
 
 
 def _read_json(body):
@@ -148,7 +135,10 @@ def _read_npy(body):
 
 
 def _read_image(body):
-    return decoder.open_image(io.BytesIO(body))
+    try:
+        return decoder.open_image(io.BytesIO(body))
+    except OSError as error:  # Pillow's own text has the address of the buffer
+        raise ValueError("it is no image, or a damaged one") from error
 
 
 def to_samples(content, facts):
@@ -158,7 +148,7 @@ def to_samples(content, facts):
         float32 array (n, height, width, channels) of pixels from 0 to 255 for a network that was trained with
         images of uint8; otherwise an array (n, *shape) of the training samples' type.
 
-    Raises BadRequest if that is impossible.
+    Raises RequestError if that is impossible.
     """
     shape = tuple(facts["sample_shape"])
     is_image = facts["sample_type"] == "uint8"
@@ -166,20 +156,20 @@ def to_samples(content, facts):
         content = _fit_image(content, shape, is_image)
     expected = f"expected samples of shape {shape} ({facts['sample_type']})"
     if isinstance(content, list) or content.dtype.kind not in "uifb":
-        raise BadRequest(f"the request contains no numbers: {expected}")
+        raise RequestError(f"the request contains no numbers: {expected}")
     samples = content
     if samples.shape == shape:
         samples = samples[np.newaxis]
     if samples.ndim == 2 and samples.shape[1] == math.prod(shape):  # the rows of a CSV file
         samples = samples.reshape(-1, *shape)
     if samples.shape[1:] != shape or len(samples) == 0:
-        raise BadRequest(f"the request contains an array of shape {content.shape}: {expected}")
+        raise RequestError(f"the request contains an array of shape {content.shape}: {expected}")
     if not np.isfinite(samples).all():
-        raise BadRequest(f"the request contains values that are infinite or not a number: {expected}")
+        raise RequestError(f"the request contains values that are infinite or not a number: {expected}")
     if not is_image:
         return samples.astype(facts["sample_type"])
     if samples.min() < 0 or samples.max() > 255:
-        raise BadRequest(
+        raise RequestError(
             f"the request contains pixels from {samples.min():g} to {samples.max():g}: expected 0 to 255"
         )
     return samples.astype(np.float32)
@@ -188,7 +178,7 @@ def to_samples(content, facts):
 def _fit_image(image, shape, is_image):
     """Return the pixels of an image in the size of the training images, resized as they were."""
     if not is_image or len(shape) != 3 or shape[2] not in (1, 3):
-        raise BadRequest(f"the model takes no images: expected samples of shape {shape} as JSON or .npy")
+        raise RequestError(f"the model takes no images: expected samples of shape {shape} as JSON or .npy")
     if shape[2] == 1:
         image = image.convert("L")
     if image.size != shape[1::-1]:
@@ -199,21 +189,23 @@ def _fit_image(image, shape, is_image):
 def to_rows(content, facts):
     """Return what `decode` has returned as a float32 array (n, columns) for boosted trees.
 
-    Raises BadRequest if that is impossible.
+    Raises RequestError if that is impossible.
     """
     names = facts["column_names"]
     count = facts["num_columns"]
-    expected = f"expected {count} columns" + (f" ({', '.join(names[:5])}, ...)" if names else "")
+    expected = f"expected {count} columns"
+    if names:
+        expected += f" ({', '.join(names[:5])}{', ...' if count > 5 else ''})"
     if isinstance(content, list):
         missing = [name for name in names or [] if any(name not in row for row in content)]
         if not names or missing:
-            raise BadRequest(f"the rows have no column {', '.join(missing) or 'names here'}: {expected}")
+            raise RequestError(f"the rows have no column {', '.join(missing) or 'names here'}: {expected}")
         content = np.array([[row[name] for name in names] for row in content], np.float64)
     if hasattr(content, "convert") or content.dtype.kind not in "uifb":
-        raise BadRequest(f"the request contains no numbers: {expected}")
+        raise RequestError(f"the request contains no numbers: {expected}")
     rows = content[np.newaxis] if content.ndim == 1 else content
     if rows.ndim != 2 or rows.shape[1] != count or len(rows) == 0:
-        raise BadRequest(f"the request contains an array of shape {content.shape}: {expected}")
+        raise RequestError(f"the request contains an array of shape {content.shape}: {expected}")
     return rows.astype(np.float32)
 
 
@@ -256,7 +248,7 @@ def answers(outputs, facts):
 def encode(predictions, accept):
     """Return the body and the content type of an answer, as JSON or as CSV.
 
-    Raises BadRequest for another `accept`.
+    Raises RequestError for another `accept`.
     """
     wanted = [kind.split(";")[0].strip().lower() for kind in (accept or "*/*").split(",")]
     if "text/csv" in wanted:
@@ -264,7 +256,7 @@ def encode(predictions, accept):
         csv.writer(text, lineterminator="\n").writerows(map(_columns, predictions))
         return text.getvalue(), "text/csv"
     if not {"application/json", "*/*", "application/*"} & set(wanted):
-        raise BadRequest(f"the accepted type is {accept}: expected application/json or text/csv", 406)
+        raise RequestError(f"the accepted type is {accept}: expected application/json or text/csv", 406)
     return json.dumps({"predictions": predictions}), "application/json"
 
 
@@ -321,7 +313,7 @@ def predict_files(args, model_fn, predict_fn):
         for path in files:
             try:
                 predictions = predict_fn(decode(path.read_bytes(), SUFFIXES[path.suffix.lower()]), model)
-            except (BadRequest, OSError) as error:
+            except (RequestError, OSError) as error:
                 failures += 1
                 print(f"error: {path}: {error}", file=sys.stderr)
                 continue

@@ -36,7 +36,7 @@ def input_handler(data, context):
 def output_handler(response, context):
     """Return the body and the content type of the answer to TensorFlow Serving's answer."""
     if response.status_code != 200:
-        raise serving.BadRequest(response.content.decode(), response.status_code)
+        raise serving.RequestError(response.content.decode(), response.status_code)
     facts = _facts()
     rows = response.json()["predictions"]
     names = [facts["outputs"]] if facts["outputs"] != "values" else None
