@@ -16,7 +16,8 @@ import numpy as np
 from common.errors import UserError
 
 STATISTICS_SAMPLES = 1024  # the mean of a channel is then known to about a hundredth of its deviation
-FINGERPRINT_SAMPLES = 16
+FINGERPRINT_SAMPLES = 16  # of a data set that reads them one by one
+FINGERPRINT_ROWS = 256  # of arrays
 
 
 class ArrayDataset:
@@ -50,7 +51,7 @@ class ArrayDataset:
     def fingerprint(self):
         """Return the checksums of all labels and of some images."""
         labels = self.labels[self.indices]
-        images = self.images[self.indices[:FINGERPRINT_SAMPLES]]
+        images = self.images[self.indices[spread(len(self), FINGERPRINT_ROWS)]]
         return {
             "checksum of the labels": zlib.crc32(np.ascontiguousarray(labels)),
             "checksum of some images": zlib.crc32(np.ascontiguousarray(images)),
@@ -117,7 +118,7 @@ def describe(train, validation, read_samples):
         )
     mean = std = None
     if samples.dtype == np.uint8 and samples.ndim == 4:
-        indices = np.linspace(0, len(train) - 1, min(len(train), STATISTICS_SAMPLES)).astype(np.int64)
+        indices = spread(len(train), STATISTICS_SAMPLES)
         mean, std = channel_statistics(read_samples(train, indices)[0])
     label = labels[0]
     return Data(
@@ -133,12 +134,21 @@ def describe(train, validation, read_samples):
     )
 
 
+def spread(count, wanted):
+    """Return at most `wanted` of the indices below `count`, evenly spread."""
+    return np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)
+
+
 def channel_statistics(images):
     """Return mean and standard deviation of each channel of uint8 images (n, height, width, channels)."""
+    num_channels = images.shape[3]
+    histograms = np.zeros((num_channels, 256))
+    for image in images:  # one by one they stay in the processor's cache
+        for channel in range(num_channels):
+            histograms[channel] += np.bincount(image[..., channel].ravel(), minlength=256)
     levels = np.arange(256, dtype=np.float64)
     means, stds = [], []
-    for channel in range(images.shape[3]):
-        counts = np.bincount(images[..., channel].ravel(), minlength=256)
+    for counts in histograms:
         mean = (counts * levels).sum() / counts.sum()
         variance = (counts * (levels - mean) ** 2).sum() / counts.sum()
         means.append(mean)
@@ -160,9 +170,39 @@ def fingerprint(dataset, read_samples):
     """Return plain values that differ if the data differ: the data set's own, or checksums of samples."""
     if hasattr(dataset, "fingerprint"):
         return dataset.fingerprint()
-    indices = np.linspace(0, len(dataset) - 1, min(len(dataset), FINGERPRINT_SAMPLES)).astype(np.int64)
+    indices = spread(len(dataset), FINGERPRINT_SAMPLES)
     samples, labels, _ = read_samples(dataset, indices)
     return {
         "checksum of some samples": zlib.crc32(np.ascontiguousarray(samples)),
         "checksum of some labels": zlib.crc32(np.ascontiguousarray(labels)),
     }
+
+
+def hold_out(labels, seed):
+    """Return the indices of a tenth of the samples, and of the others, both in random order.
+
+    Each class gives its share, and at least one sample if there are as many held out as classes.
+
+    Args:
+        labels: (n,), the classes of the samples.
+        seed: of the random order.
+    """
+    order = np.random.default_rng((seed, 0)).permutation(len(labels))
+    _, classes, counts = np.unique(labels[order], return_inverse=True, return_counts=True)
+    by_class = np.argsort(classes, kind="stable")
+    starts = np.cumsum(counts) - counts
+    shares = np.empty(len(labels))
+    shares[by_class] = (np.arange(len(labels)) - np.repeat(starts, counts)) / np.repeat(counts, counts)
+    chosen = np.argsort(shares, kind="stable")[: max(1, len(labels) // 10)]
+    is_held_out = np.zeros(len(labels), bool)
+    is_held_out[chosen] = True
+    return order[is_held_out], order[~is_held_out]
+
+
+def check_apart(args):
+    """Raise UserError if the folder `--validation` is inside `--train`."""
+    if args.validation and args.train.resolve() in args.validation.resolve().parents:
+        raise UserError(
+            f"--validation {args.validation} is inside --train {args.train}, so that the training would see "
+            "it: pass two folders beside each other"
+        )

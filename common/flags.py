@@ -13,6 +13,9 @@ from pathlib import Path
 
 from common import errors
 
+CHANNEL = "SM_CHANNEL_"  # the beginning of the names of variables with the folders of SageMaker's channels
+NO_DATA = {"model", "code"}  # channels with something else; those of version 3 of the SDK begin with sm_
+
 
 def image_flags(framework):
     """Return the parser of an image script; `framework` names its folder below `output/`."""
@@ -191,13 +194,13 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
     )
     add(
         "--train",
-        type=_path,
+        type=_data_path,
         default=env("SM_CHANNEL_TRAIN") or env("SM_CHANNEL_TRAINING"),
         help="folder with the training data; default: scikit-learn's handwritten digits",
     )
     add(
         "--validation",
-        type=_path,
+        type=_data_path,
         default=env("SM_CHANNEL_VALIDATION") or env("SM_CHANNEL_TEST"),
         help="folder with the validation data; default: a tenth of the training data, held out",
     )
@@ -288,6 +291,7 @@ class _Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(self._explain(unknown[0]))
+        self._check_channels(args)
         args.output = args.output or self.get_default("output")
         checkpoints, model, results = _default_folders(args.output)
         if str(args.model_dir).startswith("s3://"):
@@ -298,6 +302,16 @@ class _Parser(argparse.ArgumentParser):
         args.model_dir = Path(args.model_dir or model)
         args.output_data_dir = args.output_data_dir or results
         return args
+
+    def _check_channels(self, args):
+        """Exit with code 2 if SageMaker has copied data under names that are not known here."""
+        names = [name[len(CHANNEL) :].lower() for name in os.environ if name.startswith(CHANNEL)]
+        others = [name for name in sorted(names) if name not in NO_DATA and not name.startswith("sm_")]
+        if others and args.train is None:
+            self.error(
+                f"the job has the channels {', '.join(others)}: expected train (or training), and optionally "
+                "validation (or test); rename them, or pass --train"
+            )
 
     def error(self, message):
         """Exit with code 2 and one line."""
@@ -357,7 +371,7 @@ def _path(text):
 
 def integer(minimum, maximum=float("inf")):
     """Return a parser of whole numbers from `minimum` to `maximum`, for argparse."""
-    return _number(int, "a whole number", minimum, maximum)
+    return _number(_whole, "a whole number", minimum, maximum)
 
 
 def real(minimum, maximum=float("inf")):
@@ -388,6 +402,25 @@ def _number(kind, what, minimum, maximum):
         return value
 
     return parse
+
+
+def _whole(text):
+    """Return a whole number; SageMaker may pass 5 as 5.0."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
+
+
+def _data_path(text):
+    if str(text).startswith("s3://"):
+        raise argparse.ArgumentTypeError(
+            f"expected a local folder, got {text!r}: copy it with `aws s3 sync`, or let SageMaker do that"
+        )
+    return _path(text)
 
 
 def _local_path(text):

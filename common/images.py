@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import math
 import os
 import subprocess
@@ -15,14 +16,34 @@ from pathlib import Path
 import numpy as np
 
 from common import decoder
-from common.datasets import ArrayDataset
+from common.datasets import ArrayDataset, check_apart, hold_out
 from common.errors import UserError
 from common.report import log
 
-EXTENSIONS = (".jpg", ".jpeg", ".png")
-EXPECTED = (
-    "expected one folder per class with .jpg or .png files, one .npz file, or {0}_data.npy and {0}_labels.npy"
+JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
+EXTENSIONS = (
+    *JPEG_EXTENSIONS,
+    ".png",
+    ".webp",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
 )
+EXTENSIONS += (".tga", ".ico", ".jp2", ".avif", ".mpo", ".pcx")
+EXPECTED = "expected one folder per class with images, one .npz file, or {0}_data.npy and {0}_labels.npy"
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # no classes, likely
+
+
+# Limit and use of the memory of a container, for both versions of Linux's control groups.
+CONTAINER_MEMORY = [
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
 
 
 def load_images(args):
@@ -41,10 +62,7 @@ def load_images(args):
         )
     train_indices = validation_indices = None
     if args.validation is None:
-        rng = np.random.default_rng((args.seed, 0))
-        order = rng.permutation(len(labels))
-        num_held_out = max(1, len(order) // 10)
-        validation_indices, train_indices = np.split(order, [num_held_out])
+        validation_indices, train_indices = hold_out(labels, args.seed)
         validation_images, validation_labels = images, labels
     else:
         validation_images, validation_labels = _read_validation(args, images.shape, classes)
@@ -137,11 +155,20 @@ def _read_folder(args, folder, flag, stem):
             images = np.load(pair[0], mmap_mode=mode, allow_pickle=False)
             labels = np.load(pair[1], allow_pickle=False)
         return _check_arrays(args, pair[0], images, labels)
-    classes = {path.name: _image_files(path) for path in entries if path.is_dir()}
+    check_apart(args)
+    left_out = [path.name for path in entries if not path.is_dir()]
+    classes = {path.name: _image_files(path, left_out) for path in entries if path.is_dir()}
     if empty := [name for name, files in classes.items() if not files]:
-        endings = ", ".join(EXTENSIONS)
-        log(f"Skipping the folders without {endings} files in {flag} {folder}: {', '.join(empty)}")
+        log(f"Skipping the folders without images in {flag} {folder}: {', '.join(empty)}")
     classes = {name: files for name, files in classes.items() if files}
+    if left_out and classes:
+        examples = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        log(f"Left out of {flag} {folder}: {len(left_out)} files that are no images ({examples})")
+    if classes and {name.lower() for name in classes} <= SPLITS:
+        raise UserError(
+            f"{flag} {folder} holds the folders {', '.join(classes)}: they look like data sets, not classes; "
+            f"pass one of them, such as {flag} {folder / next(iter(classes))}"
+        )
     if not classes:
         names = ", ".join(path.name for path in entries[:5]) or "nothing"
         raise UserError(f"{flag} {folder} holds {names}: {EXPECTED.format(stem)}")
@@ -188,13 +215,27 @@ def _check_arrays(args, path, images, labels):
     return images, indices.astype(np.int64), classes
 
 
-def _image_files(folder):
-    """Return the names of the image files below `folder`, folder by folder in order, without hidden ones."""
+def _image_files(folder, left_out):
+    """Return the names of the image files below `folder`, folder by folder in order, without hidden ones.
+
+    Other files are added to the list `left_out`. Links to folders are followed, each folder once.
+    """
     found = []
-    for parent, folders, names in os.walk(folder):  # pathlib would take as long as decoding small images
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):  # pathlib would be much slower
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = [name for name in names if name.lower().endswith(EXTENSIONS)]
-        found += [f"{parent}/{name}" for name in sorted(images) if not name.startswith(".")]
+        place = os.stat(parent)
+        if (place.st_dev, place.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((place.st_dev, place.st_ino))
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(EXTENSIONS):
+                found.append(f"{parent}/{name}")
+            else:
+                left_out.append(name)
     return found
 
 
@@ -203,14 +244,15 @@ def _decode(args, flag, folder, files):
     first = _open(files[0]).size
     size = (args.image_size, args.image_size) if args.image_size else first
     log(f"Reading {len(files)} images from {flag} {folder}")
-    endings = (".jpg", ".jpeg")
-    are_jpegs = all(file.lower().endswith(endings) for file in files)
+    are_jpegs = all(file.lower().endswith(JPEG_EXTENSIONS) for file in files)
     if are_jpegs and importlib.util.find_spec("simplejpeg"):
         images, finished = _read_jpegs(files, size, args.image_size, first)
+        num_on_white = 0
     else:
-        images, finished = _read_with_pillow(files, size, args.image_size)
+        images, finished, num_on_white = _read_with_pillow(files, size, args.image_size)
     for index in np.flatnonzero(~finished):
         image = _open(files[index])
+        num_on_white += decoder.ON_WHITE in image.info
         if image.size != size and not args.image_size:
             raise UserError(
                 f"{flag} has images of different sizes: {files[0]} is {size[0]}x{size[1]} "
@@ -219,6 +261,8 @@ def _decode(args, flag, folder, files):
         if image.size != size:
             image = image.resize(size)
         images[index] = image
+    if num_on_white:
+        log(f"{num_on_white} images in {flag} {folder} are partly transparent: they are drawn on white")
     return images
 
 
@@ -258,6 +302,8 @@ def _read_jpeg(file, pixels, resize):
             content = os.read(descriptor, os.fstat(descriptor).st_size)
         finally:
             os.close(descriptor)
+        if b"Exif\0\0" in content[:4096] and _is_turned(content):
+            return _read_turned_jpeg(content, pixels, resize)
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
         if colors not in ("YCbCr", "Gray"):
             return False
@@ -268,16 +314,37 @@ def _read_jpeg(file, pixels, resize):
             pixels[:] = image.resize(pixels.shape[1::-1])
         else:
             return False
-    except (OSError, ValueError):
+    except Exception:
         return False  # Pillow reads more kinds of files, and its errors say what is wrong
     return True
 
 
+def _is_turned(content):
+    """Return whether a camera was held sideways when it took this JPEG file."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        return image.getexif().get(decoder.ORIENTATION, 1) != 1
+
+
+def _read_turned_jpeg(content, pixels, resize):
+    image = decoder.open_image(io.BytesIO(content))
+    size = pixels.shape[1::-1]
+    if image.size != size and not resize:
+        return False
+    pixels[:] = image.resize(size) if image.size != size else image
+    return True
+
+
 def _read_with_pillow(files, size, resize):
-    """Return the pixels of image files, and which were read, by processes: threads would take turns."""
+    """Return the pixels of image files, which were read, and how many of these were transparent.
+
+    Processes read them: threads would take turns.
+    """
     width, height = size
     images, place = _allocate((len(files), height, width, 3), np.uint8, shared=True)
     finished = np.zeros(len(files), bool)
+    num_on_white = 0
     num_useful = len(files) // 100  # a process starts in the time of some hundred images
     count = min(len(os.sched_getaffinity(0)), num_useful)
     with contextlib.ExitStack() as stack:
@@ -287,9 +354,10 @@ def _read_with_pillow(files, size, resize):
             process = _start_decoder(files[first::count], indices, size, resize, place)
             processes.append(stack.enter_context(process))
         for first, process in enumerate(processes):
-            num_read = int(process.stdout.read() or 0)
+            num_read, num_transparent = map(int, process.stdout.read().split() or (0, 0))
             finished[first::count][:num_read] = True
-    return images, finished
+            num_on_white += num_transparent
+    return images, finished, num_on_white
 
 
 def _start_decoder(files, indices, size, resize, place):
@@ -311,11 +379,9 @@ def _start_decoder(files, indices, size, resize, place):
 
 def _open(path):
     """Return the image at `path` in colour."""
-    from PIL import Image
-
     try:
         return decoder.open_image(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each format has its own errors
         raise UserError(f"cannot read the image {path}: {error}. Replace or delete it") from error
 
 
@@ -350,13 +416,16 @@ def _allocate(shape, dtype, shared=False):
 
 
 def _available_memory():
-    """Return the free memory in bytes; without Linux's own figure, no limit."""
-    try:
+    """Return the free memory in bytes, of the machine or of the container; without any figure, no limit."""
+    free = [float("inf")]
+    with contextlib.suppress(OSError, KeyError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         fields = dict(line.split(":") for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return float("inf")
+        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    for limit, used in CONTAINER_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # no such limit
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return min(free)
 
 
 @contextlib.contextmanager

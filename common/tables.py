@@ -18,10 +18,12 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
+from common.datasets import FINGERPRINT_ROWS, check_apart, hold_out, spread
 from common.errors import UserError
 from common.report import log
 
 EXPECTED = "expected .csv (label first, no header), .libsvm or .txt, or .parquet files (label first) below it"
+MAX_CLASSES = 100  # with more values the labels count as those of a regression
 PART = 1 << 23  # bytes of text, or of floats, that are read at once; no row of a CSV file may be longer
 KINDS = {".csv": "CSV", ".libsvm": "LIBSVM", ".txt": "LIBSVM", ".parquet": "Parquet"}
 
@@ -109,6 +111,10 @@ class Tables(NamedTuple):
         facts = {"number of rows (validation data)": len(self.validation.labels)}
         for name, table in zip(("training", "validation"), self):
             facts[f"checksum of the labels ({name} data)"] = _checksum(table.labels)
+            if isinstance(table.features, np.ndarray) or hasattr(table.features, "tocsr"):
+                rows = table.features[spread(len(table.labels), FINGERPRINT_ROWS)]
+                rows = rows if isinstance(rows, np.ndarray) else rows.toarray()
+                facts[f"checksum of some rows ({name} data)"] = _checksum(rows)
             if table.weights is not None:
                 facts[f"checksum of the weights ({name} data)"] = _checksum(table.weights)
         facts["names of the columns"] = self.train.names
@@ -195,6 +201,7 @@ def load_tables(args):
         paths = {"--train": args.train}
         if args.validation is not None:
             paths["--validation"] = args.validation
+        check_apart(args)
         channels, names, types = _read_channels(paths, folder)
     num_columns = 0
     for parts in channels:
@@ -210,10 +217,11 @@ def load_tables(args):
 
 def _hold_out(table, seed):
     """Return a table as two: without, and with a tenth of the rows."""
-    num_rows = len(table.labels)
-    order = np.random.default_rng((seed, 0)).permutation(num_rows)
-    held_out = np.zeros(num_rows, bool)
-    held_out[order[: max(1, num_rows // 10)]] = True
+    labels = table.labels
+    if len(np.unique(labels)) > MAX_CLASSES:  # a regression
+        labels = np.zeros(len(labels))
+    held_out = np.zeros(len(labels), bool)
+    held_out[hold_out(labels, seed)[0]] = True
     return table.rows(~held_out), table.rows(held_out)
 
 
@@ -254,9 +262,15 @@ def _find_files(flag, folder):
     if not folder.is_dir():
         raise UserError(f"{flag} {folder} is not a folder: {EXPECTED}")
     files = []
+    left_out = []
     for path in sorted(folder.rglob("*")):
-        if _kind(path) and not path.name.startswith((".", "_")):
-            files.append(path)
+        inside = path.relative_to(folder).parts
+        if any(name.startswith((".", "_")) for name in inside) or path.is_dir():
+            continue
+        (files if _kind(path) else left_out).append(path)
+    if left_out and files:
+        examples = ", ".join(path.name for path in left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        log(f"Left out of {flag} {folder}: {len(left_out)} files that are no tables ({examples})")
     if not files:
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise UserError(f"{flag} {folder} holds {names}: {EXPECTED}")
@@ -284,7 +298,7 @@ def _check_files(files):
 
 def _kind(path):
     if path.is_file():
-        return KINDS.get(path.suffix)
+        return KINDS.get(path.suffix.lower())
     return None
 
 

@@ -85,6 +85,27 @@ def test_inside_sagemaker_its_folders_win_over_the_output_but_not_over_their_fla
     assert str(args.checkpoint_path) == "/base/checkpoints"
 
 
+def test_channels_with_other_names_are_an_error_not_a_training_with_the_digits(monkeypatch, capsys):
+    for name in ("DATA", "EVAL", "MODEL", "CODE", "SM_DRIVERS"):
+        monkeypatch.setenv(f"SM_CHANNEL_{name}", "/data")
+    for parser in (flags.image_flags("pytorch"), flags.xgboost_flags()):
+        line = complain(capsys, parser)
+        assert "the job has the channels data, eval: expected train (or training)" in line
+        assert parser.parse_args(["--train", "mine"]).train == Path("mine")
+    monkeypatch.setenv("SM_CHANNEL_TRAIN", "/train")
+    assert parse().train == Path("/train")
+
+
+def test_an_address_in_s3_is_no_folder_of_data(capsys):
+    line = complain(capsys, flags.image_flags("pytorch"), "--train", "s3://bucket/x")
+    assert "--train: expected a local folder, got 's3://bucket/x'" in line
+
+
+def test_a_whole_number_may_have_a_point(capsys):
+    assert parse("--epochs", "5.0").epochs == 5
+    assert "got '5.5'" in complain(capsys, flags.image_flags("pytorch"), "--epochs", "5.5")
+
+
 @pytest.mark.parametrize("spelling", [["--batch-size", "8"], ["--batch_size", "8"], ["--batch_size=8"]])
 def test_hyphens_and_underscores(spelling):
     assert parse(*spelling).batch_size == 8

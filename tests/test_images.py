@@ -345,9 +345,98 @@ def test_wrong_names_in_an_archive(tmp_path, digits):
 def test_folders_without_images_are_named_and_skipped(tmp_path, digits, log):
     save_images(tmp_path, *digits)
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes/image.webp").touch()
+    (tmp_path / "notes/image.psd").touch()
     assert "notes" not in load(train=tmp_path)[0].classes
-    assert "Skipping the folders without .jpg, .jpeg, .png files" in log()
+    assert f"Skipping the folders without images in --train {tmp_path}: notes" in log()
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".gif", ".tif", ".jfif", ".ppm"])
+def test_what_pillow_reads_is_read(tmp_path, digits, suffix):
+    save_images(tmp_path / "train", digits[0][:30], digits[1][:30], (".png", suffix))
+    train, validation = load(train=tmp_path / "train")
+    assert len(train) + len(validation) == 30
+
+
+def test_a_photo_that_was_taken_sideways_is_turned(tmp_path):
+    """Whether Pillow reads it or another library."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 255  # the upper half is white
+    upright = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[decoder.ORIENTATION] = 6  # to be turned clockwise
+    for suffix in (".png", ".jpg"):
+        folder = tmp_path / suffix[1:]
+        for name in ("cat", "dog"):
+            (folder / name).mkdir(parents=True)
+            upright.save(folder / name / f"upright{suffix}", quality=100)
+            upright.rotate(90).save(folder / name / f"sideways{suffix}", exif=exif, quality=100)
+        read, _ = all_images(load(train=folder))
+        for image in read:
+            np.testing.assert_allclose(image, pixels, atol=2)
+
+
+def test_what_is_transparent_becomes_white_and_the_log_says_so(tmp_path, log):
+    icon = np.zeros((8, 8, 4), np.uint8)
+    icon[:4, :, 3] = 255  # the upper half is black, the lower one transparent
+    for name in ("arrow", "cross"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(icon).save(tmp_path / name / "icon.png")
+        Image.fromarray(icon).convert("P").save(tmp_path / name / "palette.png")
+        Image.fromarray(icon[..., :3]).save(tmp_path / name / "plain.png")
+    read, _ = all_images(load(train=tmp_path))
+    assert sorted(read[:, 7, 0, 0]) == [0, 0, 255, 255, 255, 255]
+    assert not read[:, 0].any()
+    assert f"4 images in --train {tmp_path} are partly transparent: they are drawn on white\n" in log()
+
+
+def test_files_that_are_left_out_are_counted_and_named(tmp_path, digits, log):
+    save_images(tmp_path, digits[0][:20], digits[1][:20])
+    (tmp_path / "labels.csv").write_text("")
+    (tmp_path / "class-0/notes.txt").write_text("")
+    (tmp_path / "class-1/.DS_Store").write_text("")
+    load(train=tmp_path)
+    assert f"Left out of --train {tmp_path}: 2 files that are no images (labels.csv, notes.txt)\n" in log()
+
+
+def test_linked_folders_are_read_once(tmp_path, digits):
+    save_images(tmp_path / "train", digits[0][:20], digits[1][:20])
+    save_images(tmp_path / "more", digits[0][20:30], np.zeros(10, int))
+    (tmp_path / "train/class-0/more").symlink_to(tmp_path / "more/class-0")
+    (tmp_path / "train/class-0/circle").symlink_to(tmp_path / "train/class-0")
+    assert len(all_images(load(train=tmp_path / "train"))[0]) == 30
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "Test"), ("training", "validation", "test")])
+def test_a_folder_of_data_sets_is_not_taken_for_one_of_classes(tmp_path, digits, names):
+    for name in names:
+        save_images(tmp_path / name, *digits)
+    with pytest.raises(UserError, match=f"look like data sets, not classes; pass .*{sorted(names)[0]}"):
+        load(train=tmp_path)
+
+
+def test_a_validation_folder_inside_the_training_folder_is_refused(tmp_path, digits):
+    save_images(tmp_path, *digits)
+    with pytest.raises(UserError, match="class-3 is inside --train"):
+        load(train=tmp_path, validation=tmp_path / "class-3")
+
+
+def test_each_class_gives_its_share_of_the_held_out_tenth(tmp_path, digits):
+    labels = np.array([0] * 200 + [1] * 5)
+    save_images(tmp_path, digits[0][:205], labels)
+    train, validation = load(train=tmp_path)
+    assert len(validation) == 20
+    assert np.bincount(rows_of(validation)[1]).tolist() == [19, 1]
+    assert np.bincount(rows_of(train)[1]).tolist() == [181, 4]
+
+
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
+    free = images._available_memory()
+    (tmp_path / "max").write_text("3000000\n")
+    (tmp_path / "current").write_text("1000000\n")
+    monkeypatch.setattr(images, "CONTAINER_MEMORY", [(tmp_path / "max", tmp_path / "current")])
+    assert images._available_memory() == 2_000_000
+    (tmp_path / "max").write_text("max\n")  # no limit
+    assert images._available_memory() == pytest.approx(free, rel=0.5)
 
 
 def test_a_folder_that_does_not_exist(tmp_path):

@@ -480,6 +480,7 @@ XGBOOST_MISTAKES = [
     (["--objective", "nope"], ["--objective nope", "Unknown objective function"]),
     (["--objective", "binary:logistic"], ["binary:logistic expects the labels 0 to 1", "10 from 0 to 9"]),
     (["--num-class", "5"], ["multi:softprob expects the labels 0 to 4"]),
+    (["--train", "two", "--validation", "three"], ["the validation rows have the label 2", "--num-class"]),
     (["--objective", "rank:ndcg"], ["--objective rank:ndcg needs query groups"]),
     (["--eval-metric", "nope"], ["--eval-metric nope"]),
     (["--booster", "dart", "--best-metric", "accuracy"], ["--best-metric", "--booster dart"]),
@@ -493,6 +494,8 @@ def test_xgboost_says_in_one_line_what_cannot_work_before_training(tmp_path):
         path.parent.mkdir()
         path.write_text(text)
         mistakes.append((["--train", path.parent], [part]))
+    for name, count in (("two", 2), ("three", 3)):
+        write_csv(tmp_path / name / "rows.csv", np.arange(12)[:, None] % count * [1, 1])
     expect_mistakes("xgboost", mistakes, tmp_path)
 
 

@@ -63,6 +63,31 @@ def test_many_files_in_nested_folders_are_one_table(tmp_path, rows, suffix):
     assert data.train.labels.dtype == data.train.features.dtype == np.float32
 
 
+def test_hidden_folders_are_no_data_and_other_files_are_named(tmp_path, rows, caplog):
+    caplog.set_level("INFO", logger="train")
+    write_csv(tmp_path / "part.CSV", rows)
+    write_csv(tmp_path / ".ipynb_checkpoints/part.csv", rows)
+    write_csv(tmp_path / "_temporary/0/part.csv", rows)
+    (tmp_path / "notes.md").touch()
+    data = load(train=tmp_path)
+    assert len(data.train.labels) + len(data.validation.labels) == len(rows)
+    assert f"Left out of --train {tmp_path}: 1 files that are no tables (notes.md)" in caplog.messages
+
+
+def test_validation_rows_inside_the_training_folder_are_refused(tmp_path, rows):
+    write_csv(tmp_path / "a.csv", rows)
+    write_csv(tmp_path / "validation/b.csv", rows)
+    with pytest.raises(UserError, match="is inside --train"):
+        load(train=tmp_path, validation=tmp_path / "validation")
+
+
+def test_each_class_gives_its_share_of_the_held_out_tenth(tmp_path, rows):
+    few = np.concatenate([rows[rows[:, 0] == 0][:95], rows[rows[:, 0] == 1][:5]])
+    write_csv(tmp_path / "rows.csv", few)
+    held_out = load(train=tmp_path).validation.labels
+    assert np.bincount(held_out.astype(int)).tolist() == [9, 1]
+
+
 @pytest.mark.parametrize("suffix", TABLE_WRITERS)
 def test_a_tenth_is_held_out(tmp_path, rows, suffix):
     TABLE_WRITERS[suffix](tmp_path / f"all.{suffix}", rows)
@@ -285,6 +310,8 @@ def test_plain_tuples_are_tables_with_weights_and_names():
     assert data.train.names == ["a", "b"]
     assert data.describe_job() == {"number of columns": 2, "number of training rows": 4}
     other = tables.describe((features, labels, [1, 2, 3, 5], ["a", "b"]), data.validation)
+    assert other.fingerprint() != data.fingerprint()
+    other = tables.describe((features + 1, *data.train[1:]), data.validation)
     assert other.fingerprint() != data.fingerprint()
     np.testing.assert_array_equal(data.shard(Workers(1, ["host"] * 2)).train.weights, [2, 4])
 

@@ -64,7 +64,7 @@ def objective_params(args, data):
 
     Raises UserError for labels that do not fit the objective.
     """
-    labels = np.unique(np.concatenate([data.train.labels, data.validation.labels]))
+    labels = np.unique(data.train.labels)
     if len(labels) < 2:
         raise UserError(f"--train {args.train} has one label only ({labels[0]:g}): expected two or more")
     objective = args.objective or _choose_objective(labels, args.num_class)
@@ -79,6 +79,12 @@ def objective_params(args, data):
         params["num_class"] = num_classes
     if kind == "binary":
         params["scale_pos_weight"] = args.scale_pos_weight
+    unknown = np.setdiff1d(data.validation.labels, labels)
+    if kind in ("multi", "binary") and len(unknown) and not args.num_class:
+        raise UserError(
+            f"the validation rows have the label {unknown[0]:g}, which no training row has: expected labels "
+            f"from {labels[0]:g} to {labels[-1]:g}; if there are more classes, pass --num-class"
+        )
     if kind in ("multi", "binary") and not np.isin(labels, np.arange(num_classes)).all():
         raise UserError(
             f"objective {objective} expects the labels 0 to {num_classes - 1}, but there are {len(labels)} "
