@@ -1002,7 +1002,7 @@ class Archive:
                     if not isinstance(item, h5py.Dataset):
                         self.groups[name] = dict(item.attrs)
                         continue
-                    key = keys[int(item[()].flat[0])]
+                    key = keys[int(item[(0,) * item.ndim])]
                     if item.shape != tuple(variables[key].shape):
                         raise ValueError(f"{name} is not a variable of it")
                     self.names[key] = name
