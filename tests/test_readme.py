@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run and its table of flags is that of the scripts."""
+"""README and docs tell the truth: their commands run, and the table of flags is that of the scripts."""
 
 import argparse
 import os
@@ -15,15 +15,17 @@ from PIL import Image
 from common import flags
 from helpers import HAS_MXNET, ROOT, environment
 
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    """Return the code blocks of a language on all pages, in order."""
+    text = "".join(path.read_text() for path in PAGES)
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def flags_table():
-    """Return the README's table of flags, made from the flags themselves."""
+    """Return the table of flags, made from the flags themselves."""
     image, trees = (
         {action.dest: action for action in p._actions}
         for p in (flags.image_flags("F"), flags.xgboost_flags())
@@ -53,7 +55,13 @@ def test_the_table_of_flags_is_that_of_the_scripts(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("SM_", "SAGEMAKER_")):
             monkeypatch.delenv(name)
-    assert flags_table() in README, f"The README's table of flags should be:\n\n{flags_table()}"
+    page = (ROOT / "docs/flags.md").read_text()
+    assert flags_table() in page, f"The table of flags should be:\n\n{flags_table()}"
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[0].read_text().splitlines()) <= 150
+    assert len(PAGES) == 7
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +91,7 @@ def clone(tmp_path_factory):
 
 
 @pytest.mark.skipif(not HAS_MXNET, reason="one of the commands trains with MXNet")
-def test_the_commands_of_the_readme_run_as_they_stand(clone):
+def test_the_commands_of_all_pages_run_as_they_stand(clone):
     commands = [block for block in blocks("bash") if block != "make test\n"]  # that one runs this test
     assert len(commands) == len(blocks("bash")) - 1 >= 4
     script = "set -e\n" + "".join(commands)
@@ -91,8 +99,11 @@ def test_the_commands_of_the_readme_run_as_they_stand(clone):
         ["bash", "-c", script], cwd=clone, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 8
+    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 10
     assert "Resuming training from checkpoint-5.pt\nStarting training from epoch: 6\n" in finished.stdout
+    sums = re.findall(r"^(\w{64})  (?:whole|killed)/model/model.pth$", finished.stdout, re.MULTILINE)
+    assert len(sums) == 2
+    assert sums[0] == sums[1]
     assert finished.stdout.count('"EnableManagedSpotTraining": true') == 3
     assert finished.stdout.count("Managed Spot Training savings: 70.0%\n") == 2
     assert "\ninterruptions: 2\n" in finished.stdout
@@ -115,12 +126,22 @@ def test_make_train_twice_leaves_nothing_to_train(clone):
         assert "Nothing left to train" in again
 
 
-def test_the_python_of_the_readme_is_python():
+def test_the_python_on_the_pages_is_python():
     assert len(blocks("python")) == 2
     for block in blocks("python"):
         compile(block, "README.md", "exec")
 
 
-def test_the_files_that_the_readme_names_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+def heading_anchors(path):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_links_of_the_pages_lead_somewhere():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", page.read_text()):
+            path = page.parent / target if target else page
+            assert path.exists(), (page, target)
+            if anchor:
+                assert anchor in heading_anchors(path), (page, target, anchor)
