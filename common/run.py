@@ -270,6 +270,11 @@ class Run:
             state.load_weights(args.weights)
         epoch, step = self.progress.epoch, self.progress.step
         self._initial_epoch = epoch
+        if epoch >= args.epochs and step:
+            raise UserError(
+                f"{found[0]} is {step} steps into epoch {epoch + 1}, beyond --epochs {args.epochs}: "
+                "raise --epochs, or export an earlier checkpoint with python -m common.export"
+            )
         if epoch >= args.epochs:
             log(f"Nothing left to train: {epoch} epochs are finished, --epochs asks for {args.epochs}")
         elif (args.patience or self.progress.stopped) and self.should_stop():
