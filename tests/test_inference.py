@@ -437,9 +437,9 @@ def test_any_checkpoint_becomes_a_model_without_its_data(framework, tmp_path, tr
     assert exported_metrics["validation_accuracy"] == metrics(folder, framework)["validation_accuracy"]
 
 
-def test_what_is_no_checkpoint_is_not_exported(framework, tmp_path):
+def test_what_is_no_checkpoint_is_not_exported(tmp_path):
     (tmp_path / "bad").write_bytes(b"damaged")
-    script = ROOT / framework / "train.py"
+    script = ROOT / "pytorch/train.py"
     result = tool("export", script, tmp_path / "bad", tmp_path / "exported", cwd=None, code=1)
     assert "bad as a checkpoint" in result.error_line
     assert not (tmp_path / "exported").exists()

@@ -547,9 +547,9 @@ def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path):
     assert used.count("checkpoint-1.pt") > 100
 
 
-def test_a_checkpoint_beyond_the_last_epoch_is_not_exported_as_that_epoch(image_framework, tmp_path):
+def test_a_checkpoint_beyond_the_last_epoch_is_not_exported_as_that_epoch(tmp_path):
     event = "at_call(Run, 'finish_step', 40, lambda: send(15))"
-    run_with(event, image_framework, "--epochs", 2, cwd=tmp_path, code=143)
-    result = run(image_framework, "--epochs", 1, cwd=tmp_path, code=1)
+    run_with(event, "pytorch", "--epochs", 2, cwd=tmp_path, code=143)
+    result = run("pytorch", "--epochs", 1, cwd=tmp_path, code=1)
     assert "steps into epoch 2, beyond --epochs 1: raise --epochs" in result.error_line
-    assert not (tmp_path / "output" / image_framework / "model/model.json").exists()
+    assert not (tmp_path / "output/pytorch/model/model.json").exists()
