@@ -1,7 +1,7 @@
 # make train [FRAMEWORK=pytorch|tensorflow|mxnet|xgboost] [ARGS="--epochs 20"]
 # make spot [FRAMEWORK=...] [SPOT="--interrupt-after 20s"] [ARGS="--epochs 20"]
 # make check         (some minutes the first time, then two: ruff, and tests of a few seconds)
-# make test          (all tests: half an hour on two cores)
+# make test          (all tests: 40 minutes on two cores)
 # make integration   (random interruptions, and SageMaker's serving toolkits: three quarters of an hour)
 # make examples      (renews the examples from their templates, see examples/README.md)
 # make bench [BENCH="checkpoint rounds --repetitions 5"]

@@ -18,7 +18,7 @@ import numpy as np
 from common import decoder
 from common.datasets import ArrayDataset, check_apart, hold_out
 from common.errors import UserError
-from common.report import log
+from common.report import log, log_left_out
 
 JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
 EXTENSIONS = (
@@ -161,9 +161,8 @@ def _read_folder(args, folder, flag, stem):
     if empty := [name for name, files in classes.items() if not files]:
         log(f"Skipping the folders without images in {flag} {folder}: {', '.join(empty)}")
     classes = {name: files for name, files in classes.items() if files}
-    if left_out and classes:
-        examples = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        log(f"Left out of {flag} {folder}: {len(left_out)} files that are no images ({examples})")
+    if classes:
+        log_left_out(flag, folder, left_out, "images")
     if classes and {name.lower() for name in classes} <= SPLITS:
         raise UserError(
             f"{flag} {folder} holds the folders {', '.join(classes)}: they look like data sets, not classes; "

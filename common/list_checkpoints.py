@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from common import checkpoints, errors, run
+from common import errors, run
 from common.atomic_io import TEMPORARY
-from common.checkpoints import DAMAGED
+from common.checkpoints import DAMAGED, Checkpoints, find_checkpoints
+from common.distributed import Workers
 from common.errors import UserError
-from common.export import import_script, read_checkpoint
+from common.export import import_script
 
 MARKS = {".sagemaker-uploaded": "yes", ".sagemaker-uploading": "running"}  # that SageMaker writes
 COLUMNS = ("checkpoint", "epoch", "step", "MB", "age", "in S3", "state")
@@ -32,19 +33,20 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         train = import_script(args.script)
-        return print_table(train.engine, args.folder or train.parse_args([]).checkpoint_path)
+        flags = train.parse_args([])
+        flags.checkpoint_path = args.folder or flags.checkpoint_path
+        return print_table(Checkpoints(flags, train.engine, Workers()))
     except Exception as error:
         return run.report_error(error)
 
 
-def print_table(engine, folder):
-    """Print what is in the folder, newest first; return the exit code."""
+def print_table(checkpoints):
+    """Print what is in the folder of checkpoints, newest first; return the exit code."""
+    folder, pattern = checkpoints.folder, checkpoints.engine.CHECKPOINT
     if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a folder: expected checkpoints such as {engine.CHECKPOINT.format(1)}"
-        )
-    found = checkpoints.find_checkpoints(folder, engine.CHECKPOINT)
-    rows = [_describe(engine, folder, name) for _, name in found]
+        raise UserError(f"{folder} is not a folder: expected checkpoints such as {pattern.format(1)}")
+    found = find_checkpoints(folder, pattern)
+    rows = [_describe(checkpoints, name) for _, name in found]
     metrics = list(dict.fromkeys(name for _, values in rows for name in values))
     titles = [*COLUMNS, *metrics]
     lines = [titles]
@@ -54,13 +56,10 @@ def print_table(engine, folder):
     for line in lines if found else []:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     for path in sorted(folder.iterdir()):
-        if path.name.endswith((DAMAGED, TEMPORARY)):
-            kind = (
-                "damaged, kept for inspection"
-                if path.name.endswith(DAMAGED)
-                else "being written, or left over"
-            )
-            print(f"{path.name}: {kind}")
+        if path.name.endswith(DAMAGED):
+            print(f"{path.name}: damaged, kept for inspection")
+        elif path.name.endswith(TEMPORARY):
+            print(f"{path.name}: being written, or left over")
     intact = [cells[0] for cells, _ in rows if cells[-1] == "intact"]
     if intact:
         print(f"A restart takes {intact[0]}")
@@ -71,22 +70,22 @@ def print_table(engine, folder):
     return 1 if found and not intact else 0
 
 
-def _describe(engine, folder, name):
+def _describe(checkpoints, name):
     """Return the cells of a checkpoint's row, and the validation metrics of its last finished epoch."""
-    path = folder / name
+    path = checkpoints.folder / name
     size, age = path.stat().st_size / 1e6, max(0, time.time() - path.stat().st_mtime)
     marks = [text for suffix, text in MARKS.items() if path.with_name(name + suffix).exists()]
     epoch = step = ""
     state = "intact"
     metrics = {}
     try:
-        progress = read_checkpoint(engine, path)["progress"]
+        progress = checkpoints.read(name)["progress"]
         epoch, step = progress["epoch"], progress.get("step", 0) or ""
-        history = progress.get("history", [])
-        metrics = {
-            key: value for row in history[-1:] for key, value in row.items() if key.startswith("validation_")
-        }
-    except (UserError, LookupError, TypeError) as error:
+        for row in progress.get("history", [])[-1:]:
+            metrics = {key: value for key, value in row.items() if key.startswith("validation_")}
+    except UserError as error:  # of the disk or the memory: the file may be intact
+        state = f"unknown: {errors.first_line(error)}"
+    except Exception as error:  # each framework has its own errors for a damaged file
         state = f"damaged: {errors.first_line(error)[:60]}"
     cells = [name, epoch, step, f"{size:.1f}", _age(age), "".join(marks[:1]) or "-", state]
     return list(map(str, cells)), metrics

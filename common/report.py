@@ -55,6 +55,12 @@ def log_weights(path, num_loaded, missing, unused):
         log(f"Weights: not used: {_shortened(unused)}")
 
 
+def log_left_out(flag, folder, names, kind):
+    """Log which files of a data folder are not read, if there are any; `kind` says what is read."""
+    if names:
+        log(f"Left out of {flag} {folder}, not {kind} ({len(names)}): {_shortened(names)}")
+
+
 def _shortened(names):
     names = sorted(names)
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""

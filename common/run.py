@@ -605,9 +605,8 @@ class Run:
         model_folder.copy_code(
             code, folder / model_folder.CODE, getattr(self.engine, "SERVING_REQUIREMENTS", None)
         )
-        framework, version = self.engine.FRAMEWORK
         network = self.job.get("--model") or self.job.get("--booster")
-        facts = {"framework": framework, "version": version, "network": network}
+        facts = {"framework": self.engine.FRAMEWORK, "version": self.engine.VERSION, "network": network}
         facts.update(self._export_facts)
         facts.update(self.state.model_facts)
         facts["epoch"], facts["step"] = epoch, self.progress.step

@@ -20,7 +20,7 @@ import numpy as np
 
 from common.datasets import FINGERPRINT_ROWS, check_apart, hold_out, spread
 from common.errors import UserError
-from common.report import log
+from common.report import log, log_left_out
 
 EXPECTED = "expected .csv (label first, no header), .libsvm or .txt, or .parquet files (label first) below it"
 MAX_CLASSES = 100  # with more values the labels count as those of a regression
@@ -267,10 +267,12 @@ def _find_files(flag, folder):
         inside = path.relative_to(folder).parts
         if any(name.startswith((".", "_")) for name in inside) or path.is_dir():
             continue
-        (files if _kind(path) else left_out).append(path)
-    if left_out and files:
-        examples = ", ".join(path.name for path in left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        log(f"Left out of {flag} {folder}: {len(left_out)} files that are no tables ({examples})")
+        if _kind(path):
+            files.append(path)
+        else:
+            left_out.append(path.name)
+    if files:
+        log_left_out(flag, folder, left_out, "tables")
     if not files:
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise UserError(f"{flag} {folder} holds {names}: {EXPECTED}")

@@ -37,7 +37,8 @@ with errors.importing("MXNet", _HINT):
 
 CHECKPOINT = "checkpoint-{}.params"
 FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
-FRAMEWORK = "mxnet", str(mx.__version__)
+FRAMEWORK = "mxnet"
+VERSION = str(mx.__version__)
 SEED_STEPS = 16  # steps from one seeding to the next: on a CPU it takes 1.5 ms, as long as a small step
 SEED_ONCE_PER_BATCH = True  # also the random numbers of a data set, for that reason
 
@@ -765,5 +766,5 @@ def describe_machine(args):
     return {
         "CPU threads": num_threads,
         "number of devices": len(_find_devices(args)),
-        **dict([FRAMEWORK]),
+        FRAMEWORK: VERSION,
     }

@@ -31,17 +31,24 @@ class Model(mx.gluon.Block):  # SageMaker's container refuses other classes
         super().__init__()
         self.facts = serving.read_facts(model_dir)
         self.device = mx.gpu() if mx.context.num_gpus() else mx.cpu()
-        symbol, weights = Path(model_dir, "model-symbol.json"), Path(model_dir, "model-0000.params")
-        self.network = mx.gluon.SymbolBlock.imports(str(symbol), ["data"], str(weights), self.device)
+        symbol = str(Path(model_dir, "model-symbol.json"))
+        weights = str(Path(model_dir, "model-0000.params"))
+        self.network = mx.gluon.SymbolBlock.imports(symbol, ["data"], weights, self.device)
 
     def forward(self, samples):
         """Return the outputs of the network for samples, images as an array (n, height, width, channels)."""
         if samples.ndim == 4:
             samples = samples.transpose(0, 3, 1, 2)
-        outputs = self.network(mx.nd.array(samples, self.device, samples.dtype))
+        array = mx.nd.array(samples, self.device, samples.dtype)
+        outputs = self.network(array)
         if isinstance(outputs, (list, tuple)):
-            return [output.astype("float32").asnumpy() for output in outputs]
-        return outputs.astype("float32").asnumpy()
+            return [as_floats(output) for output in outputs]
+        return as_floats(outputs)
+
+
+def as_floats(output):
+    """Return an NDArray as a NumPy array of float32."""
+    return output.astype("float32").asnumpy()
 
 
 def model_fn(model_dir):
@@ -57,7 +64,8 @@ def input_fn(body, content_type):
 def predict_fn(content, model):
     """Return a prediction for each sample of a request."""
     samples = serving.to_samples(content, model.facts)
-    return serving.answers(model(samples), model.facts)
+    outputs = model(samples)
+    return serving.answers(outputs, model.facts)
 
 
 def output_fn(predictions, accept):

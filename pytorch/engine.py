@@ -28,7 +28,8 @@ with errors.importing("PyTorch and torchvision", "Install them with: pip install
 
 CHECKPOINT = "checkpoint-{}.pt"
 FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
-FRAMEWORK = "torch", str(torch.__version__)
+FRAMEWORK = "torch"
+VERSION = str(torch.__version__)
 
 
 def start(args, workers):
@@ -416,4 +417,4 @@ def read_checkpoint(file):
 
 def describe_machine(args):
     """Return what changes the bits of the result, but not its quality."""
-    return {"CPU threads": torch.get_num_threads(), **dict([FRAMEWORK])}
+    return {"CPU threads": torch.get_num_threads(), FRAMEWORK: VERSION}

@@ -34,7 +34,8 @@ class Model:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         args, data = serving.restore(self.facts, train.parse_args)
         self.network = train.build_model(args, data)
-        weights = torch.load(Path(model_dir, "model.pth"), map_location="cpu", weights_only=True)
+        path = Path(model_dir, "model.pth")
+        weights = torch.load(path, map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)
         self.network.to(self.device).eval()
         self.statistics = engine.channel_statistics(data, self.device)
@@ -47,7 +48,8 @@ class Model:
             tensors = tensors.permute(0, 3, 1, 2)
         if self.statistics:
             tensors = engine.normalize(tensors, *self.statistics, eps=0)
-        return tree_map(lambda output: output.float().cpu().numpy(), self.network(tensors))
+        outputs = self.network(tensors)
+        return tree_map(lambda output: output.float().cpu().numpy(), outputs)
 
 
 def model_fn(model_dir):
@@ -63,7 +65,8 @@ def input_fn(body, content_type):
 def predict_fn(content, model):
     """Return a prediction for each sample of a request."""
     samples = serving.to_samples(content, model.facts)
-    return serving.answers(model(samples), model.facts)
+    outputs = model(samples)
+    return serving.answers(outputs, model.facts)
 
 
 def output_fn(predictions, accept):

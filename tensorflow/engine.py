@@ -38,7 +38,8 @@ with errors.importing("TensorFlow", "Install it with: pip install tensorflow"):
 
 CHECKPOINT = "checkpoint-{}.keras"
 FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
-FRAMEWORK = "tensorflow", str(tf.__version__)
+FRAMEWORK = "tensorflow"
+VERSION = str(tf.__version__)
 SERVING_REQUIREMENTS = "numpy", "pillow"  # SageMaker's container for SavedModels installs them
 
 POLICIES = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
@@ -1107,4 +1108,4 @@ def describe_machine(args):
     )
     wanted = str(wanted or os.environ.get("OMP_NUM_THREADS"))
     threads = int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
-    return {"CPU threads": threads, **dict([FRAMEWORK])}
+    return {"CPU threads": threads, FRAMEWORK: VERSION}

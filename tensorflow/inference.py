@@ -28,7 +28,8 @@ def input_handler(data, context):
         data: a file with the body.
         context: has `request_content_type`.
     """
-    content = serving.decode(data.read(), context.request_content_type)
+    body = data.read()
+    content = serving.decode(body, context.request_content_type)
     samples = serving.to_samples(content, _facts())
     return json.dumps({"instances": samples.tolist()})
 
@@ -36,19 +37,24 @@ def input_handler(data, context):
 def output_handler(response, context):
     """Return the body and the content type of the answer to TensorFlow Serving's answer."""
     if response.status_code != 200:
-        raise serving.RequestError(response.content.decode(), response.status_code)
+        reason = response.content.decode()
+        raise serving.RequestError(reason, response.status_code)
     facts = _facts()
+    kind = facts["outputs"]
     rows = response.json()["predictions"]
-    names = [facts["outputs"]] if facts["outputs"] != "values" else None
-    if isinstance(rows[0], dict):  # several outputs
-        rows = {name: np.array([row[name] for row in rows]) for name in names or rows[0]}
-    outputs = rows[names[0]] if names else rows
-    predictions = serving.answers(np.array(outputs) if isinstance(outputs, list) else outputs, facts)
+    if kind != "values":
+        outputs = np.array([row[kind] for row in rows])
+    elif isinstance(rows[0], dict):  # several outputs
+        outputs = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    else:
+        outputs = np.array(rows)
+    predictions = serving.answers(outputs, facts)
     return serving.encode(predictions, context.accept_header)
 
 
 def _facts():
-    return serving.read_facts(Path(__file__).resolve().parent.parent)
+    code = Path(__file__).resolve().parent
+    return serving.read_facts(code.parent)
 
 
 class Model:
@@ -62,19 +68,24 @@ class Model:
         import tensorflow as tf
 
         self.facts = serving.read_facts(model_dir)
-        self.loaded = tf.saved_model.load(str(Path(model_dir, "1")))
+        folder = str(Path(model_dir, "1"))
+        self.loaded = tf.saved_model.load(folder)
 
     def __call__(self, samples):
         """Return the outputs of the network for samples, images as an array (n, height, width, channels)."""
-        outputs = self.loaded.signatures["serving_default"](pixels=samples.astype(np.float32))
-        arrays = {name: tensor.numpy() for name, tensor in outputs.items()}
-        return arrays if self.facts["outputs"] == "values" else arrays[self.facts["outputs"]]
+        predict = self.loaded.signatures["serving_default"]
+        outputs = predict(pixels=samples.astype(np.float32))
+        kind = self.facts["outputs"]
+        if kind == "values":
+            return {name: tensor.numpy() for name, tensor in outputs.items()}
+        return outputs[kind].numpy()
 
 
 def predict_fn(content, model):
     """Return a prediction for each sample of a request."""
     samples = serving.to_samples(content, model.facts)
-    return serving.answers(model(samples), model.facts)
+    outputs = model(samples)
+    return serving.answers(outputs, model.facts)
 
 
 if __name__ == "__main__":

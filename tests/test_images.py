@@ -395,7 +395,7 @@ def test_files_that_are_left_out_are_counted_and_named(tmp_path, digits, log):
     (tmp_path / "class-0/notes.txt").write_text("")
     (tmp_path / "class-1/.DS_Store").write_text("")
     load(train=tmp_path)
-    assert f"Left out of --train {tmp_path}: 2 files that are no images (labels.csv, notes.txt)\n" in log()
+    assert f"Left out of --train {tmp_path}, not images (2): labels.csv, notes.txt\n" in log()
 
 
 def test_linked_folders_are_read_once(tmp_path, digits):

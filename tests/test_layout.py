@@ -35,6 +35,7 @@ BANNERS = ["Make it yours", "Training", "The training state", "Main"]
 LIBRARIES = {"tensorflow", "keras", "torch", "torchvision", "mxnet", "xgboost"}
 SCRIPTS = [ROOT / framework / "train.py" for framework in FRAMEWORKS]
 ENGINES = [ROOT / framework / "engine.py" for framework in FRAMEWORKS]
+INFERENCE = [ROOT / framework / "inference.py" for framework in FRAMEWORKS]
 COMMON = sorted(ROOT.glob("common/*.py"))
 
 
@@ -126,7 +127,7 @@ def test_each_script_is_short_and_so_is_each_function(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *ENGINES, *COMMON], ids=name_of)
+@pytest.mark.parametrize("path", [*SCRIPTS, *ENGINES, *INFERENCE, *COMMON], ids=name_of)
 def test_functions_take_few_parameters(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.Lambda)):
@@ -137,7 +138,7 @@ def test_functions_take_few_parameters(path):
             assert len(parameters) <= 5, name
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *ENGINES, *COMMON], ids=name_of)
+@pytest.mark.parametrize("path", [*SCRIPTS, *ENGINES, *INFERENCE, *COMMON], ids=name_of)
 def test_lines_are_not_packed(path):
     text = path.read_text()
     assert max(map(len, text.splitlines()), default=0) <= 110

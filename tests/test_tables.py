@@ -71,7 +71,7 @@ def test_hidden_folders_are_no_data_and_other_files_are_named(tmp_path, rows, ca
     (tmp_path / "notes.md").touch()
     data = load(train=tmp_path)
     assert len(data.train.labels) + len(data.validation.labels) == len(rows)
-    assert f"Left out of --train {tmp_path}: 1 files that are no tables (notes.md)" in caplog.messages
+    assert f"Left out of --train {tmp_path}, not tables (1): notes.md" in caplog.messages
 
 
 def test_validation_rows_inside_the_training_folder_are_refused(tmp_path, rows):

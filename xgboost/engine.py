@@ -27,7 +27,8 @@ with errors.importing("XGBoost", "Install it with: pip install xgboost"):
 
 CHECKPOINT = "xgboost-checkpoint.{}"  # the last round, counted from 0, as in SageMaker's own container
 FIRST_NUMBER = 0  # in the name of the checkpoint after the first round
-FRAMEWORK = "xgboost", str(xgb.__version__)
+FRAMEWORK = "xgboost"
+VERSION = str(xgb.__version__)
 MODEL_FACTS = "code/model.json"  # SageMaker's own container loads each file beside the model as a model
 WEEK = 7 * 24 * 3600  # seconds
 
@@ -396,4 +397,4 @@ def describe_machine(args):
     if not num_threads and requested.isdigit():
         num_threads = int(requested)
     num_threads = num_threads or len(os.sched_getaffinity(0))
-    return {"CPU threads": num_threads, **dict([FRAMEWORK])}
+    return {"CPU threads": num_threads, FRAMEWORK: VERSION}
