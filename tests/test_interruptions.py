@@ -144,9 +144,9 @@ def test_ctrl_c_on_a_pipe_whose_reader_dies_first_loses_no_step(framework, tmp_p
     assert "error" not in errors.lower() or framework == "tensorflow", errors
     folder = checkpoint_folder(tmp_path, framework)
     newest, _ = checkpoints.find_checkpoints(folder, CHECKPOINTS[framework])[0]
-    last_step = newest[0] + 1 if framework == "xgboost" else newest[0]
-    assert 0 < last_step < flags[1]
-    result = run(framework, *flags, "--epochs", last_step, cwd=tmp_path)
+    epochs = newest[0] + (newest[1] > 0 or framework == "xgboost")
+    assert 0 < epochs < flags[1]
+    result = run(framework, *flags, "--epochs", epochs, cwd=tmp_path)
     assert "Resuming training from" in result.output
 
 
