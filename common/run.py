@@ -13,6 +13,8 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
+
 from common import (
     async_save,
     batches,
@@ -89,6 +91,7 @@ class Run:
         self.signals = preemption.SignalHandlers(self._end_early)
         self.saver = async_save.AsyncSaver()
         self.checkpoints = None
+        self._newest = None  # (name, content) of the newest checkpoint between `load_data` and `restore`
         self.steps_per_epoch = 0
         self._exits = contextlib.ExitStack()
         self._started = time.monotonic()
@@ -190,7 +193,7 @@ class Run:
             raise UserError("load_data must return two data sets, for training and validation") from error
         if hasattr(self.engine, "wrap_data_sets"):  # the framework has data sets that come in batches
             train, validation = self.engine.wrap_data_sets(train, validation)
-        self.data = datasets.describe(train, validation, self._read_samples)
+        self.data = datasets.describe(train, validation, self._read_samples, self._saved_statistics())
         for name, dataset in (("training", train), ("validation", validation)):
             if not hasattr(dataset, "batches"):
                 batches.check_sizes(len(dataset), self.args, self.workers)
@@ -207,6 +210,19 @@ class Run:
         self._export_facts.update(model_folder.describe_data(self.data))
         self._check_job()
         return self.data
+
+    def _saved_statistics(self):
+        """Return mean and standard deviation of the channels from the newest checkpoint, or None.
+
+        The weights have learned with them, and finding them again would take seconds.
+        """
+        self._newest = self._read_newest()
+        if self._newest is None:
+            return None
+        facts = self._newest[1].get("export", {})
+        if facts.get("mean") is None:
+            return None
+        return np.array(facts["mean"], np.float32), np.array(facts["std"], np.float32)
 
     def load_tables(self, data_sets):
         """Return the tables (training, validation) as `common.tables.Tables`, see there."""
@@ -247,8 +263,8 @@ class Run:
         args = self.args
         self.state = state
         self.job.update(state.job)
-        is_alone = self.workers.size == 1
-        found = self.checkpoints.read_newest() if is_alone else self.checkpoints.share_newest()
+        found = self._newest or self._read_newest()
+        self._newest = None
         if found:
             name, content = found
             self.checkpoints.check_same_job(name, content, self._description)
@@ -285,6 +301,11 @@ class Run:
             self.defer_signals()  # the export comes next, and finishes first
         self._last_save = self._clock = time.monotonic()
         return epoch
+
+    def _read_newest(self):
+        if self.workers.size == 1:
+            return self.checkpoints.read_newest()
+        return self.checkpoints.share_newest()
 
     def load_checkpoint(self, content, training_state):
         """Set the training state to the content of a checkpoint, to export its model without any data.
@@ -384,8 +405,21 @@ class Run:
     def _load(self, loader, steps):
         is_ours = isinstance(loader.dataset, datasets.ArrayDataset)
         if self.args.loaders and not is_ours and hasattr(self.engine, "load_with_processes"):
-            return self.engine.load_with_processes(loader, steps, self.args.loaders)
-        return batches.load_ahead(loader, steps, self.args.loaders)
+            loaded = self.engine.load_with_processes(loader, steps, self.args.loaders)
+        else:
+            is_waiting = is_ours and not loader.dataset.is_in_memory
+            loaded = batches.load_ahead(loader, steps, self.args.loaders or int(is_waiting))
+        return self._save_before_errors(loaded)
+
+    def _save_before_errors(self, loaded):
+        """Yield what an iterator yields; save if it fails, such as at an image that cannot be read."""
+        try:
+            yield from loaded
+        except UserError:
+            if self.progress.step and self.workers.size == 1:
+                log(f"Saved {self.save()}")
+                self.saver.wait()
+            raise
 
     def start_epoch(self, steps_per_epoch):
         """Start the clock and the progress bar of an epoch."""

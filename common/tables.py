@@ -201,7 +201,7 @@ def load_tables(args):
         paths = {"--train": args.train}
         if args.validation is not None:
             paths["--validation"] = args.validation
-        check_apart(args)
+        check_apart(args.train, args.validation)
         channels, names, types = _read_channels(paths, folder)
     num_columns = 0
     for parts in channels:

@@ -1,0 +1,143 @@
+"""Images that are read and decoded when a batch first asks for them."""
+
+import contextlib
+import io
+import mmap
+import os
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from common import decoder
+from common.errors import UserError
+from common.report import log
+
+
+class ImageFiles:
+    """Encoded images as an array of uint8 (n, height, width, 3), read when they are first asked for.
+
+    Decoded images stay in memory up to a limit. The others are decoded each time.
+
+    Args:
+        folder: that the names are in, for messages.
+        names: of the images.
+        sizes: of the encoded images in bytes.
+        read: a function that returns the bytes of the image with an index.
+        size: (width, height) of all images, to which others are resized; None: that of the first image.
+        memory: bytes for decoded images.
+        is_resizing: whether another size is expected, and nothing to log.
+
+    Reading raises UserError for an image that cannot be read.
+    """
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    def __init__(self, folder, names, sizes, read, size, memory, is_resizing=False):
+        self.folder = folder
+        self.names = names
+        self.sizes = sizes
+        self._read = read
+        self.size = size = size or self._read_first_size()
+        self.shape = (len(names), size[1], size[0], 3)
+        num_bytes = size[0] * size[1] * 3
+        self.num_kept = min(len(names), int(memory // num_bytes))
+        # Shared with processes that load batches. The system provides each page when it is first used.
+        self._kept = _shared((self.num_kept, *self.shape[1:]))
+        self._is_kept = _shared((len(names),))
+        self._logged = {decoder.RESIZED} if is_resizing else set()
+
+    def __len__(self):
+        return len(self.names)
+
+    @property
+    def nbytes(self):
+        """The bytes of all images when decoded."""
+        return len(self) * self.size[0] * self.size[1] * 3
+
+    @property
+    def is_in_memory(self):
+        """Whether all images are decoded."""
+        return bool(self._is_kept.all())
+
+    def __getitem__(self, indices):
+        """Return the images of an array of indices (n, height, width, 3), or of one index."""
+        indices = np.asarray(indices)
+        if indices.ndim == 0:
+            return self[indices[np.newaxis]][0]
+        is_kept = self._is_kept[indices].astype(bool)
+        if is_kept.all():
+            return self._kept[indices]
+        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        images[is_kept] = self._kept[indices[is_kept]]
+        positions = np.flatnonzero(~is_kept)
+        self._decode(indices[positions].tolist(), positions.tolist(), images)
+        return images
+
+    def _decode(self, indices, positions, images):
+        """Put the images of the indices into the array `images` at the positions, by all cores."""
+        waiting = deque(zip(indices, positions))
+
+        def work():
+            while waiting:
+                try:
+                    index, position = waiting.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                images[position] = self._decode_one(index)
+                if index < self.num_kept:
+                    self._kept[index] = images[position]
+                    self._is_kept[index] = True
+
+        # Opening a file takes as long as decoding 1,000 pixels, and threads take turns at it.
+
+        num_useful = self.size[0] * self.size[1] // 1000
+        count = min(len(os.sched_getaffinity(0)), num_useful, len(indices))
+        if count < 2:
+            work()
+            return
+        with ThreadPoolExecutor(count) as pool:
+            try:
+                for thread in [pool.submit(work) for _ in range(count)]:
+                    thread.result()
+            finally:
+                waiting.clear()  # not needed after an error or a signal
+
+    def _decode_one(self, index):
+        with self._explain_errors(index):
+            pixels, notes = decoder.decode(self._read(index), self.size)
+        for note in notes:
+            if note not in self._logged:
+                self._logged.add(note)
+                log(f"Image {self._place(index)} is {note}; others like it are not logged")
+        return pixels
+
+    def _read_first_size(self):
+        with self._explain_errors(0):
+            return decoder.open_image(io.BytesIO(self._read(0))).size
+
+    def _place(self, index):
+        return f"{self.folder}/{self.names[index]}"
+
+    @contextlib.contextmanager
+    def _explain_errors(self, index):
+        try:
+            yield
+        except Exception as error:  # each format has its own errors
+            raise UserError(
+                f"cannot read the image {self._place(index)}: {error}. "
+                "Replace it, and run the same command again to resume"
+            ) from error
+
+    def fingerprint(self):
+        """Return the checksum of names and sizes."""
+        lines = [f"{name} {size}\n" for name, size in zip(self.names, self.sizes)]
+        return zlib.crc32("".join(lines).encode("utf-8", "surrogateescape"))
+
+
+def _shared(shape):
+    """Return an array of zeros of type uint8 in memory that this process shares with its children."""
+    count = int(np.prod(shape, dtype=np.int64))
+    return np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8, count).reshape(shape)
