@@ -2,11 +2,15 @@
 
 import contextlib
 import io
+import math
 import mmap
 import os
 import zlib
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,16 +19,33 @@ from common.errors import UserError
 from common.report import log
 
 
+class Source(NamedTuple):
+    """Encoded images.
+
+    Attributes:
+        folder: where they are, for messages.
+        names: of the images in it.
+        sizes: of the encoded images in bytes.
+        read: a function that returns the bytes of the image with an index.
+    """
+
+    folder: Path
+    names: list
+    sizes: list
+    read: Callable
+
+    def place(self, index):
+        """Return where an image is, for messages."""
+        return f"{self.folder}/{self.names[index]}"
+
+
 class ImageFiles:
     """Encoded images as an array of uint8 (n, height, width, 3), read when they are first asked for.
 
     Decoded images stay in memory up to a limit. The others are decoded each time.
 
     Args:
-        folder: that the names are in, for messages.
-        names: of the images.
-        sizes: of the encoded images in bytes.
-        read: a function that returns the bytes of the image with an index.
+        source: the Source of the images.
         size: (width, height) of all images, to which others are resized; None: that of the first image.
         memory: bytes for decoded images.
         is_resizing: whether another size is expected, and nothing to log.
@@ -35,27 +56,24 @@ class ImageFiles:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, folder, names, sizes, read, size, memory, is_resizing=False):
-        self.folder = folder
-        self.names = names
-        self.sizes = sizes
-        self._read = read
-        self.size = size = size or self._read_first_size()
-        self.shape = (len(names), size[1], size[0], 3)
-        num_bytes = size[0] * size[1] * 3
-        self.num_kept = min(len(names), int(memory // num_bytes))
+    def __init__(self, source, size, memory, is_resizing=False):
+        self.source = source
+        self.size = size or self._read_first_size()
+        width, height = self.size
+        self.shape = (len(source.names), height, width, 3)
+        self.num_kept = int(min(len(self), memory // (width * height * 3)))
         # Shared with processes that load batches. The system provides each page when it is first used.
         self._kept = _shared((self.num_kept, *self.shape[1:]))
-        self._is_kept = _shared((len(names),))
+        self._is_kept = _shared((len(self),))
         self._logged = {decoder.RESIZED} if is_resizing else set()
 
     def __len__(self):
-        return len(self.names)
+        return self.shape[0]
 
     @property
     def nbytes(self):
         """The bytes of all images when decoded."""
-        return len(self) * self.size[0] * self.size[1] * 3
+        return math.prod(self.shape)
 
     @property
     def is_in_memory(self):
@@ -107,19 +125,16 @@ class ImageFiles:
 
     def _decode_one(self, index):
         with self._explain_errors(index):
-            pixels, notes = decoder.decode(self._read(index), self.size)
+            pixels, notes = decoder.decode(self.source.read(index), self.size)
         for note in notes:
             if note not in self._logged:
                 self._logged.add(note)
-                log(f"Image {self._place(index)} is {note}; others like it are not logged")
+                log(f"Image {self.source.place(index)} is {note}; others like it are not logged")
         return pixels
 
     def _read_first_size(self):
         with self._explain_errors(0):
-            return decoder.open_image(io.BytesIO(self._read(0))).size
-
-    def _place(self, index):
-        return f"{self.folder}/{self.names[index]}"
+            return decoder.open_image(io.BytesIO(self.source.read(0))).size
 
     @contextlib.contextmanager
     def _explain_errors(self, index):
@@ -127,17 +142,17 @@ class ImageFiles:
             yield
         except Exception as error:  # each format has its own errors
             raise UserError(
-                f"cannot read the image {self._place(index)}: {error}. "
+                f"cannot read the image {self.source.place(index)}: {error}. "
                 "Replace it, and run the same command again to resume"
             ) from error
 
     def fingerprint(self):
         """Return the checksum of names and sizes."""
-        lines = [f"{name} {size}\n" for name, size in zip(self.names, self.sizes)]
+        lines = [f"{name} {size}\n" for name, size in zip(self.source.names, self.source.sizes)]
         return zlib.crc32("".join(lines).encode("utf-8", "surrogateescape"))
 
 
 def _shared(shape):
     """Return an array of zeros of type uint8 in memory that this process shares with its children."""
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     return np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8, count).reshape(shape)

@@ -13,7 +13,7 @@ import numpy as np
 from common import decoder, image_archives
 from common.datasets import ArrayDataset, check_apart, hold_out
 from common.errors import UserError
-from common.image_files import ImageFiles
+from common.image_files import ImageFiles, Source
 from common.report import log, log_left_out
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif")
@@ -240,7 +240,7 @@ def _read_class_folders(channel, entries, expected):
         finally:
             os.close(descriptor)
 
-    images = _image_files(channel, names, sizes, read)
+    images = _image_files(channel, Source(folder, names, sizes, read))
     return images, labels.astype(np.int64), list(classes)
 
 
@@ -286,14 +286,13 @@ def _read_records(channel, entries):
         names += [f"{path.name}, record {position}" for position in range(len(record.labels))]
         sizes += record.sizes
     classes, labels = np.unique(labels, return_inverse=True)
-    images = _image_files(channel, names, sizes, read)
+    images = _image_files(channel, Source(channel.folder, names, sizes, read))
     return images, labels.astype(np.int64), [str(name) for name in classes]
 
 
-def _image_files(channel, names, sizes, read):
-    """Return the ImageFiles of a channel."""
+def _image_files(channel, source):
     is_resizing = channel.image_size is not None
-    return ImageFiles(channel.folder, names, sizes, read, channel.size, channel.memory, is_resizing)
+    return ImageFiles(source, channel.size, channel.memory, is_resizing)
 
 
 def _find_files(folder, left_out):
