@@ -21,6 +21,7 @@ from common import (
     checkpoints,
     datasets,
     distributed,
+    dry_run,
     model_folder,
     preemption,
     report,
@@ -84,6 +85,7 @@ class Run:
         self.state = None
         self.job = {}
         self._data_facts = {}
+        self._dry_run = dry_run.DryRun(args, engine.CHECKPOINT) if args.dry_run else None
         self._export_facts = model_folder.describe_flags(args)  # also in each checkpoint
         self._description = {}  # what the next run compares itself with, in plain values
         self.progress = train_state.Progress()
@@ -156,6 +158,8 @@ class Run:
             if self.checkpoints:
                 self.checkpoints.close()
             self._exits.close()
+            if self._dry_run:
+                self._dry_run.close()
             self.signals.restore()
 
     def _fail_together(self, error):
@@ -193,6 +197,10 @@ class Run:
             raise UserError("load_data must return two data sets, for training and validation") from error
         if hasattr(self.engine, "wrap_data_sets"):  # the framework has data sets that come in batches
             train, validation = self.engine.wrap_data_sets(train, validation)
+        if self._dry_run:
+            for name, dataset in (("training", train), ("validation", validation)):
+                self._dry_run.check(name, dataset, self._read_samples)
+            train, validation = self._dry_run.shorten(train, validation)
         self.data = datasets.describe(train, validation, self._read_samples, self._saved_statistics())
         for name, dataset in (("training", train), ("validation", validation)):
             if not hasattr(dataset, "batches"):
@@ -520,7 +528,7 @@ class Run:
         self._close_bar()
         row = self.progress.finish_epoch(metrics, validation_metrics)
         self.save()
-        log(report.epoch_line(row))
+        self._log_epoch(row)
         return self.should_stop()
 
     def finish_round(self, metrics, validation_metrics, samples):
@@ -536,7 +544,7 @@ class Run:
         now = time.monotonic()
         progress.seconds, progress.samples = now - self._clock, samples
         row = progress.finish_epoch(metrics, validation_metrics)
-        log(report.epoch_line(row))
+        self._log_epoch(row)
         if not self._has_checked_attributes:
             self._check_attributes()
         stop = self.should_stop()
@@ -558,6 +566,10 @@ class Run:
             self._check_signals(save=True)
         self._clock = time.monotonic()
         return stop
+
+    def _log_epoch(self, row):
+        if not self._dry_run:  # whose metrics mean nothing
+            log(report.epoch_line(row))
 
     def should_stop(self):
         """Return whether the training is over before `--epochs`: a function of what checkpoints hold.
@@ -624,6 +636,9 @@ class Run:
             yield folder
             self._describe_model(folder, epoch)
             files = ", ".join(sorted(path.name for path in folder.iterdir()))
+        if self._dry_run:
+            self._dry_run.report(self.progress)
+            return
         step = f" and {self.progress.step} steps" if self.progress.step else ""
         log(f"Model: {args.model_dir} ({files}), of epoch {epoch}{step}")
         facts = {"epochs": self.progress.epoch, "initial_epoch": self._initial_epoch}

@@ -837,6 +837,10 @@ class Stream:
                 f"batches: expected {self._count - first_step}, as epoch 0 has {self._count}"
             )
 
+    def take(self, count):
+        """Return the first batches as a Stream."""
+        return Stream(lambda epoch=0, first_step=0: self._open(epoch, first_step).take(count - first_step))
+
     def check_order(self):
         """Log a warning if the dataset from the second step on does not begin with the second batch."""
         batches = list(itertools.islice(self.batches(), 2))
