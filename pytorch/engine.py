@@ -3,13 +3,14 @@
 `common/run.py` calls the functions; the training state in `train.py` inherits from `State`.
 """
 
+import copy
 import os
 import signal
 import warnings
 
 import numpy as np
 
-from common import atomic_io, errors, model_folder
+from common import atomic_io, batches, errors, model_folder
 from common.errors import UserError
 from common.report import log, log_weights
 
@@ -111,12 +112,25 @@ class State:
                 f"--model {self.args.model} cannot take images of {size} ({error}): "
                 "pass --image-size, such as 224"
             ) from error
+        if batches.batch_sizes(len(self.data.train), self.args.batch_size)[-1] < 2 * self.workers.size:
+            self._check_one_sample(model, sample)
         array = outputs.float().numpy() if isinstance(outputs, torch.Tensor) else None
         self.model_facts = {"outputs": model_folder.describe_outputs(array, self.data.classes)}
         model.to(self.device)
         if self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)  # the layout of the images, and of tensor cores
         return model
+
+    def _check_one_sample(self, model, sample):
+        """Raise UserError if the model cannot learn from a batch of one sample."""
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model).train()(sample)
+        except ValueError as error:
+            raise UserError(
+                f"--batch-size {self.args.batch_size} makes batches of one sample for each worker, from which "
+                f"this model cannot learn ({error}): raise it"
+            ) from error
 
     def prepare(self):
         """Set `network`, `predict` and `job`, and remember the learning rate of each parameter group."""

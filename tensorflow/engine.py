@@ -44,6 +44,7 @@ SERVING_REQUIREMENTS = "numpy", "pillow"  # SageMaker's container for SavedModel
 
 POLICIES = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
 SEEDS_PER_REPLICA = 2**20
+KERAS_PLACE = r"Exception encountered when calling .*|\x1b\[\dm"  # before the reason, and how it is printed
 
 
 def start(args, workers):
@@ -145,7 +146,7 @@ class State:
             if not re.search("negative|at least|too small", str(error), re.IGNORECASE):
                 raise
             size = "x".join(map(str, self.data.sample_shape))
-            reason = errors.first_line(error)
+            reason = errors.first_line(re.sub(KERAS_PLACE, "", str(error)))
             raise UserError(
                 f"--model {self.args.model} cannot take images of {size} ({reason}): "
                 "pass --image-size, such as 224"

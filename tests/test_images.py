@@ -373,6 +373,47 @@ def test_files_that_are_left_out_are_counted_and_named(tmp_path, digits, log):
     assert f"Left out of --train {tmp_path}, not images (2): labels.csv, notes.txt\n" in log()
 
 
+def test_a_dangling_link_is_left_out_and_a_name_that_is_not_utf_8_is_read(tmp_path, digits, log):
+    save_images(tmp_path, digits[0][:20], digits[1][:20])
+    (tmp_path / "class-0/gone.png").symlink_to("nowhere.png")
+    os.rename(tmp_path / "class-1/1.png", os.fsencode(tmp_path / "class-1") + b"/\xff.png")
+    assert len(all_images(load(train=tmp_path))[0]) == 20
+    assert "not images (1): gone.png\n" in log()
+    os.rename(tmp_path / "class-2", os.fsencode(tmp_path) + b"/\xff")
+    with pytest.raises(UserError, match=r"class folder named b'\\xff', which is not UTF-8: rename it"):
+        load(train=tmp_path)
+
+
+def test_deep_and_animated_images_are_read_and_the_log_says_so_once(tmp_path, log):
+    deep = np.full((8, 8), 1000, np.uint16)
+    pages = [Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (10, 20)]
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(deep).save(tmp_path / name / "deep.png")
+        pages[0].save(tmp_path / name / "pages.tif", save_all=True, append_images=pages[1:])
+        Image.fromarray(np.zeros((16, 12, 3), np.uint8)).save(tmp_path / name / "wide.png")
+    read, _ = all_images(load(train=tmp_path))
+    assert sorted(read[:, 0, 0, 0]) == [0, 0, 1000 >> 8, 1000 >> 8, 10, 10]
+    text = log()
+    for note in (decoder.EIGHT_BITS, decoder.FIRST_PAGE, decoder.RESIZED):
+        assert text.count(note) == 1
+
+
+def test_the_aspect_ratio_is_kept(tmp_path):
+    """The shorter side is resized, and the centre cropped; arrays are treated like files."""
+    pixels = np.zeros((2, 20, 40, 3), np.uint8)
+    pixels[:, :, 8:32] = 200  # the square in the middle, and a little more
+    for name, image in zip("ab", pixels):
+        (tmp_path / "files" / name).mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / "files" / name / "1.png")
+    (tmp_path / "arrays").mkdir()
+    np.savez(tmp_path / "arrays/data.npz", x=pixels, y=[0, 1])
+    for kind in ("files", "arrays"):
+        read, _ = all_images(load(train=tmp_path / kind, image_size=10))
+        assert read.shape == (2, 10, 10, 3)
+        assert (read == 200).all()
+
+
 def test_linked_folders_are_read_once(tmp_path, digits):
     save_images(tmp_path / "train", digits[0][:20], digits[1][:20])
     save_images(tmp_path / "more", digits[0][20:30], np.zeros(10, int))
