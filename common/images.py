@@ -4,7 +4,6 @@ import contextlib
 import os
 import resource
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from common import decoder, image_archives
 from common.datasets import ArrayDataset, check_apart, hold_out
-from common.errors import UserError
+from common.errors import UserError, first_line, read_count
 from common.image_files import ImageFiles, Source
 from common.report import log, log_left_out
 
@@ -22,6 +21,7 @@ EXTENSIONS += (".jp2", ".j2k", ".jpx")
 EXPECTED = "expected one folder per class with images, one .npz file, or {0}_data.npy and {0}_labels.npy"
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # no classes, likely
 MAX_SHOWN = 10  # classes in the log
+MAX_LABEL = 2**53  # above it a floating-point number is not exact
 
 # Limit and use of the memory of a container, for both versions of Linux's control groups.
 CONTAINER_MEMORY = [
@@ -351,6 +351,8 @@ def _check_arrays(channel, path, images, labels):
     are_numbers = labels.dtype.kind in "uif" and np.isfinite(labels).all()
     if not are_numbers or (labels != np.floor(labels)).any():
         raise UserError(f"{path} has labels that are not integers ({labels.dtype}, such as {labels[0]!r})")
+    if np.abs(labels).max() > MAX_LABEL:
+        raise UserError(f"{path} has the label {labels[np.abs(labels).argmax()]:g}: expected small integers")
     names, indices = np.unique(labels.astype(np.int64), return_inverse=True)
     if images.dtype != np.uint8:
         images = images.astype(np.float32, copy=False)
@@ -393,8 +395,8 @@ def _allocate(shape, dtype):
 
 def _memory_for_images():
     """Return the bytes that decoded images may take in this process: half of what is free."""
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this host
-    return max(0, _available_memory() / 2 / num_processes)
+    num_processes = read_count("LOCAL_WORLD_SIZE", 1)  # torchrun's, on this host
+    return max(0, _available_memory() / 2 / max(1, num_processes))
 
 
 def _available_memory():
@@ -418,5 +420,9 @@ def _available_memory():
 def _readable(path):
     try:
         yield
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"cannot read {path}: it does not fit into memory") from error
+    except Exception as error:  # NumPy and zipfile have many types for a damaged file
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error

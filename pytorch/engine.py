@@ -41,8 +41,8 @@ def start(args, workers):
     available = torch.cuda.is_available() and args.num_gpus != 0
     if args.device == "cuda" and not available:
         raise UserError("--device cuda: PyTorch finds no GPU; use --device auto or cpu")
-    local_rank = int(
-        os.environ.get("LOCAL_RANK", 0)
+    local_rank = errors.read_count(
+        "LOCAL_RANK", 0
     )  # set by torchrun: the number of this process on this host
     device = torch.device(f"cuda:{local_rank}" if available and args.device != "cpu" else "cpu")
     if device.type == "cuda":
@@ -128,8 +128,8 @@ class State:
                 copy.deepcopy(model).train()(sample)
         except ValueError as error:
             raise UserError(
-                f"--batch-size {self.args.batch_size} makes batches of one sample for each worker, from which "
-                f"this model cannot learn ({error}): raise it"
+                f"--batch-size {self.args.batch_size} makes batches of one sample for each worker, from "
+                f"which this model cannot learn ({error}): raise it"
             ) from error
 
     def prepare(self):

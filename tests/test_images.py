@@ -261,6 +261,18 @@ def not_an_archive(folder, digits):
     (folder / "data.npz").write_bytes(b"PK nothing")
 
 
+def renamed_array(folder, digits):
+    np.save(folder / "data.npy", digits[0])
+    (folder / "data.npy").rename(folder / "data.npz")
+
+
+def damaged_archive(folder, digits):
+    np.savez_compressed(folder / "data.npz", x=digits[0], y=digits[1])
+    content = bytearray((folder / "data.npz").read_bytes())
+    content[100:200] = bytes(100)
+    (folder / "data.npz").write_bytes(content)
+
+
 def many_bits(folder, digits):
     save_images(folder, *digits)
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "class-1/deep.tif")
@@ -297,6 +309,9 @@ MISTAKES = {
     ),
     "pickle": (arrays(x=lambda digits: np.array([{}] * 300)), ["cannot read", "data.npz"]),
     "no archive": (not_an_archive, ["cannot read", "data.npz"]),
+    "an array": (renamed_array, ["cannot read", "data.npz"]),
+    "damaged": (damaged_archive, ["cannot read", "data.npz"]),
+    "huge label": (arrays(y=lambda digits: digits[1] * 1e300), ["data.npz has the label 9e+300"]),
 }
 
 
