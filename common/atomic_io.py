@@ -1,14 +1,18 @@
 """Writing files so that no reader ever sees half of one, and nothing is lost when the disk is full."""
 
 import contextlib
+import errno
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
 import zipfile
 
 from common.errors import UserError, first_line
+
+log = logging.getLogger("train").info  # as in `report.py`, which needs this module
 
 NO_CHECKSUM = "0" * 64  # the value of "sha256" in a JSON text until `write_sealed` puts the checksum there
 UNSEALED = f'"sha256": "{NO_CHECKSUM}"'.encode()
@@ -60,19 +64,37 @@ def atomic_write(path):
                 raise raw.error
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _flush_folder(path.parent)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}. Earlier checkpoints are intact. "
-            "Free some disk space or pass another folder, then run the same command to resume"
+            "Free some disk space, or pass --keep-checkpoints or another folder, then run the same command "
+            "to resume"
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _flush_folder(folder):
+    """Write the names in a folder to the disk, where the file system can; otherwise log that, once."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        if folder not in _unflushed:
+            log(
+                f"Warning: the file system of {folder} cannot flush folders ({error.strerror}): after a "
+                "power loss the newest file may be missing"
+            )
+        _unflushed.add(folder)
+    finally:
+        os.close(descriptor)
+
+
+_unflushed = set()  # folders
 
 
 class _ErrorKeepingFile(io.FileIO):

@@ -349,7 +349,7 @@ class Run:
         name = self.checkpoints.name_of(self.progress.epoch, self.progress.step)
         if self.saver.in_flight:
             self.saver.wait()
-        if self.workers.is_main_process and not (self.checkpoints.folder / name).exists():
+        if self.workers.is_main_process and not self.checkpoints.has(name):
             content = {**self.state.state_dict(), "progress": progress, **self._description}
             content["export"] = self._export_facts
             content = self.engine.copy_to_host(content, self.saver.memory)
