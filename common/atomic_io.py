@@ -64,7 +64,15 @@ def atomic_write(path):
                 raise raw.error
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+            _warn_of_unflushed(path.parent, error)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}. Earlier checkpoints are intact. "
@@ -76,22 +84,13 @@ def atomic_write(path):
             temporary.unlink()
 
 
-def _flush_folder(folder):
-    """Write the names in a folder to the disk, where the file system can; otherwise log that, once."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-        if folder not in _unflushed:
-            log(
-                f"Warning: the file system of {folder} cannot flush folders ({error.strerror}): after a "
-                "power loss the newest file may be missing"
-            )
-        _unflushed.add(folder)
-    finally:
-        os.close(descriptor)
+def _warn_of_unflushed(folder, error):
+    if folder not in _unflushed:
+        log(
+            f"Warning: the file system of {folder} cannot flush folders ({error.strerror}): after a power "
+            "loss the newest file may be missing"
+        )
+    _unflushed.add(folder)
 
 
 _unflushed = set()  # folders

@@ -168,24 +168,20 @@ class Checkpoints:
             )
         return content
 
-    def has(self, name):
-        """Return whether a checkpoint has been written already; a link or a folder is none."""
-        path = Path(self.folder, name)
-        return path.is_file() and not path.is_symlink()
-
     def write(self, name, content, best_epoch):
         """Write a checkpoint, then delete those that it replaces; see `remove_old`."""
         with atomic_write(Path(self.folder, name)) as file:
             self.engine.write_checkpoint(content, file)
         self.remove_old(best_epoch)
-        if not self._has_checked_room:
-            self._check_room(Path(self.folder, name).stat().st_size)
-        self._has_checked_room = True
 
-    def _check_room(self, size):
-        """Log a warning if the checkpoints of the epochs that are left will probably not fit on the disk."""
-        count = self.args.keep_checkpoints or self.args.epochs
-        num_left = count - len(find_checkpoints(self.folder, self.engine.CHECKPOINT))
+    def check_room(self):
+        """Log a warning, once, if the checkpoints that are left will probably not fit on the disk."""
+        if self._has_checked_room or not self.workers.is_main_process:
+            return
+        self._has_checked_room = True
+        found = find_checkpoints(self.folder, self.engine.CHECKPOINT)
+        size = Path(self.folder, found[0][1]).stat().st_size
+        num_left = (self.args.keep_checkpoints or self.args.epochs) - len(found)
         free = shutil.disk_usage(self.folder).free
         if num_left * size > free:
             log(

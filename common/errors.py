@@ -11,6 +11,10 @@ class UserError(Exception):
     """A mistake of the user or a limit of the machine: what happened, what was expected, what to do."""
 
 
+class DataError(UserError):
+    """Data that cannot be read, which is found out when a batch needs it."""
+
+
 @contextlib.contextmanager
 def importing(name, hint):
     """Import a library inside this block. If it is missing, exit with one line that ends with `hint`."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import decoder
-from common.errors import UserError
+from common.errors import DataError
 from common.report import log
 
 
@@ -50,7 +50,7 @@ class ImageFiles:
         memory: bytes for decoded images.
         is_resizing: whether another size is expected, and nothing to log.
 
-    Reading raises UserError for an image that cannot be read.
+    Reading raises DataError for an image that cannot be read.
     """
 
     dtype = np.dtype(np.uint8)
@@ -141,7 +141,7 @@ class ImageFiles:
         try:
             yield
         except Exception as error:  # each format has its own errors
-            raise UserError(
+            raise DataError(
                 f"cannot read the image {self.source.place(index)}: {error}. "
                 "Replace it, and run the same command again to resume"
             ) from error

@@ -21,7 +21,8 @@ class LogHandler(logging.StreamHandler):
 
     def format(self, record):
         """Return the line of a record; a name in it cannot begin another line."""
-        return in_one_line(super().format(record))
+        line = super().format(record)
+        return line if line.isprintable() else in_one_line(line)
 
     def handleError(self, record):  # noqa: N802 - the name is that of the base class
         """Ignore an error; after `train.py | head` Python itself would fail when it exits."""

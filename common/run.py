@@ -30,7 +30,7 @@ from common import (
     train_state,
 )
 from common.atomic_io import atomic_export, prepare_folder
-from common.errors import UserError, fail, write_failure_reason
+from common.errors import DataError, UserError, fail, write_failure_reason
 from common.preemption import Interrupted
 from common.report import log
 
@@ -120,6 +120,8 @@ class Run:
             self.workers = distributed.join(args)
             self._exits.callback(report.start_logging(self.is_main_process))
             self.checkpoints = checkpoints.Checkpoints(args, self.engine, self.workers)
+            is_alone = self.workers.size == 1
+            self._read_newest = self.checkpoints.read_newest if is_alone else self.checkpoints.share_newest
             if self.is_main_process:
                 prepare_folder(args.checkpoint_path, "--checkpoint-path")
                 prepare_folder(args.model_dir, "--model-dir")
@@ -151,6 +153,9 @@ class Run:
                 self.workers.leave()
             elif self.workers.size > 1:
                 self._fail_together(error)
+            elif isinstance(error, DataError) and self.progress.step:  # no step is under way
+                log(f"Saved {self.save()}")
+                self.saver.wait()
         finally:
             if self._bar:
                 self._bar.close()
@@ -310,11 +315,6 @@ class Run:
         self._last_save = self._clock = time.monotonic()
         return epoch
 
-    def _read_newest(self):
-        if self.workers.size == 1:
-            return self.checkpoints.read_newest()
-        return self.checkpoints.share_newest()
-
     def load_checkpoint(self, content, training_state):
         """Set the training state to the content of a checkpoint, to export its model without any data.
 
@@ -349,7 +349,9 @@ class Run:
         name = self.checkpoints.name_of(self.progress.epoch, self.progress.step)
         if self.saver.in_flight:
             self.saver.wait()
-        if self.workers.is_main_process and not self.checkpoints.has(name):
+        path = self.checkpoints.folder / name
+        is_saved = path.is_file() and not path.is_symlink()
+        if self.workers.is_main_process and not is_saved:
             content = {**self.state.state_dict(), "progress": progress, **self._description}
             content["export"] = self._export_facts
             content = self.engine.copy_to_host(content, self.saver.memory)
@@ -357,6 +359,16 @@ class Run:
             self.saver.in_flight = self.saver.thread.submit(self.checkpoints.write, name, content, best)
         self._last_save = time.monotonic()
         return name
+
+    def _check_weights(self):
+        """Raise UserError if some weights are infinite or not a number: they must not replace better ones."""
+        if self.state.has_finite_weights():
+            return
+        raise UserError(
+            f"after epoch {self.progress.epoch + 1} some weights are infinite or not a number: they are not "
+            f"saved, and the checkpoints of {self.progress.epoch} epochs stay. Try a lower --learning-rate "
+            "or some --warmup-epochs, with another --output"
+        )
 
     def _refuse_metric(self, metrics):
         names = ", ".join(metrics)
@@ -417,17 +429,7 @@ class Run:
         else:
             is_waiting = is_ours and not loader.dataset.is_in_memory
             loaded = batches.load_ahead(loader, steps, self.args.loaders or int(is_waiting))
-        return self._save_before_errors(loaded)
-
-    def _save_before_errors(self, loaded):
-        """Yield what an iterator yields; save if it fails, such as at an image that cannot be read."""
-        try:
-            yield from loaded
-        except UserError:
-            if self.progress.step and self.workers.size == 1:
-                log(f"Saved {self.save()}")
-                self.saver.wait()
-            raise
+        return loaded
 
     def start_epoch(self, steps_per_epoch):
         """Start the clock and the progress bar of an epoch."""
@@ -487,6 +489,7 @@ class Run:
             due = True
         if self.saver.in_flight and self.saver.in_flight.done():
             self.saver.wait()  # raises the error of a failed save
+            self.checkpoints.check_room()
         if self.signals.received or self.workers.size > 1:
             due = self._check_signals(due, save=True)
         if due and progress.step < self.steps_per_epoch:
@@ -522,6 +525,8 @@ class Run:
             metrics, validation_metrics: by name; default: the means of what `finish_step` and
                 `finish_validation_step` have added up.
         """
+        if self.is_main_process:
+            self._check_weights()
         if metrics is None:
             metrics = self._mean_metrics(self.progress.sums)
             validation_metrics = self._mean_metrics(self._validation_sums)
@@ -556,6 +561,7 @@ class Run:
             due = self.saver.is_affordable()
         if self.saver.in_flight and self.saver.in_flight.done():
             self.saver.wait()  # raises the error of a failed save
+            self.checkpoints.check_room()
         if self.workers.size > 1:
             due, stop = self.workers.all_gather([bool(due), stop])[0]
         if due or stop or progress.epoch == args.epochs:

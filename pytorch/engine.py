@@ -209,6 +209,11 @@ class State:
             images = normalize(images.float(), *self._statistics, eps=0)
         return images, labels, weights
 
+    def has_finite_weights(self):
+        """Return whether all weights are finite."""
+        are_finite = [weight.isfinite().all() for weight in self.model.parameters()]
+        return not are_finite or bool(torch.stack(are_finite).all())  # the GPU is waited for once
+
     def load_optimizer(self, saved):
         """Load an optimizer's state.
 

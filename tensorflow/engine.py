@@ -318,6 +318,12 @@ class State:
 
     # Variables ----------------------------------------------------------------------------------------------
 
+    def has_finite_weights(self):
+        """Return whether all weights are finite."""
+        weights = self.model.trainable_variables
+        are_finite = [tf.reduce_all(tf.math.is_finite(weight.value)) for weight in weights]
+        return bool(tf.reduce_all(are_finite))
+
     def assign(self, variables, values):
         """Set variables to the values from a checkpoint."""
         if len(variables) != len(values):

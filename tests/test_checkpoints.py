@@ -299,9 +299,10 @@ def test_a_disk_that_will_be_full_is_said_after_the_first_save(tmp_path, monkeyp
     folder = checkpoints_in(tmp_path, epochs=300)
     for epoch in (1, 2):
         folder.write(f"checkpoint-{epoch}.pt", "x" * 1000, None)
+        folder.check_room()
     expected = f"299 more checkpoints of 0.0 MB will not fit into the 0 MB that are free in {tmp_path}"
     assert log().count(expected) == 1
-    checkpoints_in(tmp_path, epochs=300, keep_checkpoints=2).write("checkpoint-3.pt", "x" * 1000, None)
+    checkpoints_in(tmp_path, epochs=300, keep_checkpoints=2).check_room()
     assert "will not fit" not in log()
 
 
@@ -323,7 +324,6 @@ def test_a_link_or_a_folder_with_the_name_of_the_next_checkpoint_is_no_checkpoin
     (tmp_path / "checkpoint-2.pt").symlink_to("checkpoint-1.pt")
     (tmp_path / "checkpoint-3.pt").mkdir()
     folder = checkpoints_in(tmp_path)
-    assert [folder.has(f"checkpoint-{number}.pt") for number in (1, 2, 3, 4)] == [True, False, False, False]
     folder.write("checkpoint-2.pt", "new", None)
     assert not (tmp_path / "checkpoint-2.pt").is_symlink()
     with pytest.raises(UserError, match=r"cannot write .*checkpoint-3.pt: Is a directory"):

@@ -461,6 +461,8 @@ def test_image_scripts_say_in_one_line_what_cannot_work_before_training(image_fr
         ),
         (["--weights", "nowhere"], ["--weights nowhere"]),
     ]
+    diverging = ["--learning-rate", 1e30, "--epochs", 1]
+    mistakes.append((diverging, ["weights are infinite or not a number", "the checkpoints of 0 epochs stay"]))
     if image_framework == "tensorflow":
         mistakes.append((["--image-size", 4], ["4x4x1 (Computed output size would be zero or negative"]))
     if image_framework == "pytorch":
