@@ -129,7 +129,8 @@ def _parse(content):
 def _only_value(features, name, kind):
     """Return the value of a feature that has one. Raises ValueError for another feature, or none."""
     if name not in features:  # reading it would add it
-        found = ", ".join(sorted(features)[:20]) or "nothing"
+        names = [each if each.isprintable() else repr(each) for each in sorted(features)[:20]]
+        found = ", ".join(names) or "nothing"
         raise ValueError(f"it has the features {found}: expected {IMAGE} and {LABEL}")
     values = getattr(features[name], kind).value
     if len(values) != 1:
@@ -139,8 +140,9 @@ def _only_value(features, name, kind):
 
 
 def _class_name(features):
-    """Return the name of the class of a record, or None."""
+    """Return the name of the class of a record, or None, also for a text that no line of the log can show."""
     try:
-        return _only_value(features, NAME, "bytes_list").decode()
+        text = _only_value(features, NAME, "bytes_list").decode()
     except ValueError:  # also for a text that is not UTF-8
         return None
+    return text if text.isprintable() and text else None

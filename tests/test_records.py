@@ -226,6 +226,7 @@ def test_the_class_names_of_a_tfrecord_file(tfrecord, tmp_path, folders):
 
     assert classes("owl", "cat", "dog") == ["owl", "cat", "dog"]
     assert classes("crane", "crane", "dog") == ["0", "1", "2"]  # as in ImageNet, the bird and the machine
+    assert classes("owl\n", "cat", "dog") == ["0", "1", "2"]
     classes("owl", "cat", "dog")
     write(path.with_name("b.tfrec"), contents, labels, names=["owl", "cat", "cow"])
     assert load(tfrecord, path.parent)[0].classes == ["0", "1", "2"]
@@ -310,6 +311,10 @@ TFRECORD_MISTAKES = {
     "other features": (
         lambda path: write_examples(path, [example(image=b"1", label=1)]),
         "record 0: it has the features image, label: expected image/encoded and image/class/label",
+    ),
+    "lines": (
+        lambda path: write_examples(path, [example(**{"a\nb": 1})]),
+        r"record 0: it has the features 'a\\nb': expected",
     ),
     "no label": (
         lambda path: write_examples(path, [example(image_encoded=b"1", image_format=b"png")]),
