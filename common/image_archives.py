@@ -4,6 +4,7 @@ Formats: https://www.cs.toronto.edu/~kriz/cifar.html, http://yann.lecun.com/exdb
 """
 
 import gzip
+import math
 import re
 import zlib
 
@@ -23,9 +24,9 @@ CIFAR_NAMES = {
 NUM_LABELS = {"batches.meta.txt": 1, "fine_label_names.txt": 2}  # bytes of labels before those of the pixels
 
 
-def has_test_data(folder):
-    """Return whether a folder contains training and test data of a downloaded data set."""
-    return folder.is_dir() and all(_find(folder, split) for split in SPLITS)
+def has_data(folder, split):
+    """Return whether a folder contains data of a downloaded data set for a split, "train" or "eval"."""
+    return folder.is_dir() and _find(folder, split) is not None
 
 
 def read(folder, split):
@@ -42,24 +43,29 @@ def read(folder, split):
         found = _find(folder, "train")
     if not found:
         _refuse_pickles(folder)
+        _refuse_without_names(folder)
         return None
     names, paths = found
-    if names is None:
-        return _read_mnist(folder, paths)
-    return _read_cifar(names, paths)
+    try:
+        if names is None:
+            return _read_mnist(folder, paths)
+        return _read_cifar(names, paths)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or folder}: {error}") from error
 
 
 def _find(folder, split):
     """Return the path of the class names, None for IDX, and the files of a split; or None without any."""
-    paths = sorted(folder.iterdir())
     for name, patterns in CIFAR_NAMES.items():
-        batches = [path for path in paths if re.fullmatch(patterns[split], path.name)]
+        batches = _find_files(folder, patterns[split])
         if batches and (folder / name).is_file():
             return folder / name, batches
-    idx = [path for path in paths if re.fullmatch(IDX_NAME.format(SPLITS[split]), path.name)]
-    if len(idx) >= 2:
-        return None, idx
-    return None
+    idx = _find_files(folder, IDX_NAME.format(SPLITS[split]))
+    return (None, idx) if idx else None
+
+
+def _find_files(folder, pattern):
+    return [path for path in sorted(folder.iterdir()) if re.fullmatch(pattern, path.name) and path.is_file()]
 
 
 def _refuse_pickles(folder):
@@ -72,8 +78,25 @@ def _refuse_pickles(folder):
         )
 
 
+def _refuse_without_names(folder):
+    """Raise UserError for the files of CIFAR alone. Beside class folders they may be something else."""
+    if any(path.is_dir() for path in folder.iterdir()):
+        return
+    for name, patterns in CIFAR_NAMES.items():
+        if batches := _find_files(folder, "|".join(patterns.values())):
+            raise UserError(
+                f"{folder} has {batches[0].name}, but not {name} with the names of the classes: "
+                "copy it from the downloaded archive"
+            )
+
+
 def _read_cifar(names, paths):
-    classes = names.read_text().split()
+    try:
+        classes = names.read_text("utf-8").split()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{names} is not UTF-8: expected the names of the classes, one a line") from error
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{names} has a name twice: expected another one for each class")
     num_labels = NUM_LABELS[names.name]
     num_bytes = num_labels + int(np.prod(CIFAR_SHAPE))
     parts = []
@@ -84,13 +107,13 @@ def _read_cifar(names, paths):
                 f"{path} has {len(content)} bytes, expected a multiple of {num_bytes}: "
                 "it is truncated, or no file of CIFAR"
             )
-        parts.append(content.reshape(-1, num_bytes))
+        rows = content.reshape(-1, num_bytes)
+        label = rows[:, num_labels - 1].max()  # of CIFAR-100's two labels the second is the class
+        if label >= len(classes):
+            raise UserError(f"{path} has the label {label}, but {names.name} has {len(classes)} names")
+        parts.append(rows)
     rows = np.concatenate(parts)
-    labels = rows[:, num_labels - 1].astype(np.int64)  # of CIFAR-100's two labels the second is the class
-    if labels.max() >= len(classes):
-        raise UserError(
-            f"{paths[0].parent} has the label {labels.max()}, but {names.name} has {len(classes)} names"
-        )
+    labels = rows[:, num_labels - 1].astype(np.int64)
     images = rows[:, num_labels:].reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels, classes
 
@@ -103,34 +126,42 @@ def _read_mnist(folder, paths):
             raise UserError(f"{found[kind]} and {path.name} have the same content: delete one of them")
         found[kind] = path
     if set(found) != {"images", "labels"}:
-        raise UserError(f"{folder} has {paths[0].name} and {paths[1].name}: expected images and labels")
-    images, labels = (_read_idx(found[kind]) for kind in ("images", "labels"))
-    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or len(images) == 0:
+        missing = "labels" if "images" in found else "images"
+        raise UserError(f"{folder} has {paths[0].name}, but not the file with its {missing}: add it")
+    images = _read_idx(found["images"], 3)
+    labels = _read_idx(found["labels"], 1)
+    if len(images) != len(labels):
         raise UserError(
-            f"{found['images']} has the shape {images.shape} and {found['labels'].name} {labels.shape}: "
-            "expected (n, height, width) and (n,)"
+            f"{found['images']} has {len(images)} images, but {found['labels'].name} has {len(labels)} "
+            "labels: expected one for each image"
         )
+    if images.size == 0:
+        raise UserError(f"{found['images']} has the shape {images.shape}: expected some images")
     classes, indices = np.unique(labels, return_inverse=True)
     return images[..., np.newaxis], indices.astype(np.int64), [str(name) for name in classes]
 
 
-def _read_idx(path):
+def _read_idx(path, num_dimensions):
     """Return the array of bytes in an IDX file. Raises UserError if it is damaged."""
     is_compressed = path.suffix == ".gz"
     opener = gzip.open if is_compressed else open
     limit = path.stat().st_size * (MAX_COMPRESSION if is_compressed else 1)
+    expected = bytes([0, 0, 8, num_dimensions])  # 8 stands for bytes
     try:
         with opener(path, "rb") as file:
-            header = np.frombuffer(file.read(4), np.uint8)
-            if len(header) < 4 or header[:3].tolist() != [0, 0, 8]:
-                raise UserError(f"{path} is no IDX file of bytes: it begins with {header.tolist()}")
-            shape = np.frombuffer(file.read(4 * int(header[3])), ">u4").astype(np.int64).tolist()
-            count = int(np.prod(shape, dtype=object))
+            header = file.read(4 + 4 * num_dimensions)
+            if not header.startswith(expected) or len(header) % 4:
+                raise UserError(
+                    f"{path} is no IDX file of bytes in {num_dimensions} dimensions: it begins with "
+                    f"{header[:4].hex(' ')}, expected {expected.hex(' ')}"
+                )
+            shape = np.frombuffer(header[4:], ">u4").tolist()
+            count = math.prod(shape)
             content = b""
             if count <= limit:  # otherwise the header is wrong, and reading it might fill the memory
                 content = file.read(count + 1)
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    if len(shape) != header[3] or len(content) != count:
+    if len(shape) != num_dimensions or len(content) != count:
         raise UserError(f"{path} does not have the {count} bytes of shape {shape} that it announces")
     return np.frombuffer(content, np.uint8).reshape(shape)

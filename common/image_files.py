@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import decoder
-from common.errors import DataError
+from common.errors import DataError, first_line
 from common.report import log
 
 
@@ -142,7 +142,7 @@ class ImageFiles:
             yield
         except Exception as error:  # each format has its own errors
             raise DataError(
-                f"cannot read the image {self.source.place(index)}: {error}. "
+                f"cannot read the image {self.source.place(index)}: {first_line(error)}. "
                 "Replace it, and run the same command again to resume"
             ) from error
 

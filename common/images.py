@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import re
 import resource
 import tempfile
+from array import array
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +20,22 @@ from common.report import log, log_left_out
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif")
 EXTENSIONS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".avif", ".mpo", ".pcx")
 EXTENSIONS += (".jp2", ".j2k", ".jpx")
-EXPECTED = "expected one folder per class with images, one .npz file, or {0}_data.npy and {0}_labels.npy"
+EXPECTED = "expected one folder per class with images, one .npz file, "
+EXPECTED += "{0}_data.npy and {0}_labels.npy, or the files of CIFAR (binary) or MNIST"
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # no classes, likely
 MAX_SHOWN = 10  # classes in the log
 MAX_LABEL = 2**53  # above it a floating-point number is not exact
+OWN_VALIDATION = "the validation data in --train"  # in the place of a flag, for messages
+KINDS = {"train": "training", "eval": "validation"}  # for messages
+# Words in the names of record files that are not for training, by the split that they are.
+RECORD_SPLITS = {
+    "validation": "eval",
+    "valid": "eval",
+    "val": "eval",
+    "eval": "eval",
+    "test": "test",
+    "testing": "test",
+}
 
 # Limit and use of the memory of a container, for both versions of Linux's control groups.
 CONTAINER_MEMORY = [
@@ -55,14 +69,17 @@ class Channel(NamedTuple):
 def load_images(args, record_file=None):
     """Return the training and the validation data set that the flags name, as a pair of `ArrayDataset`.
 
-    Without `--validation` the test data of a downloaded data set are used, otherwise a tenth of the training
-    images, drawn with the seed, is held out.
+    Without `--validation` the validation data in the folder `--train` are used if it contains such files;
+    otherwise a tenth of the training images, drawn with the seed, is held out.
 
     Args:
         args: the flags.
-        record_file: the engine's class for files that contain many images: `record_file(path)` has the
-            integer array `labels` and the method `read(index)`, which returns the bytes of an image;
-            `record_file.is_one(name)` tells it by the name, and `record_file.EXPECTED` says what it reads.
+        record_file: the class of a framework for files that contain many images, or None. An object
+            `record_file(path)` has the integer array `labels`, the list `sizes` of the encoded images in
+            bytes, the dictionary `names` of the class names by label, which may be empty, and the method
+            `read(index)`, which returns the bytes of an image. The class has `is_one(name)`, which tells by
+            the name whether a file is one, `EXPECTED`, which says what it reads, and `COMPANIONS`, the
+            endings of files that may be beside them.
 
     Raises UserError if the folders do not contain what is expected.
     """
@@ -81,9 +98,10 @@ def load_images(args, record_file=None):
         )
     if isinstance(images, ImageFiles):
         check_apart(args.train, args.validation)
-    validation_folder = args.validation
-    if validation_folder is None and args.train and image_archives.has_test_data(args.train):
-        validation_folder = args.train
+    flag, validation_folder = "--validation", args.validation
+    if validation_folder is None and args.train and _has_validation_data(channel):
+        flag, validation_folder = OWN_VALIDATION, args.train
+        log(f"No --validation folder: using the validation or test data in --train {args.train}")
     if validation_folder is None:
         validation_indices, train_indices = hold_out(labels, args.seed)
         train = ArrayDataset(images, labels, classes, train_indices)
@@ -93,7 +111,7 @@ def load_images(args, record_file=None):
         if isinstance(images, ImageFiles):
             memory -= images.num_kept * images[0].nbytes
         channel = channel._replace(
-            flag="--validation",
+            flag=flag,
             folder=validation_folder,
             stem="eval",
             size=images.shape[2:0:-1],
@@ -185,34 +203,57 @@ def _read_validation(channel, train_shape, class_names):
 def _read_channel(channel):
     """Return images, labels and class names of one channel."""
     folder, stem = channel.folder, channel.stem
-    expected = EXPECTED.format(stem)
+    expected = f"{EXPECTED.format(stem)}"
     if channel.record_file:
         expected += f", or {channel.record_file.EXPECTED}"
     if not folder.is_dir():
         raise UserError(f"{channel.flag} {folder} is not a folder: {expected}")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    archives = [path for path in entries if path.suffix == ".npz"]
-    pair = folder / f"{stem}_data.npy", folder / f"{stem}_labels.npy"
-    if len(archives) == 1:
-        with _readable(archives[0]), np.load(archives[0], allow_pickle=False) as archive:
-            if not {"x", "y"} <= set(archive.files):
-                raise UserError(
-                    f"{archives[0]} holds {', '.join(archive.files)}: expected arrays named x and y"
-                )
-            return _check_arrays(channel, archives[0], archive["x"], archive["y"])
-    if all(path.is_file() for path in pair):
-        with _readable(pair[0]):
-            fits = pair[0].stat().st_size < _available_memory() / 2
-            mode = None if fits else "r"
-            images = np.load(pair[0], mmap_mode=mode, allow_pickle=False)
-            labels = np.load(pair[1], allow_pickle=False)
-        return _check_arrays(channel, pair[0], images, labels)
+    if paths := _find_arrays(folder, stem):
+        return _read_arrays(channel, paths)
     if archive := image_archives.read(folder, stem):
         images, labels, classes = archive
         return _resize(images, channel.image_size), labels, classes
     if channel.record_file and (found := _read_records(channel, entries)):
         return found
     return _read_class_folders(channel, entries, expected)
+
+
+def _has_validation_data(channel):
+    """Return whether the folder `--train` also contains files with validation data."""
+    folder = channel.folder
+    if _find_arrays(folder, "train"):
+        return False
+    if image_archives.has_data(folder, "train"):
+        return image_archives.has_data(folder, "eval")
+    if channel.record_file is None:
+        return False
+    splits = _find_records(channel, folder.iterdir())
+    return "train" in splits and len(splits) > 1
+
+
+def _find_arrays(folder, stem):
+    """Return the .npz file of a folder, or its two .npy files, as a list; empty without them."""
+    archives = [path for path in folder.glob("*.npz") if not path.name.startswith(".")]
+    if len(archives) == 1:
+        return archives
+    pair = [folder / f"{stem}_data.npy", folder / f"{stem}_labels.npy"]
+    return pair if all(path.is_file() for path in pair) else []
+
+
+def _read_arrays(channel, paths):
+    """Return images, labels and class names of the files that `_find_arrays` returns."""
+    if len(paths) == 1:
+        with _readable(paths[0]), np.load(paths[0], allow_pickle=False) as archive:
+            if not {"x", "y"} <= set(archive.files):
+                raise UserError(f"{paths[0]} holds {', '.join(archive.files)}: expected arrays named x and y")
+            return _check_arrays(channel, paths[0], archive["x"], archive["y"])
+    with _readable(paths[0]):
+        fits = paths[0].stat().st_size < _available_memory() / 2
+        mode = None if fits else "r"
+        images = np.load(paths[0], mmap_mode=mode, allow_pickle=False)
+        labels = np.load(paths[1], allow_pickle=False)
+    return _check_arrays(channel, paths[0], images, labels)
 
 
 def _read_class_folders(channel, entries, expected):
@@ -260,34 +301,67 @@ def _check_class_names(flag, folder, classes):
             ) from error
 
 
+def _find_records(channel, entries):
+    """Return the record files of a folder by split: "train", "eval" or "test", as their names say."""
+    splits = {}
+    for path in sorted(entries):
+        if path.name.startswith(".") or not channel.record_file.is_one(path.name) or not path.is_file():
+            continue
+        words = re.split("[^a-z]+", path.name.lower())
+        found = {RECORD_SPLITS[word] for word in words if word in RECORD_SPLITS}
+        split = found.pop() if len(found) == 1 else "train"
+        splits.setdefault(split, []).append(path)
+    return splits
+
+
 def _read_records(channel, entries):
     """Return images, labels and class names of the record files in a folder; None if there are none."""
-    paths = [path for path in entries if path.is_file() and channel.record_file.is_one(path.name)]
-    if not paths:
+    splits = _find_records(channel, entries)
+    if not splits:
         return None
-    left_out = [path.name for path in entries if path not in paths]
-    log_left_out(channel.flag, channel.folder, left_out, "record files")
+    # In a folder with several splits each channel reads its own; otherwise the names do not matter.
+    order = ("train", "eval", "test") if channel.stem == "train" else ("eval", "test", "train")
+    paths = next(splits[split] for split in order if split in splits)
+    if channel.flag != OWN_VALIDATION:
+        others = [path for path in entries if path not in paths]
+        left_out = [path.name for path in others if path.suffix not in channel.record_file.COMPANIONS]
+        log_left_out(channel.flag, channel.folder, left_out, f"its {KINDS[channel.stem]} data")
+    gigabytes = sum(path.stat().st_size for path in paths) / 1e9
+    log(
+        f"Reading the labels of {len(paths)} record files ({gigabytes:.1f} GB) in {channel.flag} "
+        f"{channel.folder}, such as {paths[0].name}"
+    )
     records = [channel.record_file(path) for path in paths]
     labels = np.concatenate([record.labels for record in records])
     if len(labels) == 0:
         raise UserError(f"{channel.flag} {channel.folder} has record files without images: expected some")
-    firsts = np.cumsum([0, *(len(record.labels) for record in records)])
+    labels, indices = np.unique(labels, return_inverse=True)
+    images = _image_files(channel, _record_source(channel.folder, records))
+    return images, indices.astype(np.int64), _record_classes(labels.tolist(), records)
 
-    def locate(index):
-        number = int(np.searchsorted(firsts, index, side="right")) - 1
-        return records[number], index - int(firsts[number])
+
+def _record_source(folder, records):
+    """Return the Source of the images in record files."""
+    firsts = np.cumsum([0, *(len(record.labels) for record in records)])
+    names, sizes = [], array("q")
+    for record in records:
+        names += [f"{record.path.name}, record {index}" for index in range(len(record.labels))]
+        sizes += record.sizes
 
     def read(index):
-        record, position = locate(index)
-        return record.read(position)
+        number = int(np.searchsorted(firsts, index, side="right")) - 1
+        return records[number].read(index - int(firsts[number]))
 
-    names, sizes = [], []
-    for path, record in zip(paths, records):
-        names += [f"{path.name}, record {position}" for position in range(len(record.labels))]
-        sizes += record.sizes
-    classes, labels = np.unique(labels, return_inverse=True)
-    images = _image_files(channel, Source(channel.folder, names, sizes, read))
-    return images, labels.astype(np.int64), [str(name) for name in classes]
+    return Source(folder, names, sizes, read)
+
+
+def _record_classes(labels, records):
+    """Return the class names of labels: those of the records, if each label has its own, or the labels."""
+    pairs = {pair for record in records for pair in record.names.items()}
+    names = dict(pairs)
+    if len(names) == len(pairs) and set(labels) <= set(names) and len(set(names.values())) == len(names):
+        return [names[label] for label in labels]
+    return [str(label) for label in labels]
 
 
 def _image_files(channel, source):

@@ -1,5 +1,6 @@
 """Reading images from class folders and arrays, and one clear line for each mistake in them."""
 
+import io
 import os
 import signal
 import sys
@@ -8,6 +9,8 @@ import time
 import numpy as np
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from common import decoder, flags, images
@@ -485,3 +488,51 @@ def test_validation_must_fit_the_training_data(tmp_path, digits):
         np.savez(tmp_path / name / "data.npz", x=pixels, y=labels)
         with pytest.raises(UserError, match=message):
             load(train=tmp_path, validation=tmp_path / name)
+
+
+def encoded(form):
+    """Return an image of 12 x 10 pixels in a form, as bytes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form)
+    return file.getvalue()
+
+
+ENCODED = [encoded(form) for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")]
+
+
+@st.composite
+def damaged_images(draw):
+    """Any bytes, or an image with some bytes replaced, most of them in its header, or without its end."""
+    content = bytearray(draw(st.sampled_from(ENCODED)))
+    places = st.integers(0, 40) | st.integers(0, len(content) - 1)
+    for position, value in draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=4)):
+        content[position] = value
+    length = draw(st.just(len(content)) | st.integers(0, len(content)))
+    return draw(st.binary(max_size=64) | st.just(bytes(content[:length])))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=damaged_images(), name=st.sampled_from(["cat/0.png", "dog/8.jpg"]))
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about huge images and odd tags
+def test_any_file_in_a_class_folder_is_an_image_or_named(tmp_path, monkeypatch, content, name):
+    """Also the first one, whose size the others get.
+
+    Up to Pillow's limit a few bytes may be an image of many pixels, which would need gigabytes here.
+    """
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir(exist_ok=True)
+        for number in range(4):
+            (tmp_path / label / f"{number}.png").write_bytes(ENCODED[0])
+    (tmp_path / "dog/8.jpg").write_bytes(ENCODED[1])
+    (tmp_path / name).write_bytes(content)
+    try:
+        pixels, labels = all_images(load(train=tmp_path))
+    except UserError as error:
+        message = str(error)
+    else:
+        assert len(pixels) == len(labels) == 9
+        return
+    assert f"cannot read the image {tmp_path}/{name}: " in message
+    assert "\n" not in message
