@@ -48,6 +48,8 @@ MODEL_FILES = {
 HAS_EXACT_SAMPLING = tuple(map(int, version("xgboost").split(".")[:2])) >= (3, 4)
 SAMPLING = ("--subsample", 0.7, "--colsample-bytree", 0.5) if HAS_EXACT_SAMPLING else ()
 
+LATER = pytest.mark.integration  # for variants that show the same as another one, and take long
+
 # The flags of shared trainings; an epoch of XGBoost is a boosting round, which takes milliseconds.
 EPOCHS = {**dict.fromkeys(IMAGE_FRAMEWORKS, 12), "xgboost": 100}
 INTERRUPTIBLE = dict.fromkeys(IMAGE_FRAMEWORKS, ("--epochs", 2, "--batch-size", 16, "--augment"))

@@ -131,6 +131,7 @@ def run_gpu(*flags, **variables):
     return subprocess.run(command, cwd=ROOT, env=environment(**variables), **options)
 
 
+@pytest.mark.integration
 def test_a_trial_of_the_gpu_benchmark_measures_every_figure(tmp_path):
     results = {path: path.read_bytes() for path in harness.RESULTS.iterdir()}
     finished = run_gpu("--output", tmp_path / "gpu.json", "--seed", 7, "--commit", "abc1234")

@@ -21,6 +21,7 @@ import pytest
 from common import checkpoints
 from helpers import (
     CHECKPOINTS,
+    LATER,
     PLAIN_NETWORKS,
     ROOT,
     SAMPLING,
@@ -28,6 +29,7 @@ from helpers import (
     assert_same_bits,
     checkpoint_folder,
     checkpoint_name,
+    choose,
     copy_script,
     files,
     free_port,
@@ -145,7 +147,11 @@ def own_copy(framework, folder, recorded=None):
     return script
 
 
+@pytest.mark.parametrize(
+    "framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER), "xgboost"]
+)
 def test_the_loss_curves_of_one_two_and_four_workers_agree(framework, tmp_path):
+    choose(framework)
     script = framework if framework == "xgboost" else own_copy(framework, tmp_path)
     # Without augmentation, which draws other random numbers for each worker.
     flags = ["--epochs", 15] if framework == "xgboost" else [*IMAGES, "--no-augment"]
@@ -211,7 +217,9 @@ def test_after_sigterm_all_save_at_the_same_step_and_a_restart_ends_with_the_sam
     assert_same(tmp_path, whole(framework, size), framework)
 
 
+@pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER)])
 def test_a_signal_during_the_validation_and_a_run_with_nothing_left(image_framework, tmp_path):
+    choose(image_framework)
     script = own_copy(image_framework, tmp_path, recorded=1)
     flags = ["--epochs", 2, "--batch-size", 128, "--loaders", 0]
     parts, unbroken = tmp_path / "run", tmp_path / "unbroken"
@@ -223,7 +231,9 @@ def test_a_signal_during_the_validation_and_a_run_with_nothing_left(image_framew
     assert_same(parts, unbroken, image_framework)
 
 
+@pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER)])
 def test_another_number_of_workers_continues_the_same_sequence_of_batches(image_framework, tmp_path):
+    choose(image_framework)
     """Begun on two, interrupted in the second epoch, continued on three: each sample once."""
     script = own_copy(image_framework, tmp_path, recorded=0)
     flags = ["--epochs", 3, "--batch-size", 128, "--loaders", 0]

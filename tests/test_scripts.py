@@ -16,12 +16,14 @@ import pytest
 from helpers import (
     EPOCHS,
     HAS_EXACT_SAMPLING,
+    LATER,
     MODEL_FILES,
     ROOT,
     TABLE_WRITERS,
     assert_same_bits,
     checkpoint_folder,
     checkpoint_name,
+    choose,
     copy_checkpoints,
     copy_script,
     environment,
@@ -361,7 +363,12 @@ def test_a_model_of_the_zoo_trains_and_resumes(image_framework, tmp_path, digits
     assert (first.epochs, second.epochs) == ([1], [2])
 
 
+@pytest.mark.parametrize(
+    "image_framework",
+    ["pytorch", pytest.param("tensorflow", marks=LATER), pytest.param("mxnet", marks=LATER)],
+)
 def test_a_compiled_network_trains_and_resumes(image_framework, tmp_path):
+    choose(image_framework)
     flags = ["--compile"]
     if image_framework == "tensorflow":
         flags = ["--compile", "--no-deterministic"]

@@ -14,7 +14,7 @@ import boto3
 import pytest
 
 from common import checkpoints, distributed, report
-from helpers import CHECKPOINTS, ROOT, checkpoint_name, environment
+from helpers import CHECKPOINTS, LATER, ROOT, checkpoint_name, choose, environment
 from launch.job import forwarding_sigterm
 from spot import container, service, sync
 from spot import report as spot_report
@@ -205,7 +205,11 @@ def simulate(*words, code=0, cwd, **more):
     return finished.stdout if code == 0 else finished.stderr
 
 
+@pytest.mark.parametrize(
+    "framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER), "xgboost"]
+)
 def test_three_interruptions_end_with_the_same_bits(framework, tmp_path):
+    choose(framework)
     moments, flags = JOBS[framework]
     script = ROOT / framework / "train.py"
 
