@@ -63,7 +63,7 @@ def write_jpegs(folder, number, size):
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     for index in range(number):
         path = Path(folder, f"class{index % 10}", f"{index}.jpg")
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         photo = photos[index % 2]
         left, top = (int(generator.integers(0, end - 256)) for end in photo.size)
         photo.crop((left, top, left + 256, top + 256)).resize((size, size)).save(path, quality=90)
