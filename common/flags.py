@@ -109,6 +109,8 @@ def xgboost_flags():
         help="boosting rounds to train in total, over all restarts; an epoch is one round",
     )
     add = parser.add_argument
+    add("--label-column", help="name of the label's column, or its number from 0; default: the first one")
+    add("--weight-column", help="name of the column with the weights of the rows, or its number from 0")
     add("--objective", help="learning objective; default: chosen from the labels")
     add("--num-class", type=integer(1), help="number of classes; default: counted in the labels")
     add("--eval-metric", help="metrics to report, separated by commas; default: chosen from the objective")
