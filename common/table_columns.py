@@ -177,7 +177,7 @@ def _has_row_numbers(files, careful):
         for file in files:
             for [column] in file.batches([0], [0] if careful else [], careful):
                 parts.append(_to_numbers(file, column, file.names[0], 0))
-    except table_files.NotNumbers:
+    except table_files.NotNumbersError:
         if careful:
             return False
         raise
@@ -366,7 +366,7 @@ def _to_numbers(file, column, name, first_row):
         is_wrong = ~_matches(column.fill_null("0"), table_files.NUMBER)
         if is_wrong.any():
             row = int(is_wrong.argmax())
-            raise table_files.NotNumbers(_stray_text(file, first_row + row, column[row].as_py(), name))
+            raise table_files.NotNumbersError(_stray_text(file, first_row + row, column[row].as_py(), name))
     return column.cast("float64").to_numpy(zero_copy_only=False)
 
 

@@ -36,7 +36,7 @@ def _spellings(*words):
 MISSING = _spellings("", "NA", "N/A", "#N/A", "<NA>", "?", "null", "NaN", "None")  # words for no value
 
 
-class NotNumbers(UserError):
+class NotNumbersError(UserError):
     """A column that has been taken for numbers contains something else."""
 
 
@@ -217,7 +217,7 @@ class CsvFile:
             text: those of them that are text; the others are numbers.
             careful: read in one thread, so that the error for a row names its line.
 
-        Raises NotNumbers if other columns have text.
+        Raises NotNumbersError if other columns have text.
         """
         import pyarrow
         from pyarrow import csv as arrow_csv
@@ -247,7 +247,7 @@ class CsvFile:
                     yield batch.columns
             except pyarrow.ArrowInvalid as error:
                 if not careful:
-                    raise NotNumbers(f"{self.path}: {error}") from error
+                    raise NotNumbersError(f"{self.path}: {error}") from error
                 raise self._explain(error) from error
 
     def _explain(self, error):
@@ -476,7 +476,7 @@ def dates_error(path, name, found):
 
 
 class LibsvmFile:
-    """A file of lines `label index:value ...`, or `label:weight index:value ...`, without names of columns."""
+    """A file of lines `label index:value ...` or `label:weight index:value ...`; columns have no names."""
 
     has_header = False
     names = ()

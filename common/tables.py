@@ -273,7 +273,7 @@ def _read_channels(args, folder):
     try:
         layout = table_columns.find_layout(channels["--train"], args)
         return _read_columns(args, channels, layout, folder)
-    except table_files.NotNumbers:  # in a later row: a look at all rows tells what the column is
+    except table_files.NotNumbersError:  # in a later row: a look at all rows tells what the column is
         _remove_parts(folder)
     layout = table_columns.find_layout(channels["--train"], args, careful=True)
     return _read_columns(args, channels, layout, folder)
@@ -435,8 +435,8 @@ def _check_memory(num_columns):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise UserError(
-            f"the table has {num_columns} columns, for which XGBoost needs {needed >> 30} GB: this machine has "
-            f"{memory >> 30} GB. Number the columns from 0 without large gaps, or hash them to fewer"
+            f"the table has {num_columns} columns, for which XGBoost needs {needed >> 30} GB, but this "
+            f"machine has {memory >> 30} GB: number the columns from 0 without large gaps"
         )
 
 
