@@ -174,7 +174,7 @@ class CsvFile:
         self.path = path
         with explain_errors(path):
             text = self._read_sample()
-            self._delimiter = _find_delimiter(text)
+            self._delimiter = find_delimiter(text)
             rows = list(
                 itertools.islice(csv.reader(io.StringIO(text), delimiter=self._delimiter), SAMPLE_ROWS)
             )
@@ -187,11 +187,11 @@ class CsvFile:
             raise UserError(f"{path} has {width} columns: expected the label and at least one more")
         self._decimal_point = _find_decimal_point(rows, self._delimiter)
         if self._decimal_point == ",":
-            rows = [[_with_point(field) for field in row] for row in rows]
+            rows = [[with_point(field) for field in row] for row in rows]
         self.has_header = any(name in rows[0] for name in wanted) or _is_header(rows)
         self.names = [f"f{index}" for index in range(width)]
         if self.has_header:
-            self.names = _unique_names(rows.pop(0))
+            self.names = unique_names(rows.pop(0))
             self._skipped += 1
         self._is_empty = not rows
         self.kinds = []
@@ -318,11 +318,12 @@ def _is_number_or_missing(field):
     return field in MISSING or _is_number(field)
 
 
-def _with_point(field):
+def with_point(field):
+    """Return the text of a number with a decimal point instead of a comma."""
     return field.replace(",", ".") if _is_decimal_comma(field) else field
 
 
-def _find_delimiter(text):
+def find_delimiter(text):
     """Return the delimiter that splits the first lines evenly; of several, into the most numbers."""
 
     def score(delimiter):
@@ -330,7 +331,7 @@ def _find_delimiter(text):
         rows = [row for row in itertools.islice(reader, 100) if not _is_blank(row)]
         widths = [len(row) for row in rows] or [1]
         is_even = min(widths) == max(widths) > 1
-        fields = [_with_point(field.strip()) for row in rows for field in row]
+        fields = [with_point(field.strip()) for row in rows for field in row]
         share = sum(1 for field in fields if _is_number(field)) / max(1, len(fields))
         return is_even, share if is_even else 0, widths[0]
 
@@ -362,7 +363,7 @@ def _is_header(rows):
     return not recurs and not num_numbers and any(field not in MISSING for field in first)
 
 
-def _unique_names(fields):
+def unique_names(fields):
     """Return the names in a header; one without a name gets its number, as in pandas."""
     names = []
     for index, field in enumerate(fields):
@@ -408,7 +409,7 @@ class ParquetFile:
         self.path = path
         with explain_errors(path):
             schema = parquet.read_schema(path)
-        self.names = _unique_names(schema.names)
+        self.names = unique_names(schema.names)
         self._has_unique_names = len(set(schema.names)) == len(schema.names)
         if len(self.names) < 2:
             raise UserError(f"{path} has {len(self.names)} columns: expected the label and at least one more")
