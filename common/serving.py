@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import decoder, errors, images, model_folder, table_files
+from common import decoder, errors, images, model_folder, table_csv
 from common.errors import UserError
 
 IMAGE_TYPES = ("application/x-image", "image/jpeg", "image/png")
@@ -125,7 +125,7 @@ def _read_json(body):
 
 def _read_csv(body):
     text = body.decode("utf-8-sig")
-    delimiter = table_files.find_delimiter(text)
+    delimiter = table_csv.find_delimiter(text)
     return [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
 
 

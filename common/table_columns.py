@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import table_files
+from common import table_values
 from common.errors import UserError
 from common.report import log
 
 MAX_CLASSES = 100  # with more values, numbers as labels are those of a regression
+FEW_CLASSES = 10
 MAX_CATEGORIES = 1000  # a column with more texts is not one of categories
 ALMOST_ALL = 0.9  # with a new text in so many of the rows, a column has names; with so many dates, dates
 MISTAKES = 0.05  # so few texts among numbers are mistakes; more of them make categories
@@ -177,7 +178,7 @@ def _has_row_numbers(files, careful):
         for file in files:
             for [column] in file.batches([0], [0] if careful else [], careful):
                 parts.append(_to_numbers(file, column, file.names[0], 0))
-    except table_files.NotNumbersError:
+    except table_values.NotNumbersError:
         if careful:
             return False
         raise
@@ -206,7 +207,7 @@ class _Texts:
         column = file.to_text(column)
         counted = pc.value_counts(column.drop_null())
         values, counts = counted.field("values"), counted.field("counts").to_numpy()
-        is_number = _matches(values, table_files.NUMBER)
+        is_number = _matches(values, table_values.NUMBER)
         self.num_values += int(counts.sum())
         self.num_numbers += int(counts[is_number].sum())
         self.num_dates += int(counts[_matches(values, DATE)].sum())
@@ -258,7 +259,7 @@ def _scan(files, columns):
             row += len(batch[0])
     for text in texts.values():
         if text.num_dates > ALMOST_ALL * text.num_values:
-            raise table_files.dates_error(text.place[0].path, text.name, f"such as {text.example}")
+            raise table_values.dates_error(text.place[0].path, text.name, f"such as {text.example}")
     return texts
 
 
@@ -363,10 +364,10 @@ def _to_numbers(file, column, name, first_row):
     is_number = types.is_floating(column.type) or types.is_integer(column.type)
     if not (is_number or types.is_decimal(column.type) or types.is_boolean(column.type)):
         column = file.to_text(column)
-        is_wrong = ~_matches(column.fill_null("0"), table_files.NUMBER)
+        is_wrong = ~_matches(column.fill_null("0"), table_values.NUMBER)
         if is_wrong.any():
             row = int(is_wrong.argmax())
-            raise table_files.NotNumbersError(_stray_text(file, first_row + row, column[row].as_py(), name))
+            raise table_values.NotNumbersError(_stray_text(file, first_row + row, column[row].as_py(), name))
     return column.cast("float64").to_numpy(zero_copy_only=False)
 
 
@@ -384,19 +385,11 @@ def model_names(layout, has_header):
     """Return the names of the features in the model, or None without any; log which had to change."""
     if not has_header and not any(feature.values for feature in layout.features):
         return None
-    names = []
-    changed = []
-    for feature in layout.features:
-        name = unique = to_model_name(feature.name)
-        number = 0
-        while unique in names:
-            number += 1
-            unique = f"{name}.{number}"
-        names.append(unique)
-        if unique != feature.name:
-            changed.append(f"{feature.name} to {unique}")
+    titles = [feature.name for feature in layout.features]
+    names = table_values.unique_names(list(map(to_model_name, titles)))
+    changed = [f"{title} to {name}" for title, name in zip(titles, names) if title != name]
     if changed:
-        log(f"Renamed, as XGBoost allows no [, ] and <: {'; '.join(changed)[:300]}")
+        log(f"Renamed, as XGBoost allows no [, ] and <: {_shortened(changed)}")
     return names
 
 
@@ -408,8 +401,8 @@ def to_model_name(name):
 def find_classes(labels, args):
     """Return the sorted values of labels that are classes but not 0, 1, 2, ...; None for others.
 
-    Classes are at most MAX_CLASSES whole numbers without a gap, or two whole numbers, unless the objective
-    says otherwise.
+    Classes are two whole numbers, up to MAX_CLASSES without a gap from 0 or 1, or FEW_CLASSES without a gap
+    elsewhere: 3 to 8 are grades, but 20 to 60 are ages. An objective of classification takes any.
     """
     values = np.unique(labels)
     kind = (args.objective or "").partition(":")[0]
@@ -418,8 +411,9 @@ def find_classes(labels, args):
     num_classes = args.num_class or len(values)
     if kind not in ("", "multi", "binary") or np.isin(values, np.arange(num_classes)).all():
         return None
-    has_no_gap = values[-1] - values[0] == len(values) - 1
-    return values if kind or has_no_gap or len(values) == 2 else None
+    limit = MAX_CLASSES if values[0] in (0, 1) else FEW_CLASSES
+    is_row = values[-1] - values[0] == len(values) - 1 and len(values) <= limit
+    return values if kind or is_row or len(values) == 2 else None
 
 
 def number_labels(labels, values):
@@ -440,9 +434,9 @@ def log_features(layout, kind):
     """Log what the columns are, and which are left out."""
     categories = [f"{feature.name} ({len(feature.values)})" for feature in layout.features if feature.values]
     num_numbers = len(layout.features) - len(categories)
-    texts = f", {len(categories)} of categories: {_shortened(categories)}" if categories else ""
-    weights = ", weights" if layout.weight is not None else ""
-    log(f"Files: {kind}; features: {num_numbers} columns of numbers{texts}{weights}")
+    texts = f", {len(categories)} with categories: {_shortened(categories)}" if categories else ""
+    weights = "; the rows have weights" if layout.weight is not None else ""
+    log(f"Files: {kind}; features: {num_numbers} with numbers{texts}{weights}")
     if layout.left_out:
         log(f"Left out of the features: {_shortened(layout.left_out)}")
     for note in layout.notes[:3]:

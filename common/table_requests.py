@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from common import table_files
+from common import table_values
 from common.serving import RequestError
 from common.table_columns import to_model_name
 
@@ -46,8 +46,8 @@ def _read_rows(rows, facts, expected):
     if rows and not isinstance(rows[0], (list, dict)):
         rows = [rows]  # one row
     if rows and names and isinstance(rows[0], list):
-        fields = table_files.unique_names([str(field).strip() for field in rows[0]])
-        header = [to_model_name(field) for field in fields]
+        fields = table_values.unique_names([str(field).strip() for field in rows[0]])
+        header = table_values.unique_names(list(map(to_model_name, fields)))
         if set(header) & set(names):
             rows = [dict(zip(header, row)) for row in rows[1:]]
     if rows and isinstance(rows[0], dict):
@@ -81,7 +81,7 @@ def _to_numbers(column, name):
     for value in column:
         text = "" if value is None else str(value).strip()
         try:
-            numbers.append(np.nan if text in table_files.MISSING else float(table_files.with_point(text)))
+            numbers.append(np.nan if text in table_values.MISSING else float(table_values.with_point(text)))
         except ValueError:
             if value not in (True, False):
                 raise RequestError(f"the column {name} contains {value!r:.50}: expected a number") from None
@@ -95,7 +95,7 @@ def _to_codes(column, name, categories):
     unknown = []
     for value in column:
         text = _to_text(value, codes)
-        if text not in codes and text not in table_files.MISSING:
+        if text not in codes and text not in table_values.MISSING:
             unknown.append(text)
         numbers.append(codes.get(text, np.nan))
     if unknown:

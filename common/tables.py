@@ -18,7 +18,7 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
-from common import table_columns, table_files
+from common import table_columns, table_files, table_values
 from common.datasets import FINGERPRINT_ROWS, check_apart, hold_out, spread
 from common.errors import UserError
 from common.report import log
@@ -273,7 +273,7 @@ def _read_channels(args, folder):
     try:
         layout = table_columns.find_layout(channels["--train"], args)
         return _read_columns(args, channels, layout, folder)
-    except table_files.NotNumbersError:  # in a later row: a look at all rows tells what the column is
+    except table_values.NotNumbersError:  # in a later row: a look at all rows tells what the column is
         _remove_parts(folder)
     layout = table_columns.find_layout(channels["--train"], args, careful=True)
     return _read_columns(args, channels, layout, folder)

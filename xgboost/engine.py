@@ -87,7 +87,7 @@ def objective_params(args, data):
     metrics = args.eval_metric or DEFAULT_METRICS.get(kind, "")
     params["eval_metric"] = [metric.strip() for metric in metrics.split(",") if metric.strip()]
     classes = f" num_class={num_classes}" if kind == "multi" else ""
-    log(f"Labels: objective={objective}{classes} eval_metric={params['eval_metric']}")
+    log(f"Training: objective={objective}{classes} eval_metric={params['eval_metric']}")
     return params
 
 
