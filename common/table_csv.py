@@ -1,5 +1,6 @@
 """CSV files: finding out delimiter and header, and reading them in parts of bounded size."""
 
+import codecs
 import contextlib
 import csv
 import io
@@ -77,7 +78,8 @@ class CsvFile:
                 sample = sample[: max(sample.rfind(b"\n"), sample.rfind(b"\r")) + 1] or sample
         if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError("it is text in UTF-16, expected UTF-8")
-        return sample.decode("utf-8-sig", errors="replace").replace("\0", "\ufffd")
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(sample)
+        return re.sub("\r\n?", "\n", text).replace("\0", "\ufffd")  # Python's reader takes neither
 
     def batches(self, columns, text, careful=False):
         """Yield the rows as lists of PyArrow arrays, one for each of the `columns`.
