@@ -456,6 +456,16 @@ def log_label(name, labels, classes):
     log(f"Label: {name} ({text})")
 
 
+def log_unseen(flag, unseen):
+    """Log which texts count as missing, with their counts, if there are any."""
+    if unseen:
+        found = [f"{name} {text!r:.50} ({count})" for (name, text), count in unseen.most_common()]
+        log(
+            f"Missing values instead of {sum(unseen.values())} texts of {flag} that no training row has: "
+            f"{_shortened(found)}"
+        )
+
+
 def _shortened(names, limit=6):
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -281,12 +281,11 @@ def _read_channels(args, folder):
 
 def _read_columns(args, channels, layout, folder):
     first = channels["--train"][0]
+    unseen = {flag: collections.Counter() for flag in channels}
     parts = []
     for flag, files in channels.items():
-        unseen = collections.Counter()
-        read = functools.partial(table_columns.read, layout=layout, unseen=unseen)
+        read = functools.partial(table_columns.read, layout=layout, unseen=unseen[flag])
         parts.append(_read_channel(flag, files, read, folder))
-        _log_unseen(flag, unseen)
     table_columns.log_features(layout, str(first))
     names = table_columns.model_names(layout, first.has_header)
     types = categories = None
@@ -297,6 +296,8 @@ def _read_columns(args, channels, layout, folder):
             if feature.values:
                 categories[name] = feature.values
     parts, classes = _find_classes(args, parts, layout.label_name, layout.label_values)
+    for flag, counts in unseen.items():
+        table_columns.log_unseen(flag, counts)
     return parts, {"names": names, "types": types, "categories": categories or None, "classes": classes}
 
 
@@ -358,16 +359,6 @@ def _find_classes(args, channels, name, texts):
     classes = [f"{value:g}" for value in values]
     table_columns.log_label(name, np.concatenate([part.labels for part in numbered[0]]), classes)
     return numbered, classes
-
-
-def _log_unseen(flag, unseen):
-    if unseen:
-        found = [f"{name} {text!r:.50} ({count})" for (name, text), count in unseen.most_common(6)]
-        more = f" and {len(unseen) - 6} more" if len(unseen) > 6 else ""
-        log(
-            f"Missing values instead of {sum(unseen.values())} texts of {flag} that no training row has: "
-            f"{', '.join(found)}{more}"
-        )
 
 
 def _join(parts, num_columns):
