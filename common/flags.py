@@ -146,7 +146,7 @@ def xgboost_flags():
     add("--alpha", type=real(0), default=0.0, help="L1 regularization of the weights")
     add("--scale-pos-weight", type=real(0), default=1.0, help="weight of the positive class")
     add("--nthread", type=integer(0), default=0, help="CPU threads; 0: all")
-    add("--params", default={}, help="other parameters of XGBoost, as JSON or name=value,name=value")
+    add("--params", help="other parameters of XGBoost, as JSON or name=value,name=value")
     add(
         "--external-memory",
         action=_Switch,
@@ -351,7 +351,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Adds the default to each help text."""
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, argparse.SUPPRESS, {}) and not isinstance(action, _Switch)
+        shown = action.default not in (None, argparse.SUPPRESS) and not isinstance(action, _Switch)
         return action.help + (" (default: %(default)s)" if shown else "")
 
 
