@@ -19,7 +19,7 @@ MAX_CATEGORIES = 1000  # a column with more texts is not one of categories
 ALMOST_ALL = 0.9  # with a new text in so many of the rows, a column has names; with so many dates, dates
 MISTAKES = 0.05  # so few texts among numbers are mistakes; more of them make categories
 ROW_NUMBERS = ("unnamed: 0", "rownames", "row.names", "__index_level_0__")  # what R and pandas add to a file
-MAYBE_ROW_NUMBERS = ("x", "id", "index", "row")  # if they count the rows
+MAYBE_ROW_NUMBERS = ("X", "id", "ID", "Id", "index", "row")  # if they count the rows
 DATE = (
     r"^[0-9]{4}[-/.][0-9]{1,2}[-/.][0-9]{1,2}([ T].*)?$"
     r"|^[0-9]{1,2}[-/.][0-9]{1,2}[-/.][0-9]{2,4}( .*)?$"
@@ -81,69 +81,69 @@ def find_layout(files, args, careful=False):
         careful: look at all rows of all columns.
     """
     first = files[0]
-    names = first.names
-    left_out = []
-    if _has_row_numbers(files, careful):
-        left_out.append((0, f"{names[0]} (row numbers)"))
+    has_row_numbers = _has_row_numbers(files, careful)
     label = _find_column("--label-column", args.label_column, first)
     if label is None:
-        label = len(left_out)  # the first one, or the second one after row numbers
-    left_out = [(index, text) for index, text in left_out if index != label]
+        label = int(has_row_numbers)  # the first column, or the one after row numbers
     weight = _find_column("--weight-column", args.weight_column, first)
     if weight == label:
         raise UserError(f"--weight-column {args.weight_column} is the label: expected another column")
-    skipped = {index for index, _ in left_out} | {weight}
-    to_scan = [index for index in range(len(names)) if index not in skipped]
+    others = [index for index in range(len(first.names)) if index not in (label, weight)]
+    left_out = []
+    if has_row_numbers and others[0] == 0:
+        left_out.append(f"{first.names[others.pop(0)]} (row numbers)")
+    to_scan = [label, *others]
     if not careful:
         to_scan = [index for index in to_scan if first.kinds[index] == "text"]
     texts = _scan(files, to_scan)
-
-    features, notes = [], []
-    for index in range(len(names)):
-        if index in skipped or index == label:
-            continue
-        text = texts.get(index)
-        if text and text.num_numbers < text.num_values:
-            text.check_few_numbers(1 - MISTAKES)
-        if text and text.is_name():
-            text.check_few_numbers(0.5)
-            left_out.append((index, f"{names[index]} ({text.describe()})"))
-            continue
-        features.append(_feature(first, index, text))
-        if text and text.num_numbers and features[-1].values is not None:
-            notes.append(
-                f"{names[index]} has numbers and text such as {text.example!r:.50}: used as categories"
-            )
-    if not features:
-        reasons = "; ".join(text for _, text in left_out)
-        raise UserError(f"{first.path} has no columns to learn from beside the label: left out are {reasons}")
-    return Layout(
-        features=features,
+    layout = Layout(
+        features=[],
         label=label,
         weight=weight,
-        label_name=names[label],
+        label_name=first.names[label],
         label_values=_label_values(first, label, texts.get(label)),
         careful=careful,
-        left_out=[text for _, text in left_out],
-        notes=notes,
+        left_out=left_out,
+        notes=[],
     )
+    for index in others:
+        _add_feature(layout, first, index, texts.get(index))
+    if not layout.features:
+        raise UserError(
+            f"{first.path} has no columns to learn from beside the label {layout.label_name}: left out are "
+            f"{_shortened(left_out)}"
+        )
+    return layout
 
 
-def _feature(file, index, text):
+def _add_feature(layout, file, index, text):
+    """Add a column to the features of a layout, or to what is left out.
+
+    Args:
+        layout: the Layout.
+        file: a training file.
+        index: the number of the column.
+        text: its _Texts, or None for numbers.
+    """
+    name = file.names[index]
+    if text and text.is_name():
+        layout.left_out.append(f"{name} ({text.describe()})")
+        return
     values = text and text.categories()
     kind = "c" if values else "float"
-    if getattr(file, "is_integer", None) and (file.is_integer[index] or file.is_truth[index]):
+    if file.has_whole_numbers(index):
         kind = "int"
-    return Feature(index, file.names[index], kind, values or None)
+    layout.features.append(Feature(index, name, kind, values or None))
+    if values and text.num_numbers:
+        layout.notes.append(f"{name} has numbers and text such as {text.example!r:.50}: used as categories")
 
 
 def _label_values(file, label, text):
-    if getattr(file, "is_truth", None) and file.is_truth[label]:
+    if file.has_truth_values(label):
         return ["False", "True"]
     if not text or not text.categories():
         return None
     if text.is_name():
-        text.check_few_numbers(0.5)
         raise UserError(
             f"{file.path}: the label {file.names[label]} has {text.describe()}: expected classes or numbers; "
             "pass another --label-column"
@@ -168,8 +168,9 @@ def _find_column(flag, wanted, file):
 
 def _has_row_numbers(files, careful):
     """Return whether the first column has the numbers of the rows, or of those of a larger table."""
-    name = files[0].names[0].lower()
-    if not files[0].has_header or name not in ROW_NUMBERS + MAYBE_ROW_NUMBERS:
+    name = files[0].names[0]
+    is_added = name.lower() in ROW_NUMBERS
+    if not files[0].has_header or not (is_added or name in MAYBE_ROW_NUMBERS):
         return False
     if files[0].kinds[0] != "number":
         return False
@@ -187,7 +188,7 @@ def _has_row_numbers(files, careful):
     if first in (0, 1) and np.array_equal(values, np.arange(first, first + len(values))):
         return len(values) > 1
     is_whole = np.array_equal(values, np.round(values))
-    return name in ROW_NUMBERS and bool(is_whole) and len(np.unique(values)) == len(values) > 1
+    return is_added and bool(is_whole) and len(np.unique(values)) == len(values) > 1
 
 
 class _Texts:
@@ -232,8 +233,13 @@ class _Texts:
         count = f"more than {MAX_CATEGORIES}" if len(self.values) > MAX_CATEGORIES else len(self.values)
         return f"{count} different texts in {self.num_values} rows, such as {self.example!r:.50}"
 
-    def check_few_numbers(self, share):
-        """Raise UserError if such a share of the values are numbers: the texts among them are mistakes."""
+    def check(self):
+        """Raise UserError for dates, and for numbers with texts among them that must be mistakes."""
+        if self.num_values == self.num_numbers:
+            return
+        if self.num_dates > ALMOST_ALL * self.num_values:
+            raise table_values.dates_error(self.place[0].path, self.name, f"such as {self.example}")
+        share = 0.5 if self.is_name() else 1 - MISTAKES
         if self.num_numbers >= share * self.num_values:
             file, row = self.place
             raise UserError(_stray_text(file, row, self.example, self.name))
@@ -258,8 +264,7 @@ def _scan(files, columns):
                 texts[index].add(file, column, row)
             row += len(batch[0])
     for text in texts.values():
-        if text.num_dates > ALMOST_ALL * text.num_values:
-            raise table_values.dates_error(text.place[0].path, text.name, f"such as {text.example}")
+        text.check()
     return texts
 
 
@@ -291,7 +296,9 @@ def read(file, layout, unseen):
             if feature.values:
                 features[:, index] = _to_codes(file, batch[index], feature, unseen)
             else:
-                features[:, index] = _to_numbers(file, batch[index], feature.name, row)
+                numbers = _to_numbers(file, batch[index], feature.name, row)
+                with np.errstate(over="ignore"):  # too large numbers are found below
+                    features[:, index] = numbers
         labels = _read_labels(file, label, layout, row)
         weights = None
         if layout.weight is not None:

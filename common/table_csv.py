@@ -144,6 +144,14 @@ class CsvFile:
             return f"line {reader.line_num}"
         return f"row {row + 1}"
 
+    def has_truth_values(self, index):
+        """Return False: TRUE and FALSE are text here."""
+        return False
+
+    def has_whole_numbers(self, index):
+        """Return False: later rows may have other numbers."""
+        return False
+
     def check_quotes(self):
         """Raise UserError if the last quoted field is not closed, as it would contain all following rows."""
         with explain_errors(self.path), open_bytes(self.path) as file:

@@ -108,12 +108,7 @@ def _shorten(names):
 
 
 class ParquetFile:
-    """A Parquet file, with the attributes and methods of CsvFile.
-
-    Attributes:
-        is_integer: whether a column has whole numbers or truth values, for each of them.
-        is_truth: whether it has truth values.
-    """
+    """A Parquet file, with the attributes and methods of CsvFile."""
 
     has_header = True
 
@@ -128,14 +123,12 @@ class ParquetFile:
         self._has_unique_names = len(set(schema.names)) == len(schema.names)
         if len(self.names) < 2:
             raise UserError(f"{path} has {len(self.names)} columns: expected the label and at least one more")
+        self._types = []
         self.kinds = []
-        self.is_integer = []
-        self.is_truth = []
         for name, kind in zip(self.names, schema.types):
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            self._types.append(kind)
             self.kinds.append(self._kind_of(name, kind))
-            self.is_truth.append(pyarrow.types.is_boolean(kind))
-            self.is_integer.append(pyarrow.types.is_integer(kind))
 
     def _kind_of(self, name, kind):
         from pyarrow import types
@@ -164,6 +157,18 @@ class ParquetFile:
                 order = batch.schema.names if names else self.names
                 yield [batch.columns[order.index(self.names[index])] for index in columns]
             pyarrow.default_memory_pool().release_unused()
+
+    def has_truth_values(self, index):
+        """Return whether a column has the type bool."""
+        from pyarrow import types
+
+        return types.is_boolean(self._types[index])
+
+    def has_whole_numbers(self, index):
+        """Return whether a column has a type of whole numbers, or bool."""
+        from pyarrow import types
+
+        return types.is_integer(self._types[index]) or self.has_truth_values(index)
 
     def place(self, row):
         """Return where a row is, counted from 0."""

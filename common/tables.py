@@ -286,7 +286,8 @@ def _read_columns(args, channels, layout, folder):
     for flag, files in channels.items():
         read = functools.partial(table_columns.read, layout=layout, unseen=unseen[flag])
         parts.append(_read_channel(flag, files, read, folder))
-    table_columns.log_features(layout, str(first))
+    num_files = sum(map(len, channels.values()))
+    table_columns.log_features(layout, f"{num_files}, {first}")
     names = table_columns.model_names(layout, first.has_header)
     types = categories = None
     if names:

@@ -109,7 +109,7 @@ def test_a_header_is_found_by_the_columns_below_it(load, caplog):
     data = load({"a.csv": no_header})
     assert (len(data.train.labels), data.train.names) == (27, ["f1"])
     assert (
-        "Files: CSV with commas and no header; features: 0 with numbers, 1 with categories: f1 (2)"
+        "Files: 2, CSV with commas and no header; features: 0 with numbers, 1 with categories: f1 (2)"
         in caplog.text
     )
     assert len(load({"a.csv": "1990,1991\n" + "0,2\n1,3\n" * 9}).train.labels) == 19
@@ -149,7 +149,9 @@ def test_what_is_no_feature_is_left_out_and_named(load, caplog):
     numbered = shuffled.replace(",y", "day,y", 1)  # a name like any other
     assert load({"a.csv": numbered}, label_column="y").train.names == ["day", "a"]
     line = refuse(load, {"a.csv": "y,name\n" + "".join(f"{i % 2},n{i}\n" for i in range(9))})
-    assert "no columns to learn from beside the label: left out are name (9 different texts in 9 rows" in line
+    assert (
+        "no columns to learn from beside the label y: left out are name (9 different texts in 9 rows" in line
+    )
 
 
 # Text -------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_a_table_with_text_trains_and_the_log_says_what_was_understood(shops):
     _, results = shops
     log = results["whole"].output
     for line in (
-        "Files: CSV with semicolons and a header; features: 1 with numbers, 2 with categories: color (3), "
+        "Files: 2, CSV with semicolons and a header; features: 1 with numbers, 2 with categories: color (3), "
         "open (2)",
         "Left out of the features: Unnamed: 0 (row numbers), name (300 different texts in 300 rows, such as "
         "'Shop 0; Inc.')",
