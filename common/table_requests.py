@@ -34,7 +34,8 @@ def to_rows(content, facts):
     rows = content[np.newaxis] if content.ndim == 1 else content
     if rows.ndim != 2 or rows.shape[1] != count or len(rows) == 0:
         raise RequestError(f"the request contains an array of shape {content.shape}: {expected}")
-    rows = rows.astype(np.float32)
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32)
     if np.isinf(rows).any():
         raise RequestError(f"the request contains infinite or too large values: {expected}")
     return rows
@@ -46,9 +47,8 @@ def _read_rows(rows, facts, expected):
     if rows and not isinstance(rows[0], (list, dict)):
         rows = [rows]  # one row
     if rows and names and isinstance(rows[0], list):
-        fields = table_values.unique_names([str(field).strip() for field in rows[0]])
-        header = table_values.unique_names(list(map(to_model_name, fields)))
-        if set(header) & set(names):
+        header = table_values.unique_names([str(field).strip() for field in rows[0]])
+        if set(map(to_model_name, header)) & set(names):
             rows = [dict(zip(header, row)) for row in rows[1:]]
     if rows and isinstance(rows[0], dict):
         rows = [_to_list(row, names, expected) for row in rows]

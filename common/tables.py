@@ -220,6 +220,8 @@ def load_tables(args):
     tables = [_join(parts, num_columns)._replace(**facts) for parts in channels]
     channels.clear()  # the next step needs memory
     if len(tables) == 1:
+        if len(tables[0].labels) < 2:
+            raise UserError(f"--train {args.train} has one row only: expected more, and --validation")
         return _hold_out(tables[0], args.seed)
     return tuple(tables)
 

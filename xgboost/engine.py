@@ -83,7 +83,7 @@ def objective_params(args, data):
     if kind == "binary":
         params["scale_pos_weight"] = args.scale_pos_weight
     if kind in ("multi", "binary"):
-        _check_classes(args, data, labels, num_classes)
+        _check_classes(args, data, labels, params)
     metrics = args.eval_metric or DEFAULT_METRICS.get(kind, "")
     params["eval_metric"] = [metric.strip() for metric in metrics.split(",") if metric.strip()]
     classes = f" num_class={num_classes}" if kind == "multi" else ""
@@ -91,8 +91,9 @@ def objective_params(args, data):
     return params
 
 
-def _check_classes(args, data, labels, num_classes):
-    """Raise UserError if the labels of a classification are not 0 to `num_classes` - 1."""
+def _check_classes(args, data, labels, params):
+    """Raise UserError if the labels of a classification are not 0 to the number of classes - 1."""
+    num_classes = params.get("num_class", 2)
     unknown = np.setdiff1d(data.validation.labels, labels)
     if len(unknown) and not args.num_class and not data.train.classes:
         raise UserError(
@@ -101,9 +102,8 @@ def _check_classes(args, data, labels, num_classes):
         )
     if not np.isin(labels, np.arange(num_classes)).all():
         raise UserError(
-            f"a classification into {num_classes} classes expects the labels 0 to {num_classes - 1}, but "
-            f"there are {len(labels)} from {labels[0]:g} to {labels[-1]:g}: pass another --objective or "
-            "--num-class"
+            f"objective {params['objective']} expects the labels 0 to {num_classes - 1}, but there are "
+            f"{len(labels)} from {labels[0]:g} to {labels[-1]:g}: pass another --objective or --num-class"
         )
 
 
