@@ -6,6 +6,7 @@ files on disk with `--external-memory`.
 
 import atexit
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -426,7 +427,11 @@ def _keep(features, folder):
 def _check_memory(num_columns):
     """Raise UserError if XGBoost needs more than this machine's memory for the limits of the bins alone."""
     needed = num_columns * BYTES_PER_COLUMN
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+            limits.append(int(Path(path).read_text()))
+    memory = min(limits)
     if needed > memory:
         raise UserError(
             f"the table has {num_columns} columns, for which XGBoost needs {needed >> 30} GB, but this "

@@ -112,6 +112,8 @@ def test_a_header_is_found_by_the_columns_below_it(load, caplog):
         "Files: 2, CSV with commas and no header; features: 0 with numbers, 1 with categories: f1 (2)"
         in caplog.text
     )
+    line = refuse(load, {"a.csv": "1,2,x\n" + "0,5,6\n1,7,8\n" * 20})
+    assert "a.csv, line 1: 'x' is among the numbers of the column f2" in line
     assert len(load({"a.csv": "1990,1991\n" + "0,2\n1,3\n" * 9}).train.labels) == 19
 
 

@@ -68,7 +68,8 @@ def objective_params(args, data):
     """
     labels = np.unique(data.train.labels)
     if len(labels) < 2:
-        raise UserError(f"--train {args.train} has one label only ({labels[0]:g}): expected two or more")
+        label = data.train.classes[int(labels[0])] if data.train.classes else f"{labels[0]:g}"
+        raise UserError(f"--train {args.train} has one label only ({label}): expected two or more")
     num_named = len(data.train.classes or ())
     objective = args.objective or _choose_objective(labels, args.num_class or num_named)
     objective = objective.replace("reg:linear", "reg:squarederror")  # its earlier name
