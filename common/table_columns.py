@@ -19,11 +19,18 @@ MAX_CATEGORIES = 1000  # a column with more texts is not one of categories
 ALMOST_ALL = 0.9  # with a new text in so many of the rows, a column has names; with so many dates, dates
 MISTAKES = 0.05  # so few texts among numbers are mistakes; more of them make categories
 ROW_NUMBERS = ("unnamed: 0", "rownames", "row.names", "__index_level_0__")  # what R and pandas add to a file
-MAYBE_ROW_NUMBERS = ("X", "id", "ID", "Id", "index", "row")  # if they count the rows
+MAYBE_ROW_NUMBERS = r"^(X|index|row|.*[iI][dD])$"  # if they count the rows
 DATE = (
     r"^[0-9]{4}[-/.][0-9]{1,2}[-/.][0-9]{1,2}([ T].*)?$"
     r"|^[0-9]{1,2}[-/.][0-9]{1,2}[-/.][0-9]{2,4}( .*)?$"
     r"|^[0-9]{1,2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?$"
+)
+# Numbers that people read, and programs do not: 1,234.5 and 12 % and $5 and 0,5 in a file with commas.
+DECORATED = (
+    r"^[$€£]? ?[+-]?[0-9]{1,3}([.,' ][0-9]{3})+([.,][0-9]+)? ?[%$€£]?$"
+    r"|^[$€£] ?[+-]?[0-9.,]+$"
+    r"|^[+-]?[0-9.,]+ ?[%$€£]$"
+    r"|^[+-]?[0-9]*,[0-9]+$"
 )
 
 
@@ -170,7 +177,7 @@ def _has_row_numbers(files, careful):
     """Return whether the first column has the numbers of the rows, or of those of a larger table."""
     name = files[0].names[0]
     is_added = name.lower() in ROW_NUMBERS
-    if not files[0].has_header or not (is_added or name in MAYBE_ROW_NUMBERS):
+    if not files[0].has_header or not (is_added or re.match(MAYBE_ROW_NUMBERS, name)):
         return False
     if files[0].kinds[0] != "number":
         return False
@@ -197,7 +204,7 @@ class _Texts:
     def __init__(self, name):
         self.name = name
         self.values = set()  # no more than MAX_CATEGORIES and those of one part
-        self.num_values = self.num_numbers = self.num_dates = 0
+        self.num_values = self.num_numbers = self.num_dates = self.num_decorated = 0
         self.example = None  # the first text that is no number
         self.place = None  # of the example: (file, row)
 
@@ -212,6 +219,7 @@ class _Texts:
         self.num_values += int(counts.sum())
         self.num_numbers += int(counts[is_number].sum())
         self.num_dates += int(counts[_matches(values, DATE)].sum())
+        self.num_decorated += int(counts[_matches(values, DECORATED) & ~is_number].sum())
         if self.example is None and not is_number.all():
             self.example = values[int(np.flatnonzero(~is_number)[0])].as_py()
             self.place = file, first_row + pc.index(column, self.example).as_py()
@@ -234,14 +242,22 @@ class _Texts:
         return f"{count} different texts in {self.num_values} rows, such as {self.example!r:.50}"
 
     def check(self):
-        """Raise UserError for dates, and for numbers with texts among them that must be mistakes."""
+        """Raise UserError for dates, and for what must be a mistake: texts that belong to numbers."""
         if self.num_values == self.num_numbers:
             return
+        file, row = self.place
+        place = f"{file.path}, {file.place(row)}"
         if self.num_dates > ALMOST_ALL * self.num_values:
-            raise table_values.dates_error(self.place[0].path, self.name, f"such as {self.example}")
+            raise table_values.dates_error(place, self.name, f"such as {self.example}")
+        if self.num_numbers and self.example == self.name:
+            raise UserError(f"{place}: the header is repeated: remove it, or put each table into a file")
+        if self.num_decorated and self.num_decorated + self.num_numbers > ALMOST_ALL * self.num_values:
+            raise UserError(
+                f"{place}: the column {self.name} has numbers such as {self.example!r:.50}: expected a "
+                "decimal point, no other separators and no units, such as 1234.5"
+            )
         share = 0.5 if self.is_name() else 1 - MISTAKES
         if self.num_numbers >= share * self.num_values:
-            file, row = self.place
             raise UserError(_stray_text(file, row, self.example, self.name))
 
 

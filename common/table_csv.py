@@ -55,7 +55,10 @@ class CsvFile:
             raise UserError(f"{path} has no rows: expected some")
         width = len(rows[0])
         if width < 2:
-            raise UserError(f"{path} has {width} columns: expected the label and at least one more")
+            raise UserError(
+                f"{path} has one column: expected the label and at least one more, with commas, semicolons "
+                f"or tabs between them, got {rows[0][0]!r:.50}"
+            )
         self._decimal_point = _find_decimal_point(rows, self._delimiter)
         if self._decimal_point == ",":
             rows = [[with_point(field) for field in row] for row in rows]
@@ -79,6 +82,8 @@ class CsvFile:
         if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError("it is text in UTF-16, expected UTF-8")
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(sample)
+        if text.startswith("sep="):
+            raise ValueError(f"its first line {text[:5]} is for Excel only, remove it")
         return re.sub("\r\n?", "\n", text).replace("\0", "\ufffd")  # Python's reader takes neither
 
     def batches(self, columns, text, careful=False):
@@ -225,9 +230,10 @@ def _is_header(rows):
         below = [row[index] for row in others if len(row) > index]
         values = [value for value in below if value not in MISSING]
         is_text = field not in MISSING and not is_number(field)
+        recurs = recurs or (is_text and field in values)
+        values = [value for value in values if value != field]  # a header may be repeated
         if is_text and values and all(map(is_number, values)):
             num_contradictions += 1
-        recurs = recurs or (is_text and field in values)
     num_numbers = sum(1 for field in first if is_number(field))
     if num_contradictions:
         return num_numbers <= len(first) / 2

@@ -13,7 +13,7 @@ from common.errors import UserError
 PART = 1 << 23  # bytes of text, or of floats, that are read at once; no row of a CSV file may be longer
 
 NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|^[+-]?([iI]nf|INF|[iI]nfinity)$"
-DECIMAL_COMMA = r"^[+-]?[0-9]*,[0-9]+$"
+DECIMAL_COMMA = r"^[+-]?[0-9]*,[0-9]+([eE][+-]?[0-9]+)?$"
 is_number = re.compile(NUMBER).match
 is_decimal_comma = re.compile(DECIMAL_COMMA).match
 

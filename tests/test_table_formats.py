@@ -137,7 +137,7 @@ def test_the_label_is_a_name_or_a_number_and_the_log_says_which(load, caplog):
 
 def test_what_is_no_feature_is_left_out_and_named(load, caplog):
     lines = [f"{i + 1},id{i},{i % 2},{i * 1.5}" for i in range(40)]
-    for first in ("", "rownames", "X", "Unnamed: 0", "id"):
+    for first in ("", "rownames", "X", "Unnamed: 0", "id", "PassengerId"):
         data = load({"a.csv": "\n".join([f"{first},name,y,a", *lines])}, label_column="y")
         assert data.train.names == ["a"]
         assert (
@@ -368,6 +368,16 @@ MISTAKES = {
     "cut archive": ({"a.csv.gz": Raw(ARCHIVE[:-20])}, "a.csv.gz: Compressed file ended"),
     "no archive": ({"a.csv.gz": Raw(b"no archive")}, "a.csv.gz: Not a gzipped file"),
     "damaged archive": ({"a.csv.gz": Raw(ARCHIVE[:30] + b"xxxx" + ARCHIVE[34:])}, "cannot read"),
+    "repeated header": ({"a.csv": ROWS * 3}, "a.csv, line 42: the header is repeated"),
+    "thousands": (
+        {"a.csv": 'y,a\n0,"1,234"\n1,950\n' * 1 + '0,"5,678.5"\n' * 9},
+        "a.csv, line 2: the column a has",
+    ),
+    "per cent": ({"a.csv": "y,a\n" + "0,12%\n1,5 %\n" * 9}, "the column a has numbers such as '12%'"),
+    "money": ({"a.csv": "y,a\n" + "0,$12\n1,$5.50\n" * 9}, "the column a has numbers such as '$12'"),
+    "decimal commas": ({"a.csv": "y,a\n" + '0,"0,5"\n1,"1,5"\n' * 9}, "expected a decimal point"),
+    "for Excel": ({"a.csv": "sep=;\ny;a\n0;1\n"}, "its first line sep=; is for Excel only"),
+    "another delimiter": ({"a.csv": "y|a\n0|1\n"}, "with commas, semicolons or tabs between them, got 'y|a'"),
     "only a header": ({"a.csv": "y,a\n"}, "files without rows"),
     "ragged text": ({"a.csv": "y,a\n0,b\n1,b,c\n"}, "a.csv, line 3: Expected 2 columns, got 3"),
 }

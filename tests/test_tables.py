@@ -133,7 +133,7 @@ MISTAKES = {
     ),
     "mixed kinds": ({"a.csv": "1,2\n", "b.libsvm": "1 1:2\n"}, ["a.csv is CSV", "b.libsvm is LIBSVM"]),
     "blank lines": ({"a.csv": "0,1,2\n\n\n1,2\n"}, ["a.csv, line 4: Expected 3 columns, got 2"]),
-    "labels only": ({"a.csv": "0\n1\n"}, ["a.csv has 1 columns", "the label and at least one more"]),
+    "labels only": ({"a.csv": "0\n1\n"}, ["a.csv has one column", "the label and at least one more"]),
     "no lines": ({"a.libsvm": ""}, ["without rows"]),
     "no libsvm": ({"a.libsvm": "1 1:2\n1 two:2\n"}, ["a.libsvm", "label index:value"]),
     "no parquet": ({"a.parquet": "nothing"}, ["a.parquet", "cannot read"]),
