@@ -14,7 +14,6 @@ from common.table_values import (
     MISSING,
     NotNumbersError,
     explain_errors,
-    is_decimal_comma,
     is_number,
     is_number_or_missing,
     open_bytes,
@@ -34,6 +33,7 @@ class CsvFile:
     Args:
         path: of the file.
         wanted: names of columns; a first row that has one of them is a header.
+        first: the first file of the same table, if there is one.
 
     Attributes:
         names: of the columns, unique; "f0", "f1" and so on without a header.
@@ -41,18 +41,19 @@ class CsvFile:
         kinds: "number" or "text" for each column, as far as the first rows tell.
     """
 
-    def __init__(self, path, wanted=()):
+    def __init__(self, path, wanted=(), first=None):
         self.path = path
         with explain_errors(path):
             text = self._read_sample()
+            if first and self._continues(text, first):
+                return
             self._delimiter = find_delimiter(text)
-            rows = list(
-                itertools.islice(csv.reader(io.StringIO(text), delimiter=self._delimiter), SAMPLE_ROWS)
-            )
+            rows = list(_read_rows(text, self._delimiter, SAMPLE_ROWS))
         self._skipped = next((index for index, row in enumerate(rows) if not _is_blank(row)), len(rows))
-        rows = [[field.strip() for field in row] for row in rows if not _is_blank(row)]
+        rows = [row for row in rows if not _is_blank(row)]
         if not rows:
             raise UserError(f"{path} has no rows: expected some")
+        self._first_row = rows[0]
         width = len(rows[0])
         if width < 2:
             raise UserError(
@@ -73,10 +74,30 @@ class CsvFile:
             column = [row[index] for row in rows if len(row) > index]
             self.kinds.append("number" if all(map(is_number_or_missing, column)) else "text")
 
+    def _continues(self, text, first):
+        """Take over what is known of the first file, if this one has the same header, or numbers like it.
+
+        There may be thousands of files.
+        """
+        rows = list(_read_rows(text, first._delimiter, 2))
+        is_same_header = first.has_header and rows[:1] == [first._first_row]
+        is_same_table = not first.has_header and len(rows[0]) == len(first.names) and is_number(rows[0][0])
+        if not (is_same_header or is_same_table) or len(rows) < 2 or _is_blank(rows[0]):
+            return False
+        path = self.path
+        vars(self).update(vars(first))
+        self.path = path
+        self._skipped = int(first.has_header)
+        self._is_empty = False
+        return True
+
     def _read_sample(self):
-        """Return the first lines as text."""
+        """Return the first lines as text: at least two of them, and the whole text if it is short."""
         with open_bytes(self.path) as file:
-            sample = file.read(SAMPLE)
+            sample = part = file.read(SAMPLE)
+            while part and len(sample.splitlines()) < 3 and len(sample) < 3 * table_values.PART:
+                part = file.read(len(sample))
+                sample += part
             if file.read(1):
                 sample = sample[: max(sample.rfind(b"\n"), sample.rfind(b"\r")) + 1] or sample
         if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -191,6 +212,12 @@ class CsvFile:
         return f"CSV with {separator} and {'a' if self.has_header else 'no'} header"
 
 
+def _read_rows(text, delimiter, limit):
+    """Return an iterator over the first rows of a text, without spaces around the fields."""
+    for row in itertools.islice(csv.reader(io.StringIO(text), delimiter=delimiter), limit):
+        yield [field.strip() for field in row]
+
+
 def _skip_blank(row):
     return "error" if row.text.strip() else "skip"
 
@@ -203,11 +230,10 @@ def find_delimiter(text):
     """Return the delimiter that splits the first lines evenly; of several, into the most numbers."""
 
     def score(delimiter):
-        reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-        rows = [row for row in itertools.islice(reader, 100) if not _is_blank(row)]
+        rows = [row for row in _read_rows(text, delimiter, 100) if not _is_blank(row)]
         widths = [len(row) for row in rows] or [1]
         is_even = min(widths) == max(widths) > 1
-        fields = [with_point(field.strip()) for row in rows for field in row]
+        fields = [with_point(field) for row in rows for field in row]
         share = sum(1 for field in fields if is_number(field)) / max(1, len(fields))
         return is_even, share if is_even else 0, widths[0]
 
@@ -215,10 +241,10 @@ def find_delimiter(text):
 
 
 def _find_decimal_point(rows, delimiter):
-    fields = list(itertools.chain.from_iterable(rows))
+    """Return the character before decimals: a comma in files without commas between the fields or points."""
+    fields = itertools.chain.from_iterable(rows)
     has_points = any("." in field and is_number(field) for field in fields)
-    has_commas = any(map(is_decimal_comma, fields))
-    return "," if delimiter != "," and has_commas and not has_points else "."
+    return "." if delimiter == "," or has_points else ","
 
 
 def _is_header(rows):

@@ -79,13 +79,10 @@ def open_files(paths, wanted=()):
             raise UserError(
                 f"{first} is {kind_of(first)} and {path} is {kind_of(path)}: expected files of one kind"
             )
-    opened = []
-    for path in paths:
-        if opened and opened[0].has_header:
-            wanted = opened[0].names[:1]
-        opened.append(classes[kind_of(path)](path, wanted))
-    for other in opened[1:]:
-        _check_same_columns(opened[0], other)
+    opened = [classes[kind_of(first)](first, wanted)]
+    for path in others:
+        opened.append(classes[kind_of(path)](path, wanted, opened[0]))
+        _check_same_columns(opened[0], opened[-1])
     return opened
 
 
@@ -112,7 +109,7 @@ class ParquetFile:
 
     has_header = True
 
-    def __init__(self, path, wanted=()):
+    def __init__(self, path, wanted=(), first=None):
         import pyarrow
         from pyarrow import parquet
 
@@ -155,7 +152,8 @@ class ParquetFile:
             names = [self.names[index] for index in columns] if self._has_unique_names else None
             for batch in file.iter_batches(max(1, table_values.PART // 4 // len(self.names)), columns=names):
                 order = batch.schema.names if names else self.names
-                yield [batch.columns[order.index(self.names[index])] for index in columns]
+                positions = {name: position for position, name in enumerate(order)}
+                yield [batch.columns[positions[self.names[index]]] for index in columns]
             pyarrow.default_memory_pool().release_unused()
 
     def has_truth_values(self, index):
@@ -194,7 +192,7 @@ class LibsvmFile:
     has_header = False
     names = ()
 
-    def __init__(self, path, wanted=()):
+    def __init__(self, path, wanted=(), first=None):
         self.path = path
 
     def parts(self):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from common import flags, table_values, tables
+from common import flags, table_csv, table_values, tables
 from common.errors import UserError
 
 pytestmark = pytest.mark.quick
@@ -394,6 +394,23 @@ def test_flags_of_columns_that_do_not_fit(load):
     assert "--weight-column y is the label" in refuse(load, {"a.csv": ROWS}, weight_column="y")
     line = refuse(load, {"a.libsvm": "1 0:1\n"}, label_column="0")
     assert "--label-column: LIBSVM files have no such columns" in line
+
+
+def test_a_row_may_be_longer_than_the_sample(load, monkeypatch):
+    monkeypatch.setattr(table_csv, "SAMPLE", 100)
+    header = ",".join(["y", *(f"column-{index}" for index in range(200))])
+    rows = "".join(f"{number % 2}," + ",".join(["1.5"] * 200) + "\n" for number in range(9))
+    for text in (rows, f"{header}\n{rows}"):
+        assert load({"a.csv": text, "b.csv": text}).train.features.shape == (18, 200)
+
+
+def test_part_files_may_have_other_delimiters_blank_lines_and_rows_like_a_header(load):
+    files = {"a.csv": ROWS, "b.tsv": ROWS.replace(",", "\t"), "c.csv": "\n" + ROWS, "d.csv": ROWS[:6]}
+    assert len(load(files).train.labels) == 120
+    plain = ROWS.partition("\n")[2]
+    assert len(load({"a.csv": plain, "b.csv": plain, "c.csv": "\n" + plain}).train.labels) == 120
+    decimals = "y;a\n" + "0;1\n1;2\n" * 2000 + "0;1,5\n"
+    assert load({"a.csv": decimals, "b.csv": decimals}).train.features[-1, 0] == 1.5
 
 
 def test_empty_part_files_are_left_out(load, caplog):
