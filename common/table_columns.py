@@ -312,14 +312,12 @@ def read(file, layout, unseen):
             if feature.values:
                 features[:, index] = _to_codes(file, batch[index], feature, unseen)
             else:
-                numbers = _to_numbers(file, batch[index], feature.name, row)
-                with np.errstate(over="ignore"):  # too large numbers are found below
-                    features[:, index] = numbers
+                features[:, index] = _to_float32(file, batch[index], feature.name, row)
         labels = _read_labels(file, label, layout, row)
         weights = None
         if layout.weight is not None:
             name = file.names[layout.weight]
-            weights = _to_numbers(file, batch[-1], name, row).astype(np.float32)
+            weights = _to_float32(file, batch[-1], name, row)
         check_numbers(file, features, labels, weights, row)
         yield features, labels, weights
         row += len(label)
@@ -350,7 +348,7 @@ def _read_labels(file, column, layout, first_row):
     import pyarrow.compute as pc
 
     if not layout.label_values:
-        return _to_numbers(file, column, layout.label_name, first_row).astype(np.float32)
+        return _to_float32(file, column, layout.label_name, first_row)
     if pyarrow.types.is_boolean(column.type):
         column = pc.if_else(column, "True", "False")
     text = file.to_text(column)
@@ -392,6 +390,11 @@ def _to_numbers(file, column, name, first_row):
             row = int(is_wrong.argmax())
             raise table_values.NotNumbersError(_stray_text(file, first_row + row, column[row].as_py(), name))
     return column.cast("float64").to_numpy(zero_copy_only=False)
+
+
+def _to_float32(file, column, name, first_row):
+    with np.errstate(over="ignore"):  # `check_numbers` finds what is too large
+        return _to_numbers(file, column, name, first_row).astype(np.float32)
 
 
 def _stray_text(file, row, text, name):

@@ -1,5 +1,7 @@
 """XGBoost's parameters: every one of SageMaker's built-in algorithm is taken, or refused with its reason."""
 
+import json
+
 import pytest
 
 from common import flags, xgboost_params
@@ -186,6 +188,8 @@ def test_parameters_reach_xgboost_and_a_change_is_told_on_resuming(tmp_path):
         (tmp_path, ["--num-round", 2, "--output", "c", "--params", "monotone_constraints=x"]),
     ]
     first, resumed, changed, plain, *wrong = run_many("xgboost", jobs, cwd=tmp_path)
+    facts = json.loads((tmp_path / "a/model/code/model.json").read_text())
+    assert facts["flags"]["params"] == {"num_parallel_tree": 2}
     assert (first.epochs, resumed.epochs) == ([1, 2], [3])
     assert "--params" not in resumed.output
     assert "Changed since xgboost-checkpoint.2: --params was {'max_delta_step': 0.1, 'mono" in changed.output
