@@ -22,7 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("input", "step", "checkpoint", "rounds", "restart", "memory", "growth", "predecessor")
+NAMES = ("input", "first_step", "step", "checkpoint", "rounds", "restart", "memory", "growth", "predecessor")
 FRAMEWORKS = ("pytorch", "tensorflow", "mxnet", "xgboost")
 IMAGES = FRAMEWORKS[:3]
 PACKAGES = (

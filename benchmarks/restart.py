@@ -53,7 +53,7 @@ def _restart(framework, model, data, repetitions):
                     target = Path(copy, "output", framework, "checkpoints")
                     target.mkdir(parents=True)
                     os.link(path, target / path.name)  # a copy would still be on its way to the disk
-                return _until(framework, line, [*flags, *longer], copy)
+                return until(framework, line, [*flags, *longer], copy)
 
         turns = harness.take_turns(
             repetitions, resumed=seconds, fresh=lambda: seconds("fresh"), read=lambda: _read(path)
@@ -69,7 +69,7 @@ def _restart(framework, model, data, repetitions):
     )
 
 
-def _until(framework, start, flags, folder):
+def until(framework, start, flags, folder):
     """Return the seconds from the start of the process to its first line that begins like this."""
     command = [sys.executable, str(harness.ROOT / framework / "train.py"), *map(str, flags)]
     began = time.monotonic()

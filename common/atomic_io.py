@@ -1,14 +1,18 @@
 """Writing files so that no reader ever sees half of one, and nothing is lost when the disk is full."""
 
 import contextlib
+import errno
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
 import zipfile
 
 from common.errors import UserError, first_line
+
+log = logging.getLogger("train").info  # as in `report.py`, which needs this module
 
 NO_CHECKSUM = "0" * 64  # the value of "sha256" in a JSON text until `write_sealed` puts the checksum there
 UNSEALED = f'"sha256": "{NO_CHECKSUM}"'.encode()
@@ -63,16 +67,33 @@ def atomic_write(path):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+            _warn_of_unflushed(path.parent, error)
         finally:
             os.close(folder)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}. Earlier checkpoints are intact. "
-            "Free some disk space or pass another folder, then run the same command to resume"
+            "Free some disk space, or pass --keep-checkpoints or another folder, then run the same command "
+            "to resume"
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _warn_of_unflushed(folder, error):
+    if folder not in _unflushed:
+        log(
+            f"Warning: the file system of {folder} cannot flush folders ({error.strerror}): after a power "
+            "loss the newest file may be missing"
+        )
+    _unflushed.add(folder)
+
+
+_unflushed = set()  # folders
 
 
 class _ErrorKeepingFile(io.FileIO):

@@ -1,14 +1,15 @@
 """The folder of checkpoints: finding the newest one, checking that it fits, and removing old ones.
 
 The name of a checkpoint contains the number of finished epochs and, for a checkpoint inside an epoch, a
-hyphen and the
-number of finished steps: `checkpoint-3.pt`, `checkpoint-3-117.pt`. These numbers order the checkpoints.
+hyphen and the number of finished steps: `checkpoint-3.pt`, `checkpoint-3-117.pt`. These numbers order the
+checkpoints.
 """
 
 import fcntl
 import io
 import os
 import re
+import shutil
 from pathlib import Path
 
 from common.atomic_io import TEMPORARY, atomic_write
@@ -58,6 +59,8 @@ class Checkpoints:
         self.engine = engine
         self.workers = workers
         self._lock = None
+        self._has_checked_room = False
+        self._undeletable = set()
         self._from_s3 = set()  # names of the checkpoints that SageMaker has copied from S3 before the start
 
     def name_of(self, epoch, step=0):
@@ -171,6 +174,21 @@ class Checkpoints:
             self.engine.write_checkpoint(content, file)
         self.remove_old(best_epoch)
 
+    def check_room(self):
+        """Log a warning, once, if the checkpoints that are left will probably not fit on the disk."""
+        if self._has_checked_room or not self.workers.is_main_process:
+            return
+        self._has_checked_room = True
+        found = find_checkpoints(self.folder, self.engine.CHECKPOINT)
+        size = Path(self.folder, found[0][1]).stat().st_size
+        num_left = (self.args.keep_checkpoints or self.args.epochs) - len(found)
+        free = shutil.disk_usage(self.folder).free
+        if num_left * size > free:
+            log(
+                f"Warning: {num_left} more checkpoints of {size / 1e6:,.1f} MB will not fit into the "
+                f"{free / 1e6:,.0f} MB that are free in {self.folder}: pass --keep-checkpoints"
+            )
+
     def remove_old(self, best_epoch=None):
         """Delete outdated checkpoints, except those of the best epoch and of the last `--keep-checkpoints`.
 
@@ -191,7 +209,16 @@ class Checkpoints:
             is_replaced = position < (oldest if position[1] == 0 else available[0]) and name != best
             is_safe = f"{name}.sagemaker-uploading" not in entries and (uploaded or name not in self._from_s3)
             if is_replaced and is_safe:
-                Path(self.folder, name).unlink()
+                self._delete(name)
+
+    def _delete(self, name):
+        """Delete a checkpoint; one that cannot be deleted stays, which is logged once."""
+        try:
+            Path(self.folder, name).unlink(missing_ok=True)
+        except OSError as error:
+            if name not in self._undeletable:
+                log(f"Warning: cannot delete {Path(self.folder, name)}: {error.strerror}")
+            self._undeletable.add(name)
 
     def check_same_job(self, name, content, now):
         """Log what differs between the run that saved `content` and this one, which `now` describes.

@@ -1,46 +1,85 @@
-"""Decodes image files in another process: threads would wait for each other at every small image.
-
-    python common/decoder.py PARENT DESCRIPTOR FIRST STEP WIDTH HEIGHT RESIZE < names
-
-Writes the pixels of the named files, bytes (height, width, 3), into the open file DESCRIPTOR, an array of
-images, at the indices FIRST, FIRST + STEP and so on. Ends at the first file that cannot be read or, unless
-RESIZE is 1, has another size, or if the process PARENT has ended. Prints how many files were read, and how
-many of them were transparent. It needs nothing but Pillow and starts in a tenth of a second.
-"""
+"""Decodes images: the pixels of whatever Pillow reads, in the size and the colours of the training images."""
 
 import contextlib
+import functools
 import io
-import itertools
-import os
-import signal
-import sys
+
+import numpy as np
 
 # What Pillow reads by itself. For some other formats it starts a program.
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM"]
 FORMATS += ["TGA", "ICO", "JPEG2000", "AVIF", "MPO", "PCX"]
-ON_WHITE = "on white"  # in the `info` of an image that was transparent
+PAGES = ("GIF", "TIFF", "WEBP")  # formats of several pages
 ORIENTATION = 0x0112  # the tag of a camera that was held sideways
+
+# What is done to an image, as the log says it.
+NOTES = "notes"  # the key in `Image.info`
+ON_WHITE = "partly transparent: drawn on white"
+EIGHT_BITS = "16 bits deep: read with 8 bits"
+FIRST_PAGE = "one of several pages: only the first is read"
+RESIZED = "of another size: resized, and cropped if its shape differs"
+
+
+def decode(content, size):
+    """Return the pixels of an encoded image, uint8 (height, width, 3), and what was done to it (see above).
+
+    Args:
+        content: the bytes of a file.
+        size: (width, height) of the result.
+
+    Raises Pillow's errors and ValueError.
+    """
+    pixels = _decode_jpeg(content)
+    notes = []
+    if pixels is None:
+        image = open_image(io.BytesIO(content))
+        notes += image.info.get(NOTES, [])
+    elif pixels.shape[1::-1] == size:
+        return pixels, notes
+    else:
+        from PIL import Image
+
+        image = Image.fromarray(pixels)
+    if image.size != size:
+        notes.append(RESIZED)
+        image = fit(image, size)
+    return np.asarray(image), notes
+
+
+def fit(image, size):
+    """Return a Pillow image resized until it covers (width, height), and cropped around the centre."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, size, Image.BILINEAR)
 
 
 def open_image(file):
     """Return the image of a name or an open file in colour, the right way up and without transparency.
 
-    What is transparent becomes white, and the first of several pages counts. Raises Pillow's errors and
-    ValueError.
+    What was done to it is in `info[NOTES]`. Raises Pillow's errors and ValueError.
     """
     from PIL import Image, ImageOps
 
+    notes = []
     with _open(file) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError("it has 16 or 32 bits per pixel, expected 8")
+        if image.format in PAGES and getattr(image, "is_animated", False):
+            notes.append(FIRST_PAGE)
         image.load()
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            notes.append(EIGHT_BITS)
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("it has 32 bits per pixel, expected 8 or 16")
         if image.has_transparency_data:
+            notes.append(ON_WHITE)
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image.info[ON_WHITE] = True
-        return image if image.mode == "RGB" else image.convert("RGB")  # the conversion would copy it
+        if image.mode != "RGB":  # the conversion would copy it
+            image = image.convert("RGB")
+        image.info[NOTES] = notes
+        return image
 
 
 def _open(file):
@@ -50,32 +89,39 @@ def _open(file):
     with contextlib.suppress(UnidentifiedImageError):
         return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     Image.init()
-    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    try:
+        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError as error:  # its text has the address of a buffer
+        raise ValueError("it is no image, or a damaged one") from error
 
 
-def main(parent, descriptor, indices, size, resize):
-    """Decode the images; the arguments are those of the command line."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and with it this process
-    num_bytes = size[0] * size[1] * 3
-    finished = num_on_white = 0
-    for name, index in zip(sys.stdin.buffer.read().split(b"\0"), indices):
-        try:
-            with open(name, "rb", buffering=0) as file:
-                image = open_image(io.BytesIO(file.read()))  # Pillow reads a few bytes at a time
-        except Exception:
-            break  # the parent reads this file again and reports the error
-        num_on_white += ON_WHITE in image.info
-        if image.size != size:
-            if not resize:
-                break
-            image = image.resize(size)
-        if os.getppid() != parent:
-            return
-        os.pwrite(descriptor, image.tobytes(), index * num_bytes)
-        finished += 1
-    print(finished, num_on_white)
+def _decode_jpeg(content):
+    """Return the pixels of a JPEG file; None if Pillow has to read it, whose errors say what is wrong.
+
+    The result is Pillow's, in half the time.
+    """
+    simplejpeg = _find_simplejpeg()
+    if simplejpeg is None or not content.startswith(b"\xff\xd8"):
+        return None
+    from PIL import Image
+
+    if b"Exif\0\0" in content[:4096]:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+            if image.getexif().get(ORIENTATION, 1) != 1:
+                return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
+        if colors not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
+            return None
+        return simplejpeg.decode_jpeg(content)
+    except ValueError:
+        return None
 
 
-if __name__ == "__main__":
-    parent, descriptor, first, step, width, height, resize = map(int, sys.argv[1:])
-    main(parent, descriptor, itertools.count(first, step), (width, height), resize)
+@functools.cache
+def _find_simplejpeg():
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from common.errors import UserError, write_failure_reason
+from common.errors import UserError, read_count, write_failure_reason
 
 PORT = 29400  # where the workers meet, at the address of the main process
 RUN_AGAIN = "To resume, run the same command on all hosts again"
@@ -313,10 +313,13 @@ def join(args):
     """
     env = os.environ
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):  # set by torchrun
-        names = [f"rank {rank}" for rank in range(int(env["WORLD_SIZE"]))]
-        workers = Workers(int(env["RANK"]), names)
+        names = [f"rank {rank}" for rank in range(read_count("WORLD_SIZE", 1))]
+        rank = read_count("RANK", 0)
+        if rank >= len(names):
+            raise UserError(f"the variable RANK is {rank}: expected less than WORLD_SIZE, {len(names)}")
+        workers = Workers(rank, names)
         main_host = env["MASTER_ADDR"]
-        port = args.port or int(env["MASTER_PORT"]) + 1
+        port = args.port or read_count("MASTER_PORT", PORT - 1) + 1
         local = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
     else:
         names = sorted(args.hosts)

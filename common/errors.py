@@ -11,6 +11,10 @@ class UserError(Exception):
     """A mistake of the user or a limit of the machine: what happened, what was expected, what to do."""
 
 
+class DataError(UserError):
+    """Data that cannot be read, which is found out when a batch needs it."""
+
+
 @contextlib.contextmanager
 def importing(name, hint):
     """Import a library inside this block. If it is missing, exit with one line that ends with `hint`."""
@@ -18,6 +22,14 @@ def importing(name, hint):
         yield
     except ImportError as error:
         fail(f"this script needs {name}, which cannot be imported ({error}). {hint}")
+
+
+def read_count(name, default):
+    """Return the whole number in an environment variable. Raises UserError if it has something else."""
+    text = os.environ.get(name) or str(default)
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"the environment variable {name} is {text!r}: expected a whole number, or unset it")
+    return int(text)
 
 
 def check_choice(flag, value, choices):
@@ -37,8 +49,16 @@ def first_line(error):
     return lines[0] if lines else type(error).__name__
 
 
+def in_one_line(text):
+    """Return a text with names from outside in it so that it stays one line: control characters escaped."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def fail(message, code=1):
     """Exit with one line. In a SageMaker container the line is also the FailureReason of the job."""
+    message = in_one_line(str(message))
     write_failure_reason(f"error: {message}")
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -252,6 +252,12 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
         help="resume even if the flags or the data have changed",
     )
     add(
+        "--dry-run",
+        action=_Switch,
+        default=False,
+        help="read all data, take a few steps, report time, memory and checkpoint size, and write nothing",
+    )
+    add(
         "--hosts",
         type=_hosts,
         default=env("SM_HOSTS", '["localhost"]'),

@@ -1,43 +1,41 @@
-"""Reading images: class folders, `.npz` files, pairs of `.npy` files, or the digits of scikit-learn."""
+"""Reading images: class folders, records, arrays, downloaded data sets, or the digits of scikit-learn."""
 
 import contextlib
-import importlib.util
-import io
-import math
 import os
-import subprocess
-import sys
+import re
+import resource
 import tempfile
-import zipfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from array import array
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from common import decoder
+from common import decoder, image_archives
 from common.datasets import ArrayDataset, check_apart, hold_out
-from common.errors import UserError
+from common.errors import UserError, first_line, read_count
+from common.image_files import ImageFiles, Source
 from common.report import log, log_left_out
 
-JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
-EXTENSIONS = (
-    *JPEG_EXTENSIONS,
-    ".png",
-    ".webp",
-    ".bmp",
-    ".dib",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-)
-EXTENSIONS += (".tga", ".ico", ".jp2", ".avif", ".mpo", ".pcx")
-EXPECTED = "expected one folder per class with images, one .npz file, or {0}_data.npy and {0}_labels.npy"
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif")
+EXTENSIONS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".avif", ".mpo", ".pcx")
+EXTENSIONS += (".jp2", ".j2k", ".jpx")
+EXPECTED = "expected one folder per class with images, one .npz file, "
+EXPECTED += "{0}_data.npy and {0}_labels.npy, or the files of CIFAR (binary) or MNIST"
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # no classes, likely
-
+MAX_SHOWN = 10  # classes in the log
+MAX_LABEL = 2**53  # above it a floating-point number is not exact
+OWN_VALIDATION = "the validation data in --train"  # in the place of a flag, for messages
+KINDS = {"train": "training", "eval": "validation"}  # for messages
+# Words in the names of record files that are not for training, by the split that they are.
+RECORD_SPLITS = {
+    "validation": "eval",
+    "valid": "eval",
+    "val": "eval",
+    "eval": "eval",
+    "test": "test",
+    "testing": "test",
+}
 
 # Limit and use of the memory of a container, for both versions of Linux's control groups.
 CONTAINER_MEMORY = [
@@ -46,36 +44,105 @@ CONTAINER_MEMORY = [
 ]
 
 
-def load_images(args):
+class Channel(NamedTuple):
+    """A folder with data, and how to read it.
+
+    Attributes:
+        flag: the flag that names it, for messages.
+        folder: its path.
+        stem: "train" or "eval", with which the names of its files begin.
+        image_size: of `--image-size`, or None.
+        size: (width, height) that images in files get, or None: that of the first one.
+        memory: bytes for decoded images.
+        record_file: see `load_images`.
+    """
+
+    flag: str
+    folder: Path
+    stem: str
+    image_size: int
+    size: tuple
+    memory: float
+    record_file: type
+
+
+def load_images(args, record_file=None):
     """Return the training and the validation data set that the flags name, as a pair of `ArrayDataset`.
 
-    Without `--validation` a tenth of the training images, drawn with the seed, is held out.
+    Without `--validation` the validation data in the folder `--train` are used if it contains such files;
+    otherwise a tenth of the training images, drawn with the seed, is held out.
+
+    Args:
+        args: the flags.
+        record_file: the class of a framework for files that contain many images, or None. An object
+            `record_file(path)` has the integer array `labels`, the list `sizes` of the encoded images in
+            bytes, the dictionary `names` of the class names by label, which may be empty, and the method
+            `read(index)`, which returns the bytes of an image. The class has `is_one(name)`, which tells by
+            the name whether a file is one, `EXPECTED`, which says what it reads, and `COMPANIONS`, the
+            endings of files that may be beside them.
+
     Raises UserError if the folders do not contain what is expected.
     """
+    size = None
+    if args.image_size:
+        size = (args.image_size, args.image_size)
+    memory = _memory_for_images()
+    channel = Channel("--train", args.train, "train", args.image_size, size, memory, record_file)
     if args.train is None:
-        images, labels, classes = _digits(args)
+        images, labels, classes = _digits(args.image_size)
     else:
-        images, labels, classes = _read_folder(args, args.train, "--train", "train")
+        images, labels, classes = _read_channel(channel)
     if len(classes) < 2:
         raise UserError(
             f"--train {args.train} has one class only ({classes[0]}): expected two or more to tell apart"
         )
-    train_indices = validation_indices = None
-    if args.validation is None:
+    if isinstance(images, ImageFiles):
+        check_apart(args.train, args.validation)
+    flag, validation_folder = "--validation", args.validation
+    if validation_folder is None and args.train and _has_validation_data(channel):
+        flag, validation_folder = OWN_VALIDATION, args.train
+        log(f"No --validation folder: using the validation or test data in --train {args.train}")
+    if validation_folder is None:
         validation_indices, train_indices = hold_out(labels, args.seed)
-        validation_images, validation_labels = images, labels
+        train = ArrayDataset(images, labels, classes, train_indices)
+        validation = ArrayDataset(images, labels, classes, validation_indices)
     else:
-        validation_images, validation_labels = _read_validation(args, images.shape, classes)
-    train = ArrayDataset(images, labels, classes, train_indices)
-    validation = ArrayDataset(validation_images, validation_labels, classes, validation_indices)
-    num_images = len(train) + len(validation)
-    megabytes = num_images * images[0].nbytes / 1e6
+        train = ArrayDataset(images, labels, classes)
+        if isinstance(images, ImageFiles):
+            memory -= images.num_kept * images[0].nbytes
+        channel = channel._replace(
+            flag=flag,
+            folder=validation_folder,
+            stem="eval",
+            size=images.shape[2:0:-1],
+            memory=max(0, memory),
+        )
+        validation = _read_validation(channel, images.shape, classes)
+    _log_data(train, validation)
+    return train, validation
+
+
+def _log_data(train, validation):
+    images = train.images
+    parts = {id(dataset.images): dataset.images for dataset in (train, validation)}.values()
+    megabytes = sum(part.nbytes for part in parts) / 1e6
+    place = f"{megabytes:.1f} MB of {images.dtype} in memory"
+    if isinstance(images, np.memmap):
+        place = f"{megabytes:.1f} MB of {images.dtype} on disk"
+    if isinstance(images, ImageFiles):
+        kept = sum(part.num_kept * images[0].nbytes for part in parts if isinstance(part, ImageFiles)) / 1e6
+        place = f"decoded when first needed: {megabytes:.1f} MB"
+        if kept < megabytes:
+            place += f", of which {kept:.1f} MB stay in memory, and the others are decoded in each epoch"
     log(
         f"Data: {len(train)} training and {len(validation)} validation images of shape {images.shape[1:]}, "
-        f"{len(classes)} classes, {megabytes:.1f} MB of {images.dtype} "
-        f"{'on disk' if isinstance(images, np.memmap) else 'in memory'}"
+        f"{len(train.classes)} classes, {place}"
     )
-    return train, validation
+    counts = np.bincount(train.labels[train.indices], minlength=len(train.classes)).tolist()
+    shown = [f"{name} {count}" for name, count in zip(train.classes[:MAX_SHOWN], counts)]
+    if len(counts) > MAX_SHOWN:
+        shown.append(f"and {len(counts) - MAX_SHOWN} more")
+    log(f"Training images: {', '.join(shown)}")
 
 
 def random_crop_and_flip(images, rng):
@@ -107,78 +174,234 @@ def random_crop_and_flip(images, rng):
     return rows.reshape(images.shape)
 
 
-def _digits(args):
+def _digits(image_size):
     from sklearn.datasets import load_digits
 
     log("No --train folder: using the handwritten digits that come with scikit-learn")
     digits = load_digits()
     pixels = digits.images * (255 / 16)
     images = pixels.round().astype(np.uint8)[..., np.newaxis]
-    images = _resize(images, args.image_size)
+    images = _resize(images, image_size)
     classes = [str(name) for name in digits.target_names]
     return images, digits.target.astype(np.int64), classes
 
 
-def _read_validation(args, train_shape, class_names):
-    images, labels, found = _read_folder(args, args.validation, "--validation", "eval")
+def _read_validation(channel, train_shape, class_names):
+    place = f"{channel.flag} {channel.folder}"
+    images, labels, found = _read_channel(channel)
     if strange := sorted(set(found) - set(class_names)):
-        raise UserError(
-            f"--validation {args.validation} has classes that --train lacks: {', '.join(strange)}"
-        )
+        raise UserError(f"{place} has classes that --train lacks: {', '.join(strange)}")
     if images.shape[1:] != train_shape[1:]:
         raise UserError(
-            f"--validation {args.validation} has images of shape {images.shape[1:]}, "
+            f"{place} has images of shape {images.shape[1:]}, "
             f"but those of --train have {train_shape[1:]}: pass --image-size to resize both"
         )
     indices = [class_names.index(name) for name in found]
-    return images, np.array(indices, dtype=np.int64)[labels]
+    return ArrayDataset(images, np.array(indices, dtype=np.int64)[labels], class_names)
 
 
-def _read_folder(args, folder, flag, stem):
-    """Return images, labels and class names of one channel folder."""
+def _read_channel(channel):
+    """Return images, labels and class names of one channel."""
+    folder, stem = channel.folder, channel.stem
+    expected = f"{EXPECTED.format(stem)}"
+    if channel.record_file:
+        expected += f", or {channel.record_file.EXPECTED}"
     if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is not a folder: {EXPECTED.format(stem)}")
+        raise UserError(f"{channel.flag} {folder} is not a folder: {expected}")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    archives = [path for path in entries if path.suffix == ".npz"]
-    pair = folder / f"{stem}_data.npy", folder / f"{stem}_labels.npy"
+    if paths := _find_arrays(folder, stem):
+        return _read_arrays(channel, paths)
+    if archive := image_archives.read(folder, stem):
+        images, labels, classes = archive
+        return _resize(images, channel.image_size), labels, classes
+    if channel.record_file and (found := _read_records(channel, entries)):
+        return found
+    return _read_class_folders(channel, entries, expected)
+
+
+def _has_validation_data(channel):
+    """Return whether the folder `--train` also contains files with validation data."""
+    folder = channel.folder
+    if _find_arrays(folder, "train"):
+        return False
+    if image_archives.has_data(folder, "train"):
+        return image_archives.has_data(folder, "eval")
+    if channel.record_file is None:
+        return False
+    splits = _find_records(channel, folder.iterdir())
+    return "train" in splits and len(splits) > 1
+
+
+def _find_arrays(folder, stem):
+    """Return the .npz file of a folder, or its two .npy files, as a list; empty without them."""
+    archives = [path for path in folder.glob("*.npz") if not path.name.startswith(".")]
     if len(archives) == 1:
-        with _readable(archives[0]), np.load(archives[0], allow_pickle=False) as archive:
+        return archives
+    pair = [folder / f"{stem}_data.npy", folder / f"{stem}_labels.npy"]
+    return pair if all(path.is_file() for path in pair) else []
+
+
+def _read_arrays(channel, paths):
+    """Return images, labels and class names of the files that `_find_arrays` returns."""
+    if len(paths) == 1:
+        with _readable(paths[0]), np.load(paths[0], allow_pickle=False) as archive:
             if not {"x", "y"} <= set(archive.files):
-                raise UserError(
-                    f"{archives[0]} holds {', '.join(archive.files)}: expected arrays named x and y"
-                )
-            return _check_arrays(args, archives[0], archive["x"], archive["y"])
-    if all(path.is_file() for path in pair):
-        with _readable(pair[0]):
-            fits = pair[0].stat().st_size < _available_memory() / 2
-            mode = None if fits else "r"
-            images = np.load(pair[0], mmap_mode=mode, allow_pickle=False)
-            labels = np.load(pair[1], allow_pickle=False)
-        return _check_arrays(args, pair[0], images, labels)
-    check_apart(args)
+                raise UserError(f"{paths[0]} holds {', '.join(archive.files)}: expected arrays named x and y")
+            return _check_arrays(channel, paths[0], archive["x"], archive["y"])
+    with _readable(paths[0]):
+        fits = paths[0].stat().st_size < _available_memory() / 2
+        mode = None if fits else "r"
+        images = np.load(paths[0], mmap_mode=mode, allow_pickle=False)
+        labels = np.load(paths[1], allow_pickle=False)
+    return _check_arrays(channel, paths[0], images, labels)
+
+
+def _read_class_folders(channel, entries, expected):
+    flag, folder = channel.flag, channel.folder
     left_out = [path.name for path in entries if not path.is_dir()]
-    classes = {path.name: _image_files(path, left_out) for path in entries if path.is_dir()}
+    classes = {path.name: _find_files(path, left_out) for path in entries if path.is_dir()}
     if empty := [name for name, files in classes.items() if not files]:
         log(f"Skipping the folders without images in {flag} {folder}: {', '.join(empty)}")
     classes = {name: files for name, files in classes.items() if files}
-    if classes:
-        log_left_out(flag, folder, left_out, "images")
-    if classes and {name.lower() for name in classes} <= SPLITS:
+    if not classes:
+        names = ", ".join(path.name for path in entries[:5]) or "nothing"
+        raise UserError(f"{flag} {folder} holds {names}: {expected}")
+    log_left_out(flag, folder, left_out, "images")
+    _check_class_names(flag, folder, classes)
+    files = [file for found in classes.values() for file in found]
+    counts = [len(found) for found in classes.values()]
+    labels = np.repeat(np.arange(len(classes)), counts)
+    names, sizes = zip(*files)
+
+    def read(index):
+        # `open` would ask the system twice as often.
+        descriptor = os.open(f"{folder}/{names[index]}", os.O_RDONLY)
+        try:
+            return os.read(descriptor, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
+
+    images = _image_files(channel, Source(folder, names, sizes, read))
+    return images, labels.astype(np.int64), list(classes)
+
+
+def _check_class_names(flag, folder, classes):
+    """Raise UserError for folders that are no classes, or have names that cannot be written."""
+    if {name.lower() for name in classes} <= SPLITS:
         raise UserError(
             f"{flag} {folder} holds the folders {', '.join(classes)}: they look like data sets, not classes; "
             f"pass one of them, such as {flag} {folder / next(iter(classes))}"
         )
-    if not classes:
-        names = ", ".join(path.name for path in entries[:5]) or "nothing"
-        raise UserError(f"{flag} {folder} holds {names}: {EXPECTED.format(stem)}")
-    files = [file for paths in classes.values() for file in paths]
-    counts = [len(paths) for paths in classes.values()]
-    labels = np.repeat(np.arange(len(classes)), counts)
-    images = _decode(args, flag, folder, files)
-    return images, labels.astype(np.int64), list(classes)
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{flag} {folder} has a class folder named {os.fsencode(name)}, which is not UTF-8: rename it"
+            ) from error
 
 
-def _check_arrays(args, path, images, labels):
+def _find_records(channel, entries):
+    """Return the record files of a folder by split: "train", "eval" or "test", as their names say."""
+    splits = {}
+    for path in sorted(entries):
+        if path.name.startswith(".") or not channel.record_file.is_one(path.name) or not path.is_file():
+            continue
+        words = re.split("[^a-z]+", path.name.lower())
+        found = {RECORD_SPLITS[word] for word in words if word in RECORD_SPLITS}
+        split = found.pop() if len(found) == 1 else "train"
+        splits.setdefault(split, []).append(path)
+    return splits
+
+
+def _read_records(channel, entries):
+    """Return images, labels and class names of the record files in a folder; None if there are none."""
+    splits = _find_records(channel, entries)
+    if not splits:
+        return None
+    # In a folder with several splits each channel reads its own; otherwise the names do not matter.
+    order = ("train", "eval", "test") if channel.stem == "train" else ("eval", "test", "train")
+    paths = next(splits[split] for split in order if split in splits)
+    if channel.flag != OWN_VALIDATION:
+        others = [path for path in entries if path not in paths]
+        left_out = [path.name for path in others if path.suffix not in channel.record_file.COMPANIONS]
+        log_left_out(channel.flag, channel.folder, left_out, f"its {KINDS[channel.stem]} data")
+    gigabytes = sum(path.stat().st_size for path in paths) / 1e9
+    log(
+        f"Reading the labels of {len(paths)} record files ({gigabytes:.1f} GB) in {channel.flag} "
+        f"{channel.folder}, such as {paths[0].name}"
+    )
+    records = [channel.record_file(path) for path in paths]
+    labels = np.concatenate([record.labels for record in records])
+    if len(labels) == 0:
+        raise UserError(f"{channel.flag} {channel.folder} has record files without images: expected some")
+    labels, indices = np.unique(labels, return_inverse=True)
+    images = _image_files(channel, _record_source(channel.folder, records))
+    return images, indices.astype(np.int64), _record_classes(labels.tolist(), records)
+
+
+def _record_source(folder, records):
+    """Return the Source of the images in record files."""
+    firsts = np.cumsum([0, *(len(record.labels) for record in records)])
+    names, sizes = [], array("q")
+    for record in records:
+        names += [f"{record.path.name}, record {index}" for index in range(len(record.labels))]
+        sizes += record.sizes
+
+    def read(index):
+        number = int(np.searchsorted(firsts, index, side="right")) - 1
+        return records[number].read(index - int(firsts[number]))
+
+    return Source(folder, names, sizes, read)
+
+
+def _record_classes(labels, records):
+    """Return the class names of labels: those of the records, if each label has its own, or the labels."""
+    pairs = {pair for record in records for pair in record.names.items()}
+    names = dict(pairs)
+    if len(names) == len(pairs) and set(labels) <= set(names) and len(set(names.values())) == len(names):
+        return [names[label] for label in labels]
+    return [str(label) for label in labels]
+
+
+def _image_files(channel, source):
+    is_resizing = channel.image_size is not None
+    return ImageFiles(source, channel.size, channel.memory, is_resizing)
+
+
+def _find_files(folder, left_out):
+    """Return the image files below a class folder: a list of (path from the parent of the folder, bytes).
+
+    They come folder by folder in order, without hidden ones. The names of other files are added to the list
+    `left_out`. Links to folders are followed, each folder once.
+    """
+    found = []
+    visited = set()
+    waiting = [folder.name]
+    while waiting:
+        parent = waiting.pop()
+        place = os.stat(folder.parent / parent)
+        if (place.st_dev, place.st_ino) in visited:
+            continue
+        visited.add((place.st_dev, place.st_ino))
+        with os.scandir(folder.parent / parent) as entries:  # pathlib would be much slower
+            entries = sorted(entries, key=lambda entry: entry.name)
+        folders = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = f"{parent}/{entry.name}"
+            if entry.is_dir():
+                folders.append(path)
+            elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+                found.append((path, entry.stat().st_size))
+            else:
+                left_out.append(entry.name)
+        waiting += reversed(folders)
+    return found
+
+
+def _check_arrays(channel, path, images, labels):
     """Return arrays from a file as those of an ArrayDataset. Raises UserError if that is impossible."""
     if images.ndim == 3:
         images = images[..., np.newaxis]
@@ -202,6 +425,8 @@ def _check_arrays(args, path, images, labels):
     are_numbers = labels.dtype.kind in "uif" and np.isfinite(labels).all()
     if not are_numbers or (labels != np.floor(labels)).any():
         raise UserError(f"{path} has labels that are not integers ({labels.dtype}, such as {labels[0]!r})")
+    if np.abs(labels).max() > MAX_LABEL:
+        raise UserError(f"{path} has the label {labels[np.abs(labels).argmax()]:g}: expected small integers")
     names, indices = np.unique(labels.astype(np.int64), return_inverse=True)
     if images.dtype != np.uint8:
         images = images.astype(np.float32, copy=False)
@@ -209,213 +434,47 @@ def _check_arrays(args, path, images, labels):
             raise UserError(
                 f"{path} holds images with values that are infinite or not a number: expected finite ones"
             )
-    images = _resize(images, args.image_size)
+    images = _resize(images, channel.image_size)
     classes = [str(name) for name in names]
     return images, indices.astype(np.int64), classes
 
 
-def _image_files(folder, left_out):
-    """Return the names of the image files below `folder`, folder by folder in order, without hidden ones.
-
-    Other files are added to the list `left_out`. Links to folders are followed, each folder once.
-    """
-    found = []
-    visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):  # pathlib would be much slower
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        place = os.stat(parent)
-        if (place.st_dev, place.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((place.st_dev, place.st_ino))
-        for name in sorted(names):
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(EXTENSIONS):
-                found.append(f"{parent}/{name}")
-            else:
-                left_out.append(name)
-    return found
-
-
-def _decode(args, flag, folder, files):
-    """Return image files as one uint8 array (n, height, width, 3), read by all cores."""
-    first = _open(files[0]).size
-    size = (args.image_size, args.image_size) if args.image_size else first
-    log(f"Reading {len(files)} images from {flag} {folder}")
-    are_jpegs = all(file.lower().endswith(JPEG_EXTENSIONS) for file in files)
-    if are_jpegs and importlib.util.find_spec("simplejpeg"):
-        images, finished = _read_jpegs(files, size, args.image_size, first)
-        num_on_white = 0
-    else:
-        images, finished, num_on_white = _read_with_pillow(files, size, args.image_size)
-    for index in np.flatnonzero(~finished):
-        image = _open(files[index])
-        num_on_white += decoder.ON_WHITE in image.info
-        if image.size != size and not args.image_size:
-            raise UserError(
-                f"{flag} has images of different sizes: {files[0]} is {size[0]}x{size[1]} "
-                f"and {files[index]} is {image.width}x{image.height}: pass --image-size to resize them all"
-            )
-        if image.size != size:
-            image = image.resize(size)
-        images[index] = image
-    if num_on_white:
-        log(f"{num_on_white} images in {flag} {folder} are partly transparent: they are drawn on white")
-    return images
-
-
-def _read_jpegs(files, size, resize, first):
-    """Return the pixels of JPEG files, and which were read, by threads; `first` is the size of the first."""
-    width, height = size
-    images, _ = _allocate((len(files), height, width, 3), np.uint8)
-    finished = np.zeros(len(files), bool)
-    waiting = deque(range(len(files)))
-
-    def read():
-        with contextlib.suppress(IndexError):  # none is waiting any more
-            while True:
-                index = waiting.popleft()
-                finished[index] = _read_jpeg(files[index], images[index], resize)
-
-    # Under Python's lock, where threads take turns, opening a file takes as long as decoding 1,000 pixels.
-    num_useful = max(1, math.prod(first) // 1000)
-    count = min(len(os.sched_getaffinity(0)), num_useful)
-    with ThreadPoolExecutor(count) as pool:
-        try:
-            for thread in [pool.submit(read) for _ in range(count)]:
-                thread.result()
-        finally:
-            waiting.clear()  # not needed after a signal
-    return images, finished
-
-
-def _read_jpeg(file, pixels, resize):
-    """Put an image into the array `pixels` (height, width, 3) and return whether that was possible."""
-    import simplejpeg
-    from PIL import Image
-
-    try:
-        descriptor = os.open(file, os.O_RDONLY)  # `open` would ask the system twice as often
-        try:
-            content = os.read(descriptor, os.fstat(descriptor).st_size)
-        finally:
-            os.close(descriptor)
-        if b"Exif\0\0" in content[:4096] and _is_turned(content):
-            return _read_turned_jpeg(content, pixels, resize)
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
-        if colors not in ("YCbCr", "Gray"):
-            return False
-        if (height, width) == pixels.shape[:2]:
-            simplejpeg.decode_jpeg(content, buffer=pixels)
-        elif resize and height * width <= Image.MAX_IMAGE_PIXELS:
-            image = Image.fromarray(simplejpeg.decode_jpeg(content))
-            pixels[:] = image.resize(pixels.shape[1::-1])
-        else:
-            return False
-    except Exception:
-        return False  # Pillow reads more kinds of files, and its errors say what is wrong
-    return True
-
-
-def _is_turned(content):
-    """Return whether a camera was held sideways when it took this JPEG file."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as image:
-        return image.getexif().get(decoder.ORIENTATION, 1) != 1
-
-
-def _read_turned_jpeg(content, pixels, resize):
-    image = decoder.open_image(io.BytesIO(content))
-    size = pixels.shape[1::-1]
-    if image.size != size and not resize:
-        return False
-    pixels[:] = image.resize(size) if image.size != size else image
-    return True
-
-
-def _read_with_pillow(files, size, resize):
-    """Return the pixels of image files, which were read, and how many of these were transparent.
-
-    Processes read them: threads would take turns.
-    """
-    width, height = size
-    images, place = _allocate((len(files), height, width, 3), np.uint8, shared=True)
-    finished = np.zeros(len(files), bool)
-    num_on_white = 0
-    num_useful = len(files) // 100  # a process starts in the time of some hundred images
-    count = min(len(os.sched_getaffinity(0)), num_useful)
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for first in range(count):
-            indices = range(first, len(files), count)
-            process = _start_decoder(files[first::count], indices, size, resize, place)
-            processes.append(stack.enter_context(process))
-        for first, process in enumerate(processes):
-            num_read, num_transparent = map(int, process.stdout.read().split() or (0, 0))
-            finished[first::count][:num_read] = True
-            num_on_white += num_transparent
-    return images, finished, num_on_white
-
-
-def _start_decoder(files, indices, size, resize, place):
-    """Return a process that writes the pixels of the files to the file `place`: see `decoder.py`."""
-    numbers = [os.getpid(), place.fileno()]
-    numbers += [indices.start, indices.step]
-    numbers += [*size, int(bool(resize))]
-    command = [sys.executable, decoder.__file__, *map(str, numbers)]
-    with tempfile.TemporaryFile() as names:
-        names.write(b"\0".join(map(os.fsencode, files)))
-        names.seek(0)
-        return subprocess.Popen(  # noqa: S603 - nothing in it is from outside
-            command,
-            stdin=names,
-            stdout=subprocess.PIPE,
-            pass_fds=[place.fileno()],
-        )
-
-
-def _open(path):
-    """Return the image at `path` in colour."""
-    try:
-        return decoder.open_image(path)
-    except Exception as error:  # each format has its own errors
-        raise UserError(f"cannot read the image {path}: {error}. Replace or delete it") from error
-
-
 def _resize(images, size):
-    """Return images (n, height, width, channels) resized to (n, size, size, channels), if there is a size."""
+    """Return images (n, height, width, channels) as (n, size, size, channels), if there is a size.
+
+    They are cropped around the centre if they are not square.
+    """
     if not size or images.shape[1:3] == (size, size):
         return images
     from PIL import Image
 
     num_channels = images.shape[3]
-    resized, _ = _allocate((len(images), size, size, num_channels), images.dtype)
+    resized = _allocate((len(images), size, size, num_channels), images.dtype)
     for image, target in zip(images, resized):
         for channel in range(num_channels):
             plane = Image.fromarray(image[..., channel])
-            target[..., channel] = plane.resize((size, size), Image.BILINEAR)
+            target[..., channel] = decoder.fit(plane, (size, size))
     return resized
 
 
-def _allocate(shape, dtype, shared=False):
-    """Return an empty array in memory, or on disk if it does not fit, and the file of a `shared` one."""
-    num_values = int(np.prod(shape, dtype=np.int64))
-    num_bytes = num_values * np.dtype(dtype).itemsize
-    fits = num_bytes < _available_memory() / 2
-    if fits and not shared:
-        return np.empty(shape, dtype), None  # in large pages, which makes it four times as fast to fill
-    if fits:
-        file = open(os.memfd_create("images"), "r+b")  # noqa: SIM115 - it lives as long as the array
-        return np.asarray(np.memmap(file, dtype, shape=shape)), file
-    file = tempfile.TemporaryFile()  # noqa: SIM115
+def _allocate(shape, dtype):
+    """Return an empty array in memory, or in a temporary file if it does not fit."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if num_bytes < _available_memory() / 2:
+        return np.empty(shape, dtype)
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the array
     os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error now, not a crash later
-    return np.memmap(file, dtype, shape=shape), file
+    return np.memmap(file, dtype, shape=shape)
+
+
+def _memory_for_images():
+    """Return the bytes that decoded images may take in this process: half of what is free."""
+    num_processes = read_count("LOCAL_WORLD_SIZE", 1)  # torchrun's, on this host
+    return max(0, _available_memory() / 2 / max(1, num_processes))
 
 
 def _available_memory():
-    """Return the free memory in bytes, of the machine or of the container; without any figure, no limit."""
+    """Return the free memory in bytes, of the machine, the container or the process; inf without a limit."""
     free = [float("inf")]
     with contextlib.suppress(OSError, KeyError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -424,6 +483,10 @@ def _available_memory():
     for limit, used in CONTAINER_MEMORY:
         with contextlib.suppress(OSError, ValueError):  # no such limit
             free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        free.append(limit - pages * resource.getpagesize())
     return min(free)
 
 
@@ -431,5 +494,9 @@ def _available_memory():
 def _readable(path):
     try:
         yield
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"cannot read {path}: it does not fit into memory") from error
+    except Exception as error:  # NumPy and zipfile have many types for a damaged file
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error

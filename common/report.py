@@ -10,6 +10,7 @@ import re
 import sys
 
 from common.atomic_io import atomic_write
+from common.errors import in_one_line
 
 LOGGER = logging.getLogger("train")
 log = LOGGER.info
@@ -17,6 +18,11 @@ log = LOGGER.info
 
 class LogHandler(logging.StreamHandler):
     """Prints each log line at once. A line that cannot be written is dropped: it must not end a training."""
+
+    def format(self, record):
+        """Return the line of a record; a name in it cannot begin another line."""
+        line = super().format(record)
+        return line if line.isprintable() else in_one_line(line)
 
     def handleError(self, record):  # noqa: N802 - the name is that of the base class
         """Ignore an error; after `train.py | head` Python itself would fail when it exits."""

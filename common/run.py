@@ -13,12 +13,15 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
+
 from common import (
     async_save,
     batches,
     checkpoints,
     datasets,
     distributed,
+    dry_run,
     model_folder,
     preemption,
     report,
@@ -27,7 +30,7 @@ from common import (
     train_state,
 )
 from common.atomic_io import atomic_export, prepare_folder
-from common.errors import UserError, fail, write_failure_reason
+from common.errors import DataError, UserError, fail, write_failure_reason
 from common.preemption import Interrupted
 from common.report import log
 
@@ -82,6 +85,7 @@ class Run:
         self.state = None
         self.job = {}
         self._data_facts = {}
+        self._dry_run = dry_run.DryRun(args, engine.CHECKPOINT) if args.dry_run else None
         self._export_facts = model_folder.describe_flags(args)  # also in each checkpoint
         self._description = {}  # what the next run compares itself with, in plain values
         self.progress = train_state.Progress()
@@ -89,6 +93,7 @@ class Run:
         self.signals = preemption.SignalHandlers(self._end_early)
         self.saver = async_save.AsyncSaver()
         self.checkpoints = None
+        self._newest = None  # (name, content) of the newest checkpoint between `load_data` and `restore`
         self.steps_per_epoch = 0
         self._exits = contextlib.ExitStack()
         self._started = time.monotonic()
@@ -115,6 +120,8 @@ class Run:
             self.workers = distributed.join(args)
             self._exits.callback(report.start_logging(self.is_main_process))
             self.checkpoints = checkpoints.Checkpoints(args, self.engine, self.workers)
+            is_alone = self.workers.size == 1
+            self._read_newest = self.checkpoints.read_newest if is_alone else self.checkpoints.share_newest
             if self.is_main_process:
                 prepare_folder(args.checkpoint_path, "--checkpoint-path")
                 prepare_folder(args.model_dir, "--model-dir")
@@ -146,6 +153,9 @@ class Run:
                 self.workers.leave()
             elif self.workers.size > 1:
                 self._fail_together(error)
+            elif isinstance(error, DataError) and self.progress.step:  # no step is under way
+                log(f"Saved {self.save()}")
+                self.saver.wait()
         finally:
             if self._bar:
                 self._bar.close()
@@ -153,6 +163,8 @@ class Run:
             if self.checkpoints:
                 self.checkpoints.close()
             self._exits.close()
+            if self._dry_run:
+                self._dry_run.close()
             self.signals.restore()
 
     def _fail_together(self, error):
@@ -190,7 +202,11 @@ class Run:
             raise UserError("load_data must return two data sets, for training and validation") from error
         if hasattr(self.engine, "wrap_data_sets"):  # the framework has data sets that come in batches
             train, validation = self.engine.wrap_data_sets(train, validation)
-        self.data = datasets.describe(train, validation, self._read_samples)
+        if self._dry_run:
+            for name, dataset in (("training", train), ("validation", validation)):
+                self._dry_run.check(name, dataset, self._read_samples)
+            train, validation = self._dry_run.shorten(train, validation)
+        self.data = datasets.describe(train, validation, self._read_samples, self._saved_statistics())
         for name, dataset in (("training", train), ("validation", validation)):
             if not hasattr(dataset, "batches"):
                 batches.check_sizes(len(dataset), self.args, self.workers)
@@ -207,6 +223,19 @@ class Run:
         self._export_facts.update(model_folder.describe_data(self.data))
         self._check_job()
         return self.data
+
+    def _saved_statistics(self):
+        """Return mean and standard deviation of the channels from the newest checkpoint, or None.
+
+        The weights have learned with them, and finding them again would take seconds.
+        """
+        self._newest = self._read_newest()
+        if self._newest is None:
+            return None
+        facts = self._newest[1].get("export", {})
+        if facts.get("mean") is None:
+            return None
+        return np.array(facts["mean"], np.float32), np.array(facts["std"], np.float32)
 
     def load_tables(self, data_sets):
         """Return the tables (training, validation) as `common.tables.Tables`, see there."""
@@ -247,8 +276,8 @@ class Run:
         args = self.args
         self.state = state
         self.job.update(state.job)
-        is_alone = self.workers.size == 1
-        found = self.checkpoints.read_newest() if is_alone else self.checkpoints.share_newest()
+        found = self._newest or self._read_newest()
+        self._newest = None
         if found:
             name, content = found
             self.checkpoints.check_same_job(name, content, self._description)
@@ -320,7 +349,9 @@ class Run:
         name = self.checkpoints.name_of(self.progress.epoch, self.progress.step)
         if self.saver.in_flight:
             self.saver.wait()
-        if self.workers.is_main_process and not (self.checkpoints.folder / name).exists():
+        path = self.checkpoints.folder / name
+        is_saved = path.is_file() and not path.is_symlink()
+        if self.workers.is_main_process and not is_saved:
             content = {**self.state.state_dict(), "progress": progress, **self._description}
             content["export"] = self._export_facts
             content = self.engine.copy_to_host(content, self.saver.memory)
@@ -328,6 +359,16 @@ class Run:
             self.saver.in_flight = self.saver.thread.submit(self.checkpoints.write, name, content, best)
         self._last_save = time.monotonic()
         return name
+
+    def _check_weights(self):
+        """Raise UserError if some weights are infinite or not a number: they must not replace better ones."""
+        if self.state.has_finite_weights():
+            return
+        raise UserError(
+            f"after epoch {self.progress.epoch + 1} some weights are infinite or not a number: they are not "
+            f"saved, and the checkpoints of {self.progress.epoch} epochs stay. Try a lower --learning-rate "
+            "or some --warmup-epochs, with another --output"
+        )
 
     def _refuse_metric(self, metrics):
         names = ", ".join(metrics)
@@ -384,8 +425,11 @@ class Run:
     def _load(self, loader, steps):
         is_ours = isinstance(loader.dataset, datasets.ArrayDataset)
         if self.args.loaders and not is_ours and hasattr(self.engine, "load_with_processes"):
-            return self.engine.load_with_processes(loader, steps, self.args.loaders)
-        return batches.load_ahead(loader, steps, self.args.loaders)
+            loaded = self.engine.load_with_processes(loader, steps, self.args.loaders)
+        else:
+            is_waiting = is_ours and not loader.dataset.is_in_memory
+            loaded = batches.load_ahead(loader, steps, self.args.loaders or int(is_waiting))
+        return loaded
 
     def start_epoch(self, steps_per_epoch):
         """Start the clock and the progress bar of an epoch."""
@@ -445,6 +489,7 @@ class Run:
             due = True
         if self.saver.in_flight and self.saver.in_flight.done():
             self.saver.wait()  # raises the error of a failed save
+            self.checkpoints.check_room()
         if self.signals.received or self.workers.size > 1:
             due = self._check_signals(due, save=True)
         if due and progress.step < self.steps_per_epoch:
@@ -480,13 +525,15 @@ class Run:
             metrics, validation_metrics: by name; default: the means of what `finish_step` and
                 `finish_validation_step` have added up.
         """
+        if self.is_main_process:
+            self._check_weights()
         if metrics is None:
             metrics = self._mean_metrics(self.progress.sums)
             validation_metrics = self._mean_metrics(self._validation_sums)
         self._close_bar()
         row = self.progress.finish_epoch(metrics, validation_metrics)
         self.save()
-        log(report.epoch_line(row))
+        self._log_epoch(row)
         return self.should_stop()
 
     def finish_round(self, metrics, validation_metrics, samples):
@@ -502,7 +549,7 @@ class Run:
         now = time.monotonic()
         progress.seconds, progress.samples = now - self._clock, samples
         row = progress.finish_epoch(metrics, validation_metrics)
-        log(report.epoch_line(row))
+        self._log_epoch(row)
         if not self._has_checked_attributes:
             self._check_attributes()
         stop = self.should_stop()
@@ -514,6 +561,7 @@ class Run:
             due = self.saver.is_affordable()
         if self.saver.in_flight and self.saver.in_flight.done():
             self.saver.wait()  # raises the error of a failed save
+            self.checkpoints.check_room()
         if self.workers.size > 1:
             due, stop = self.workers.all_gather([bool(due), stop])[0]
         if due or stop or progress.epoch == args.epochs:
@@ -524,6 +572,10 @@ class Run:
             self._check_signals(save=True)
         self._clock = time.monotonic()
         return stop
+
+    def _log_epoch(self, row):
+        if not self._dry_run:  # whose metrics mean nothing
+            log(report.epoch_line(row))
 
     def should_stop(self):
         """Return whether the training is over before `--epochs`: a function of what checkpoints hold.
@@ -590,6 +642,9 @@ class Run:
             yield folder
             self._describe_model(folder, epoch)
             files = ", ".join(sorted(path.name for path in folder.iterdir()))
+        if self._dry_run:
+            self._dry_run.report(self.progress)
+            return
         step = f" and {self.progress.step} steps" if self.progress.step else ""
         log(f"Model: {args.model_dir} ({files}), of epoch {epoch}{step}")
         facts = {"epochs": self.progress.epoch, "initial_epoch": self._initial_epoch}

@@ -190,7 +190,7 @@ def _fit_image(image, shape, is_image):
     if shape[2] == 1:
         image = image.convert("L")
     if image.size != shape[1::-1]:
-        image = image.resize(shape[1::-1])
+        image = decoder.fit(image, shape[1::-1])
     return np.asarray(image).reshape(shape)
 
 

@@ -210,7 +210,7 @@ def load_tables(args):
     if args.train is None:
         channels = [_digits(folder)]
     else:
-        check_apart(args)
+        check_apart(args.train, args.validation)
         channels, facts = _read_channels(args, folder)
     num_columns = 0
     for parts in channels:

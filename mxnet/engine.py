@@ -41,6 +41,7 @@ FRAMEWORK = "mxnet"
 VERSION = str(mx.__version__)
 SEED_STEPS = 16  # steps from one seeding to the next: on a CPU it takes 1.5 ms, as long as a small step
 SEED_ONCE_PER_BATCH = True  # also the random numbers of a data set, for that reason
+MAX_ARRAYS = 200  # in one call, as in MXNet's own mixed precision
 
 
 def start(args, workers):
@@ -363,6 +364,15 @@ class State:
         for name, before in saved["numbers_before"].items():
             if attributes[name] != before:
                 setattr(optimizer, name, attributes[name])
+
+    def has_finite_weights(self):
+        """Return whether all weights are finite."""
+        weights = [each.list_data()[0] for each in self.parameters.values() if each.grad_req != "null"]
+        for first in range(0, len(weights), MAX_ARRAYS):
+            part = weights[first : first + MAX_ARRAYS]
+            if not mx.nd.multi_all_finite(*part, num_arrays=len(part)).asscalar():
+                return False
+        return True
 
     def load_weights(self, path):
         """Load a .params file, except layers that the model has in another shape."""

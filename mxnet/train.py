@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import engine
 from mxnet import autograd, gluon, nd
 from mxnet.gluon import nn
+from records import RecordFile
 
 # ------------------------------------------------------------------------------------------------------------
 # Make it yours: replace the bodies of these functions. Nothing below this section knows what is trained.
@@ -41,7 +42,7 @@ def load_data(args):
     the standard deviation of the training images; other samples reach the network unchanged. Random numbers
     of NumPy, `random` and the framework are seeded for each batch: interruptions do not change them.
     """
-    return load_images(args)
+    return load_images(args, RecordFile)
 
 
 def augment(images, labels, rng):

@@ -3,13 +3,14 @@
 `common/run.py` calls the functions; the training state in `train.py` inherits from `State`.
 """
 
+import copy
 import os
 import signal
 import warnings
 
 import numpy as np
 
-from common import atomic_io, errors, model_folder
+from common import atomic_io, batches, errors, model_folder
 from common.errors import UserError
 from common.report import log, log_weights
 
@@ -40,8 +41,8 @@ def start(args, workers):
     available = torch.cuda.is_available() and args.num_gpus != 0
     if args.device == "cuda" and not available:
         raise UserError("--device cuda: PyTorch finds no GPU; use --device auto or cpu")
-    local_rank = int(
-        os.environ.get("LOCAL_RANK", 0)
+    local_rank = errors.read_count(
+        "LOCAL_RANK", 0
     )  # set by torchrun: the number of this process on this host
     device = torch.device(f"cuda:{local_rank}" if available and args.device != "cpu" else "cpu")
     if device.type == "cuda":
@@ -111,12 +112,25 @@ class State:
                 f"--model {self.args.model} cannot take images of {size} ({error}): "
                 "pass --image-size, such as 224"
             ) from error
+        if batches.batch_sizes(len(self.data.train), self.args.batch_size)[-1] < 2 * self.workers.size:
+            self._check_one_sample(model, sample)
         array = outputs.float().numpy() if isinstance(outputs, torch.Tensor) else None
         self.model_facts = {"outputs": model_folder.describe_outputs(array, self.data.classes)}
         model.to(self.device)
         if self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)  # the layout of the images, and of tensor cores
         return model
+
+    def _check_one_sample(self, model, sample):
+        """Raise UserError if the model cannot learn from a batch of one sample."""
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model).train()(sample)
+        except ValueError as error:
+            raise UserError(
+                f"--batch-size {self.args.batch_size} makes batches of one sample for each worker, from "
+                f"which this model cannot learn ({error}): raise it"
+            ) from error
 
     def prepare(self):
         """Set `network`, `predict` and `job`, and remember the learning rate of each parameter group."""
@@ -194,6 +208,11 @@ class State:
         if images.dtype == torch.uint8 and self._statistics:
             images = normalize(images.float(), *self._statistics, eps=0)
         return images, labels, weights
+
+    def has_finite_weights(self):
+        """Return whether all weights are finite."""
+        are_finite = [weight.isfinite().all() for weight in self.model.parameters()]
+        return not are_finite or bool(torch.stack(are_finite).all())  # the GPU is waited for once
 
     def load_optimizer(self, saved):
         """Load an optimizer's state.

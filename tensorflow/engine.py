@@ -44,6 +44,7 @@ SERVING_REQUIREMENTS = "numpy", "pillow"  # SageMaker's container for SavedModel
 
 POLICIES = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
 SEEDS_PER_REPLICA = 2**20
+KERAS_PLACE = r"Exception encountered when calling .*|\x1b\[\dm"  # before the reason, and how it is printed
 
 
 def start(args, workers):
@@ -145,7 +146,7 @@ class State:
             if not re.search("negative|at least|too small", str(error), re.IGNORECASE):
                 raise
             size = "x".join(map(str, self.data.sample_shape))
-            reason = errors.first_line(error)
+            reason = errors.first_line(re.sub(KERAS_PLACE, "", str(error)))
             raise UserError(
                 f"--model {self.args.model} cannot take images of {size} ({reason}): "
                 "pass --image-size, such as 224"
@@ -316,6 +317,12 @@ class State:
             self.metrics += self.strategy.experimental_local_results(variable.value)
 
     # Variables ----------------------------------------------------------------------------------------------
+
+    def has_finite_weights(self):
+        """Return whether all weights are finite."""
+        weights = self.model.trainable_variables
+        are_finite = [tf.reduce_all(tf.math.is_finite(weight.value)) for weight in weights]
+        return bool(tf.reduce_all(are_finite))
 
     def assign(self, variables, values):
         """Set variables to the values from a checkpoint."""
@@ -836,6 +843,10 @@ class Stream:
                 f"the tf.data.Dataset for epoch {epoch} and first step {first_step} has {step - first_step} "
                 f"batches: expected {self._count - first_step}, as epoch 0 has {self._count}"
             )
+
+    def take(self, count):
+        """Return the first batches as a Stream."""
+        return Stream(lambda epoch=0, first_step=0: self._open(epoch, first_step).take(count - first_step))
 
     def check_order(self):
         """Log a warning if the dataset from the second step on does not begin with the second batch."""

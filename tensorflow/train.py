@@ -26,6 +26,7 @@ import engine
 import keras
 from keras import layers
 from keras.optimizers import schedules
+from records import RecordFile
 
 # ------------------------------------------------------------------------------------------------------------
 # Make it yours: replace the bodies of these functions. Nothing below this section knows what is trained.
@@ -44,7 +45,7 @@ def load_data(args):
     Dataset.shuffle use tf.random.experimental.stateless_shuffle and tf.image.stateless_* with seeds such as
     (args.seed, epoch).
     """
-    return load_images(args)
+    return load_images(args, RecordFile)
 
 
 def augment(images, labels, rng):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 from argparse import Namespace
@@ -71,7 +72,13 @@ class Engine:
 
 def checkpoints_in(folder, engine=Engine, **flags):
     args = Namespace(
-        **{"checkpoint_path": Path(folder), "keep_checkpoints": 0, "resume_anyway": False, **flags}
+        **{
+            "checkpoint_path": Path(folder),
+            "epochs": 3,
+            "keep_checkpoints": 0,
+            "resume_anyway": False,
+            **flags,
+        }
     )
     return Checkpoints(args, engine, Workers())
 
@@ -269,6 +276,58 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path, error
         assert f"cannot write {path}: No space left on device" in str(caught.value)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"earlier"
+
+
+def test_a_file_system_that_cannot_flush_folders_is_said_once(tmp_path, monkeypatch, log):
+    flush = os.fsync
+
+    def refuse_folders(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    for name in ("checkpoint-1.pt", "checkpoint-2.pt"):
+        with atomic_io.atomic_write(tmp_path / name) as file:
+            file.write(b"whole")
+    assert len(list(tmp_path.iterdir())) == 2
+    assert log().count("cannot flush folders (Invalid argument)") == 1
+
+
+def test_a_disk_that_will_be_full_is_said_after_the_first_save(tmp_path, monkeypatch, log):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    folder = checkpoints_in(tmp_path, epochs=300)
+    for epoch in (1, 2):
+        folder.write(f"checkpoint-{epoch}.pt", "x" * 1000, None)
+        folder.check_room()
+    expected = f"299 more checkpoints of 0.0 MB will not fit into the 0 MB that are free in {tmp_path}"
+    assert log().count(expected) == 1
+    checkpoints_in(tmp_path, epochs=300, keep_checkpoints=2).check_room()
+    assert "will not fit" not in log()
+
+
+def test_a_checkpoint_that_cannot_be_deleted_stays_and_the_training_goes_on(tmp_path, monkeypatch, log):
+    write(tmp_path, *map(PATTERN.format, (1, 2, 3)))
+    folder = checkpoints_in(tmp_path, keep_checkpoints=2)
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    folder.remove_old()
+    folder.remove_old()
+    assert log().count(f"cannot delete {tmp_path}/checkpoint-1.pt: Operation not permitted") == 1
+
+
+def test_a_link_or_a_folder_with_the_name_of_the_next_checkpoint_is_no_checkpoint(tmp_path):
+    write(tmp_path, "checkpoint-1.pt")
+    (tmp_path / "checkpoint-2.pt").symlink_to("checkpoint-1.pt")
+    (tmp_path / "checkpoint-3.pt").mkdir()
+    folder = checkpoints_in(tmp_path)
+    folder.write("checkpoint-2.pt", "new", None)
+    assert not (tmp_path / "checkpoint-2.pt").is_symlink()
+    with pytest.raises(UserError, match=r"cannot write .*checkpoint-3.pt: Is a directory"):
+        folder.write("checkpoint-3.pt", "new", None)
 
 
 def test_an_export_replaces_what_was_there_when_all_of_it_is_written(tmp_path):

@@ -121,6 +121,7 @@ def test_every_flag_with_a_hyphen_is_taken_with_underscores_and_values_keep_thei
                         "tree_method": "hist",
                         "max_bin": "2",
                         "resume_anyway": "True",
+                        "dry_run": "True",
                         "external_memory": "True",
                         "hosts": '["a_b"]',
                     }

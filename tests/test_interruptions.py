@@ -18,8 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
-from common import atomic_io, checkpoints
+from common import atomic_io, checkpoints, datasets
+from common.flags import image_flags
+from common.images import load_images
 from helpers import (
     CHECKPOINTS,
     EPOCHS,
@@ -42,6 +45,7 @@ from helpers import (
     run_many,
     run_python,
     run_with,
+    save_images,
     start,
 )
 
@@ -148,6 +152,32 @@ def test_ctrl_c_on_a_pipe_whose_reader_dies_first_loses_no_step(framework, tmp_p
     assert 0 < epochs < flags[1]
     result = run(framework, *flags, "--epochs", epochs, cwd=tmp_path)
     assert "Resuming training from" in result.output
+
+
+@pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow"])  # a loop of ours and one of Keras
+def test_an_image_that_cannot_be_read_loses_no_step(image_framework, tmp_path):
+    """It ends the training inside the first epoch, when other images were never decoded either."""
+    pixels, labels = load_digits().images[:600] * 15, load_digits().target[:600]
+    save_images(tmp_path / "digits", pixels.astype(np.uint8), labels)
+    flags = ["--train", "../digits", "--batch-size", 32, "--epochs", 1, "--augment"]
+    (tmp_path / "whole").mkdir()
+    run(image_framework, *flags, cwd=tmp_path / "whole")
+    images = load_images(image_flags(image_framework).parse_args(["--train", str(tmp_path / "digits")]))[0]
+    for_statistics = set(datasets.spread(len(images), datasets.STATISTICS_SAMPLES))
+    row = next(index for index in range(len(images)) if index not in for_statistics)
+    broken = tmp_path / "digits" / images.images.source.names[images.indices[row]]
+    content = broken.read_bytes()
+    broken.write_bytes(content[:50])
+    (tmp_path / "broken").mkdir()
+    result = run(image_framework, *flags, cwd=tmp_path / "broken", code=1)
+    name = f"{broken.parent.name}/{broken.name}"
+    assert f"error: cannot read the image ../digits/{name}: " in result.errors
+    saved = result.last_line.removeprefix("Saved ")
+    assert (checkpoint_folder(tmp_path / "broken", image_framework) / saved).is_file()
+    broken.write_bytes(content)
+    result = run(image_framework, *flags, cwd=tmp_path / "broken")
+    assert f"Resuming training from {saved}" in result.output
+    assert_same_bits(tmp_path / "broken", tmp_path / "whole", image_framework)
 
 
 def test_a_run_waits_for_the_end_of_another_one(tmp_path):

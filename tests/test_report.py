@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from common import report
+from common import errors, report
 from common.train_state import Progress
 from helpers import ROOT, environment
 
@@ -46,6 +46,17 @@ def test_only_the_main_process_logs_and_nothing_stays_changed(capsys):
         stop()
         assert capsys.readouterr().out == expected
     assert (report.LOGGER.level, report.LOGGER.propagate, list(report.LOGGER.handlers)) == before
+
+
+def test_a_name_from_outside_cannot_begin_a_log_line(capsys):
+    stop = report.start_logging(True)
+    report.log("Training images: caf\u00e9\nepoch=9 train_loss=0.1 \x1b[31m\udcff 5")
+    stop()
+    expected = "Training images: caf\u00e9\\nepoch=9 train_loss=0.1 \\x1b[31m\\udcff 5\n"
+    assert capsys.readouterr().out == expected
+    with pytest.raises(SystemExit):
+        errors.fail("no class a\nb")
+    assert capsys.readouterr().err == "error: no class a\\nb\n"
 
 
 def test_a_log_line_that_cannot_be_written_ends_nothing():

@@ -461,6 +461,13 @@ def test_image_scripts_say_in_one_line_what_cannot_work_before_training(image_fr
         ),
         (["--weights", "nowhere"], ["--weights nowhere"]),
     ]
+    diverging = ["--learning-rate", 1e30, "--epochs", 1]
+    mistakes.append((diverging, ["weights are infinite or not a number", "the checkpoints of 0 epochs stay"]))
+    if image_framework == "tensorflow":
+        mistakes.append((["--image-size", 4], ["4x4x1 (Computed output size would be zero or negative"]))
+    if image_framework == "pytorch":
+        flags = ["--model", "resnet18", "--image-size", 32, "--batch-size", 1]
+        mistakes.append((flags, ["--batch-size 1 makes batches of one sample", "raise it"]))
     if image_framework != "pytorch":
         mistakes.append((["--precision", "fp16"], ["--precision fp16", "bf16 or fp32"]))
     for make, part in IMAGE_MISTAKES.items():

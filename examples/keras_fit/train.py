@@ -26,6 +26,7 @@ import engine
 import keras
 from keras import layers
 from keras.optimizers import schedules
+from records import RecordFile
 
 # ------------------------------------------------------------------------------------------------------------
 # Make it yours: replace the bodies of these functions. Nothing below this section knows what is trained.
@@ -40,7 +41,7 @@ def load_data(args):
     Its random numbers follow from (--seed, epoch), and those of an image also from its index: after a restart
     come the batches that the interrupted run would have had.
     """
-    train, validation = load_images(args)
+    train, validation = load_images(args, RecordFile)
     images, labels = map(tf.constant, train[:])
 
     def training_batches(epoch, first_step):
