@@ -217,16 +217,19 @@ def take(words, flags):
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_")
-        if not equals and words and not words[0].startswith("--"):
+        has_value = equals or (words and not words[0].startswith("--"))
+        if has_value and not equals:
             value = words[0]
         if flag != "--params" and (flag in flags or not flag.startswith("--") or name not in PARAMETERS):
             _check_value(name, value)
             rest.append(word)
             continue
-        if not value:
+        if not has_value:
             raise UserError(f"argument {flag}: expected one argument")
         if not equals:
             words.pop(0)
+        if not value:  # a hyperparameter that is null
+            continue
         given = parse(value) if flag == "--params" else {name: value}
         for key, item in given.items():
             params.update(_convert(key, item, rest))
@@ -246,7 +249,9 @@ def _convert(name, value, words):
     elif isinstance(rule, Fixed):
         _check_fixed(name, value, rule)
     elif name == "csv_weights":
-        if _plain_word(value) != "false":
+        if _plain_word(value) not in ("true", "false"):
+            raise UserError(f"csv_weights: expected 0 or 1, got {value!r}")
+        if _plain_word(value) == "true":
             words.append(f"{rule.name}=1")  # the second column has the weights
     elif isinstance(rule, Flag):
         _check_value(name, value)

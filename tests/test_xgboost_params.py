@@ -146,7 +146,8 @@ def test_params_is_json_or_what_sagemaker_makes_of_a_dictionary():
         args = parse("--params", text)
         assert list(args.params.items()) == list(expected.items())  # in order: a restart compares the text
     assert parse("--params", '{"eta": 0.1, "num_parallel_tree": 2}').eta == 0.1
-    assert parse("--params", "{}").params == parse().params == {}
+    assert parse("--params", "{}").params == parse("--params", "").params == parse().params == {}
+    assert parse("--max_delta_step", "", "--params=").params == {}  # hyperparameters that are null
     names = parse("--params", '{"interaction_constraints": [["a", "b"]]}').params
     assert names == {"interaction_constraints": [["a", "b"]]}
     assert "--params" not in HARMLESS_FLAGS
@@ -168,6 +169,7 @@ MISTAKES = {
     "--params booster=gblinear": "booster gblinear is not taken",
     "--tree-method gpu_hist": "use hist",
     "--params eta=2": "--eta",
+    "--csv_weights 2": "csv_weights: expected 0 or 1, got '2'",
     "--interaction-constraints [[0": "interaction_constraints: ",
 }
 
