@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from common import errors
+from common import errors, xgboost_params
+from common.flag_types import integer, real, share
 
 CHANNEL = "SM_CHANNEL_"  # the beginning of the names of variables with the folders of SageMaker's channels
 NO_DATA = {"model", "code"}  # channels with something else; those of version 3 of the SDK begin with sm_
@@ -98,7 +99,7 @@ def image_flags(framework):
 
 def xgboost_flags():
     """Return the parser of the XGBoost script; learning flags carry XGBoost's own names and defaults."""
-    parser = _Parser(description="Train boosted trees with XGBoost; run it again to resume.")
+    parser = _XgboostParser(description="Train boosted trees with XGBoost; run it again to resume.")
     _job_flags(
         parser,
         "xgboost",
@@ -109,6 +110,8 @@ def xgboost_flags():
         help="boosting rounds to train in total, over all restarts; an epoch is one round",
     )
     add = parser.add_argument
+    add("--label-column", help="name of the label's column, or its number from 0; default: the first one")
+    add("--weight-column", help="name of the column with the weights of the rows, or its number from 0")
     add("--objective", help="learning objective; default: chosen from the labels")
     add("--num-class", type=integer(1), help="number of classes; default: counted in the labels")
     add("--eval-metric", help="metrics to report, separated by commas; default: chosen from the objective")
@@ -137,17 +140,13 @@ def xgboost_flags():
         help="which node is split next",
     )
     add("--min-child-weight", type=real(0), default=1.0, help="minimum sum of instance weights in a child")
-    add("--max-delta-step", type=real(0), default=0.0, help=argparse.SUPPRESS)
-    add("--subsample", type=_share, default=1.0, help="share of the rows drawn for each tree")
-    add("--colsample-bytree", type=_share, default=1.0, help="share of the columns drawn for each tree")
-    add("--colsample-bylevel", type=_share, default=1.0, help=argparse.SUPPRESS)
-    add("--colsample-bynode", type=_share, default=1.0, help=argparse.SUPPRESS)
+    add("--subsample", type=share, default=1.0, help="share of the rows drawn for each tree")
+    add("--colsample-bytree", type=share, default=1.0, help="share of the columns drawn for each tree")
     add("--lambda", type=real(0), default=1.0, help="L2 regularization of the weights")
     add("--alpha", type=real(0), default=0.0, help="L1 regularization of the weights")
     add("--scale-pos-weight", type=real(0), default=1.0, help="weight of the positive class")
-    add("--rate-drop", type=real(0, 1), default=0.0, help=argparse.SUPPRESS)
-    add("--skip-drop", type=real(0, 1), default=0.0, help=argparse.SUPPRESS)
     add("--nthread", type=integer(0), default=0, help="CPU threads; 0: all")
+    add("--params", help="other parameters of XGBoost, as JSON or name=value,name=value")
     add(
         "--external-memory",
         action=_Switch,
@@ -327,8 +326,31 @@ class _Parser(argparse.ArgumentParser):
         if not word.startswith("--"):
             return f"unexpected argument {word!r}: expected --flag value"
         name = word.split("=")[0]
-        nearest = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(name, self._names(), n=1, cutoff=0.0)
         return f"unknown flag {name}: did you mean {nearest[0]}?"
+
+    def _names(self):
+        return list(self._option_string_actions)
+
+
+class _XgboostParser(_Parser):
+    """A parser that also takes XGBoost's other parameters and returns them as `params`."""
+
+    def parse_args(self, argv=None):
+        """Return the flags' values; a mistake exits with code 2 and one line."""
+        words = [_hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)]
+        try:
+            rest, params = xgboost_params.take(words, self._option_string_actions)
+            args = super().parse_args(rest)
+            xgboost_params.check(params, args.booster)
+        except errors.UserError as error:
+            self.error(str(error))
+        args.params = dict(sorted(params.items()))
+        return args
+
+    def _names(self):
+        others = [f"--{name.replace('_', '-')}" for name in xgboost_params.PARAMETERS]
+        return [*super()._names(), *others]
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -373,52 +395,6 @@ def _hosts(text):
 
 def _path(text):
     return Path(text) if text else None  # SageMaker passes an empty word for a hyperparameter that is null
-
-
-def integer(minimum, maximum=float("inf")):
-    """Return a parser of whole numbers from `minimum` to `maximum`, for argparse."""
-    return _number(_whole, "a whole number", minimum, maximum)
-
-
-def real(minimum, maximum=float("inf")):
-    """Return a parser of numbers from `minimum` to `maximum`, for argparse."""
-    return _number(float, "a number", minimum, maximum)
-
-
-def _share(text):
-    """Parse a number above 0 and up to 1."""
-    value = real(0, 1)(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
-
-
-def _number(kind, what, minimum, maximum):
-    expected = (
-        f"{what} of at least {minimum}" if maximum == float("inf") else f"{what} from {minimum} to {maximum}"
-    )
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not minimum <= value <= maximum or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _whole(text):
-    """Return a whole number; SageMaker may pass 5 as 5.0."""
-    try:
-        return int(text)
-    except ValueError:
-        value = float(text)
-        if not value.is_integer():
-            raise
-        return int(value)
 
 
 def _data_path(text):

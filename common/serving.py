@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common import decoder, errors, images, model_folder
+from common import decoder, errors, images, model_folder, table_csv
 from common.errors import UserError
 
 IMAGE_TYPES = ("application/x-image", "image/jpeg", "image/png")
-SUFFIXES = {".csv": "text/csv", ".json": "application/json", ".npy": "application/x-npy"}
+SUFFIXES = {".csv": "text/csv", ".tsv": "text/csv", ".json": "application/json", ".npy": "application/x-npy"}
 SUFFIXES.update(dict.fromkeys(images.EXTENSIONS, "application/x-image"))
 
 
@@ -95,7 +95,7 @@ def restore(facts, parse_args):
 
 
 def decode(body, content_type):
-    """Return what a request contains: an array, a list of rows as dictionaries, or a Pillow image.
+    """Return what a request contains: an array, a list (of rows), or a Pillow image.
 
     Args:
         body: bytes or text.
@@ -120,14 +120,13 @@ def _read_json(body):
     content = json.loads(body)
     if isinstance(content, dict):
         content = content["instances"]  # as TensorFlow Serving has it
-    if isinstance(content, list) and content and isinstance(content[0], dict):
-        return content
-    return np.array(content, np.float64)  # null becomes NaN
+    return content if isinstance(content, list) else [content]
 
 
 def _read_csv(body):
-    rows = [row for row in csv.reader(io.StringIO(body.decode())) if row]
-    return np.array([[float(value or "nan") for value in row] for row in rows])
+    text = body.decode("utf-8-sig")
+    delimiter = table_csv.find_delimiter(text)
+    return [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
 
 
 def _read_npy(body):
@@ -155,7 +154,9 @@ def to_samples(content, facts):
     if hasattr(content, "convert"):
         content = _fit_image(content, shape, is_image)
     expected = f"expected samples of shape {shape} ({facts['sample_type']})"
-    if isinstance(content, list) or content.dtype.kind not in "uifb":
+    if isinstance(content, list):
+        content = _to_array(content, expected)
+    if content.dtype.kind not in "uifb":
         raise RequestError(f"the request contains no numbers: {expected}")
     samples = content
     if samples.shape == shape:
@@ -175,6 +176,13 @@ def to_samples(content, facts):
     return samples.astype(np.float32)
 
 
+def _to_array(content, expected):
+    try:
+        return np.array(content, np.float64)  # null becomes NaN
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the request contains no array of numbers: {expected}") from error
+
+
 def _fit_image(image, shape, is_image):
     """Return the pixels of an image in the size of the training images, resized as they were."""
     if not is_image or len(shape) != 3 or shape[2] not in (1, 3):
@@ -184,29 +192,6 @@ def _fit_image(image, shape, is_image):
     if image.size != shape[1::-1]:
         image = decoder.fit(image, shape[1::-1])
     return np.asarray(image).reshape(shape)
-
-
-def to_rows(content, facts):
-    """Return what `decode` has returned as a float32 array (n, columns) for boosted trees.
-
-    Raises RequestError if that is impossible.
-    """
-    names = facts["column_names"]
-    count = facts["num_columns"]
-    expected = f"expected {count} columns"
-    if names:
-        expected += f" ({', '.join(names[:5])}{', ...' if count > 5 else ''})"
-    if isinstance(content, list):
-        missing = [name for name in names or [] if any(name not in row for row in content)]
-        if not names or missing:
-            raise RequestError(f"the rows have no column {', '.join(missing) or 'names here'}: {expected}")
-        content = np.array([[row[name] for name in names] for row in content], np.float64)
-    if hasattr(content, "convert") or content.dtype.kind not in "uifb":
-        raise RequestError(f"the request contains no numbers: {expected}")
-    rows = content[np.newaxis] if content.ndim == 1 else content
-    if rows.ndim != 2 or rows.shape[1] != count or len(rows) == 0:
-        raise RequestError(f"the request contains an array of shape {content.shape}: {expected}")
-    return rows.astype(np.float32)
 
 
 # Answers ----------------------------------------------------------------------------------------------------
@@ -347,7 +332,7 @@ def _write_table(path, rows, model):
 
 def _find_files(paths, facts):
     """Return the files to predict, in order; of a folder the images, or for trees the tables."""
-    wanted = (".csv",) if "column_names" in facts else images.EXTENSIONS
+    wanted = (".csv", ".tsv") if "column_names" in facts else images.EXTENSIONS
     found = []
     for path in paths:
         if path.is_dir():

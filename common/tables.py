@@ -1,14 +1,15 @@
 """Tables for XGBoost: CSV, LIBSVM and Parquet files, or the digits that come with scikit-learn.
 
-Files are read in parts of bounded size. The parts become one array in memory, or files on disk with
-`--external-memory`.
+Files are read in parts of bounded size, see `common/table_files.py`. The parts become one array in memory, or
+files on disk with `--external-memory`.
 """
 
 import atexit
+import collections
 import contextlib
-import io
-import itertools
-import re
+import functools
+import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -18,14 +19,13 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
+from common import table_columns, table_files, table_values
 from common.datasets import FINGERPRINT_ROWS, check_apart, hold_out, spread
 from common.errors import UserError
-from common.report import log, log_left_out
+from common.report import log
+from common.table_columns import MAX_CLASSES
 
-EXPECTED = "expected .csv (label first, no header), .libsvm or .txt, or .parquet files (label first) below it"
-MAX_CLASSES = 100  # with more values the labels count as those of a regression
-PART = 1 << 23  # bytes of text, or of floats, that are read at once; no row of a CSV file may be longer
-KINDS = {".csv": "CSV", ".libsvm": "LIBSVM", ".txt": "LIBSVM", ".parquet": "Parquet"}
+BYTES_PER_COLUMN = 450  # of XGBoost for an almost empty column, as measured
 
 
 class Table(NamedTuple):
@@ -37,7 +37,10 @@ class Table(NamedTuple):
         labels: float32 (n,).
         weights: float32 (n,), or None if all rows weigh the same.
         names: the names of the columns, or None.
-        types: their types as XGBoost has them, "int" or "float", or None.
+        types: their types as XGBoost has them, "int", "float", or "c" for categories; or None.
+        categories: the texts of each column of categories by its name, which are numbers from 0 in `features`
+            in this order; or None.
+        classes: the names of the classes if they are not 0, 1, 2, ..., or None; `labels` are numbers from 0.
     """
 
     features: object
@@ -45,6 +48,8 @@ class Table(NamedTuple):
     weights: object = None
     names: object = None
     types: object = None
+    categories: object = None
+    classes: object = None
 
     def rows(self, chosen):
         """Return the rows that a slice or a mask chooses, in order."""
@@ -104,7 +109,14 @@ class Tables(NamedTuple):
     def describe_job(self):
         """Return what a checkpoint must have in common with the run that resumes from it."""
         num_rows, num_columns = self.train.features.shape
-        return {"number of columns": int(num_columns), "number of training rows": int(num_rows)}
+        facts = {"number of columns": int(num_columns), "number of training rows": int(num_rows)}
+        if self.train.classes:
+            facts["classes"] = list(self.train.classes)
+        if self.train.categories:
+            text = json.dumps(self.train.categories, sort_keys=True)
+            names = ", ".join(self.train.categories)
+            facts["categories"] = f"those of {names[:100]} with the checksum {zlib.crc32(text.encode())}"
+        return facts
 
     def fingerprint(self):
         """Return plain values that differ if the data differ."""
@@ -152,12 +164,12 @@ def describe(train, validation):
 
 
 def _to_table(name, table):
-    if not isinstance(table, (tuple, list)) or not 2 <= len(table) <= 5:
+    if not isinstance(table, (tuple, list)) or not 2 <= len(table) <= len(Table._fields):
         raise UserError(
             f"load_data returns a {type(table).__name__} as the {name} table: expected (features, labels), "
             "(features, labels, weights) or (features, labels, weights, names)"
         )
-    features, labels, weights, names, types = Table(*table)
+    features, labels, weights, names, *others = Table(*table)
     num_rows, num_columns = features.shape
     labels = np.asarray(labels, np.float32)
     if weights is not None:
@@ -176,7 +188,7 @@ def _to_table(name, table):
             )
     if num_rows == 0:
         raise UserError(f"load_data returns no {name} rows: expected at least one")
-    return Table(features, labels, weights, names, types)
+    return Table(features, labels, weights, names, *others)
 
 
 def _checksum(values):
@@ -186,31 +198,31 @@ def _checksum(values):
 def load_tables(args):
     """Read every file below `--train` and `--validation`; return the training and the validation Table.
 
-    Without `--validation` a tenth of the training rows, drawn with the seed, is held out. Parquet files
-    name the columns.
+    Without `--validation` a tenth of the training rows, drawn with the seed, is held out. The columns are
+    what the training files make of them, see `common/table_columns.py`.
 
     Raises UserError if the folders do not contain what is expected.
     """
     folder = None
     if args.external_memory:
         folder = _temporary_folder()
-    names = types = None
+    facts = {}
     if args.train is None:
         channels = [_digits(folder)]
     else:
-        paths = {"--train": args.train}
-        if args.validation is not None:
-            paths["--validation"] = args.validation
         check_apart(args.train, args.validation)
-        channels, names, types = _read_channels(paths, folder)
+        channels, facts = _read_channels(args, folder)
     num_columns = 0
     for parts in channels:
-        num_columns = max(num_columns, *(features.shape[1] for features, _ in parts))
+        num_columns = max(num_columns, *(part.features.shape[1] for part in parts))
+    _check_memory(num_columns)
     if folder:
         _check_room(folder, num_columns * args.max_bin)
-    tables = [_join(parts, num_columns)._replace(names=names, types=types) for parts in channels]
+    tables = [_join(parts, num_columns)._replace(**facts) for parts in channels]
     channels.clear()  # the next step needs memory
     if len(tables) == 1:
+        if len(tables[0].labels) < 2:
+            raise UserError(f"--train {args.train} has one row only: expected more, and --validation")
         return _hold_out(tables[0], args.seed)
     return tuple(tables)
 
@@ -218,7 +230,7 @@ def load_tables(args):
 def _hold_out(table, seed):
     """Return a table as two: without, and with a tenth of the rows."""
     labels = table.labels
-    if len(np.unique(labels)) > MAX_CLASSES:  # a regression
+    if len(np.unique(labels)) > MAX_CLASSES and not table.classes:  # a regression
         labels = np.zeros(len(labels))
     held_out = np.zeros(len(labels), bool)
     held_out[hold_out(labels, seed)[0]] = True
@@ -231,208 +243,142 @@ def _digits(folder):
     log("No --train folder: using the handwritten digits that come with scikit-learn")
     digits = load_digits()
     features = digits.data.astype(np.float32)
-    return [(_keep(features, folder), digits.target.astype(np.float32))]
+    return [_Part(_keep(features, folder), digits.target.astype(np.float32), None)]
 
 
 # Files -----------------------------------------------------------------------------------------------------
 
 
-def _read_channels(paths, folder):
-    """Return a list of parts (features, labels) for each folder, and the columns' names and types."""
-    files = {flag: _find_files(flag, path) for flag, path in paths.items()}
-    names = _check_files([path for channel in files.values() for path in channel])
-    channels = []
-    for flag, path in paths.items():
-        parts = []
-        for file in files[flag]:
-            for features, labels in _read(file, names):
-                if not np.isfinite(labels).all():
-                    raise UserError(
-                        f"{flag} {path} has rows without a label: expected a number first in each row"
-                    )
-                if len(labels):
-                    parts.append((_keep(features, folder), labels))
-        if not parts:
-            raise UserError(f"{flag} {path} has files without rows: expected some")
-        channels.append(parts)
-    return channels, *_feature_names(next(iter(files.values()))[0], names)
+class _Part(NamedTuple):
+    """Some rows: features in memory or in a file on disk."""
+
+    features: object
+    labels: np.ndarray
+    weights: object
 
 
-def _find_files(flag, folder):
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is not a folder: {EXPECTED}")
-    files = []
-    left_out = []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder).parts
-        if any(name.startswith((".", "_")) for name in inside) or path.is_dir():
-            continue
-        if _kind(path):
-            files.append(path)
-        else:
-            left_out.append(path.name)
-    if files:
-        log_left_out(flag, folder, left_out, "tables")
-    if not files:
-        names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise UserError(f"{flag} {folder} holds {names}: {EXPECTED}")
-    return files
+def _read_channels(args, folder):
+    """Return the parts of the training and, with `--validation`, the validation files, and their facts.
 
-
-def _check_files(files):
-    """Return the names of the columns, which all files must have in common; see `_column_names`."""
-    first, *others = files
-    for path in others:
-        if _kind(path) != _kind(first):
-            raise UserError(
-                f"{first} is {_kind(first)} and {path} is {_kind(path)}: expected files of one kind"
-            )
-    names = _column_names(first)
-    for path in others:
-        other = _column_names(path)
-        if other != names:
-            raise UserError(
-                f"{first} has {len(names)} columns ({_shorten(names)}) and {path} has {len(other)} "
-                f"({_shorten(other)}): expected the same in every file"
-            )
-    return names
-
-
-def _kind(path):
-    if path.is_file():
-        return KINDS.get(path.suffix.lower())
-    return None
-
-
-def _shorten(names):
-    if len(names) > 5:
-        names = [*names[:4], "..."]
-    return ", ".join(names)
-
-
-def _column_names(path):
-    """Return the names of the columns; an empty list for LIBSVM, whose files end with their largest index."""
-    from pyarrow import csv, parquet
-
-    if _kind(path) == "LIBSVM":
-        return []
-    with _explain_errors(path):
-        if _kind(path) == "Parquet":
-            names = parquet.read_schema(path).names
-        else:
-            with open(path, "rb") as file:
-                line = next((line for line in file if line.strip()), b"")
-            numbered = csv.ReadOptions(autogenerate_column_names=True)
-            names = csv.read_csv(io.BytesIO(line), numbered).column_names
-    if len(names) < 2:
-        raise UserError(f"{path} has {len(names)} columns: expected the label and at least one more")
-    return names
-
-
-def _feature_names(path, names):
-    """Return names and types of the features if the files have some that XGBoost accepts, otherwise None."""
-    if _kind(path) != "Parquet":
-        return None, None
-    features = names[1:]
-    if len(set(features)) < len(features) or re.search(r"[\[\]<]", "".join(features)):
-        log(f"Column names are not used: XGBoost allows no duplicates, and no [, ] and < ({path})")
-        return None, None
-    return features, _feature_types(path)
-
-
-def _feature_types(path):
-    """Return the types of the features in a Parquet file, as XGBoost names them."""
-    import pyarrow
-    from pyarrow import parquet
-
-    types = parquet.read_schema(path).types[1:]
-    return ["int" if pyarrow.types.is_integer(each) else "float" for each in types]
-
-
-def _read(path, names):
-    """Yield features and labels of one part of a file after the other."""
-    import pyarrow
-
-    with _explain_errors(path):
-        if _kind(path) == "LIBSVM":
-            yield from _read_libsvm(path)
-            return
-        batches = _read_csv(path, names) if _kind(path) == "CSV" else _read_parquet(path, names)
-        for batch in batches:
-            rows = np.empty((batch.num_rows, len(names)), np.float32)
-            for index, column in enumerate(batch.columns):
-                rows[:, index] = column.cast("float64").to_numpy(zero_copy_only=False)
-            yield rows[:, 1:], rows[:, 0].copy()
-        pyarrow.default_memory_pool().release_unused()
-
-
-def _read_csv(path, names):
-    import pyarrow
-    from pyarrow import csv
-
-    # With one thread the errors name the row.
-    reading = csv.ReadOptions(column_names=names, use_threads=False, block_size=PART)
-    converting = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.float64()))
-    return csv.open_csv(path, read_options=reading, convert_options=converting)
-
-
-def _read_parquet(path, names):
-    from pyarrow import parquet
-
-    # With these options it does not read a whole row group at once.
-    file = parquet.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False)
-    return file.iter_batches(max(1, PART // 4 // len(names)))
-
-
-def _read_libsvm(path):
-    from sklearn.datasets import load_svmlight_file
-
-    with open(path, "rb") as file:
-        for lines in iter(lambda: file.readlines(PART), []):
-            text = io.BytesIO(b"".join(lines))
-            # Indices count from 0, as they do in SageMaker's own XGBoost container.
-            features, labels = load_svmlight_file(text, dtype=np.float32, zero_based=True)
-            yield features, labels.astype(np.float32)
-
-
-@contextlib.contextmanager
-def _explain_errors(path):
-    """Raise UserError with the file, and if possible the line, for an error of a reader inside this block."""
+    The facts are attributes of Table: names, types, categories and classes.
+    """
+    paths = {"--train": table_files.find_files("--train", args.train)}
+    if args.validation is not None:
+        paths["--validation"] = table_files.find_files("--validation", args.validation)
+    wanted = [name for name in (args.label_column, args.weight_column) if name and not name.isdecimal()]
+    files = table_files.open_files([path for channel in paths.values() for path in channel], wanted)
+    num_training = len(paths["--train"])
+    channels = {"--train": files[:num_training]}
+    if len(paths) > 1:
+        channels["--validation"] = files[num_training:]
+    if isinstance(files[0], table_files.LibsvmFile):
+        return _read_libsvm(args, channels, folder)
     try:
-        yield
-    except (ValueError, NotImplementedError, OSError) as error:  # PyArrow's are among them
-        row = re.search(r"Row #(\d+): (.*)", str(error))
-        if row is None:
-            expected = "numbers, the label first"
-            if _kind(path) == "LIBSVM":
-                expected = "lines of `label index:value ...`"
-            raise UserError(f"cannot read {path}: {error}. Expected {expected}, no header") from error
-        line = _line_number(path, int(row[1]))
+        layout = table_columns.find_layout(channels["--train"], args)
+        return _read_columns(args, channels, layout, folder)
+    except table_values.NotNumbersError:  # in a later row: a look at all rows tells what the column is
+        _remove_parts(folder)
+    layout = table_columns.find_layout(channels["--train"], args, careful=True)
+    return _read_columns(args, channels, layout, folder)
+
+
+def _read_columns(args, channels, layout, folder):
+    first = channels["--train"][0]
+    unseen = {flag: collections.Counter() for flag in channels}
+    parts = []
+    for flag, files in channels.items():
+        read = functools.partial(table_columns.read, layout=layout, unseen=unseen[flag])
+        parts.append(_read_channel(flag, files, read, folder))
+    num_files = sum(map(len, channels.values()))
+    table_columns.log_features(layout, f"{num_files}, {first}")
+    names = table_columns.model_names(layout, first.has_header)
+    types = categories = None
+    if names:
+        types = [feature.type for feature in layout.features]
+        categories = {}
+        for name, feature in zip(names, layout.features):
+            if feature.values:
+                categories[name] = feature.values
+    parts, classes = _find_classes(args, parts, layout.label_name, layout.label_values)
+    for flag, counts in unseen.items():
+        table_columns.log_unseen(flag, counts)
+    return parts, {"names": names, "types": types, "categories": categories or None, "classes": classes}
+
+
+def _read_libsvm(args, channels, folder):
+    for flag in ("label_column", "weight_column"):
+        if getattr(args, flag):
+            raise UserError(
+                f"--{flag.replace('_', '-')}: LIBSVM files have no such columns; a line is "
+                "`label index:value ...` or `label:weight index:value ...`"
+            )
+
+    def read(file):
+        row = 0
+        for features, labels, weights in file.parts():
+            table_columns.check_numbers(file, features, labels, weights, row)
+            yield features, labels, weights
+            row += len(labels)
+
+    parts = [_read_channel(flag, files, read, folder) for flag, files in channels.items()]
+    parts, classes = _find_classes(args, parts, "the first number of each line", None)
+    return parts, {"classes": classes}
+
+
+def _read_channel(flag, files, read, folder):
+    """Return the parts of all files; `read` is a function of a file that yields them."""
+    parts = []
+    for file in files:
+        for features, labels, weights in read(file):
+            if len(labels):
+                parts.append(_Part(_keep(features, folder), labels, weights))
+    if not parts:
+        raise UserError(f"{flag} has files without rows, such as {files[0].path}: expected some")
+    if len({part.weights is None for part in parts}) > 1:
         raise UserError(
-            f"{path}, line {line}: {row[2][:200]}. Expected numbers, the label first, no header"
-        ) from error
+            f"{flag}: some files or lines have weights and others have none: expected one of both"
+        )
+    return parts
 
 
-def _line_number(path, row):
-    """Return the line of a row of a CSV file. Both are counted from 1, rows without blank lines."""
-    with open(path, "rb") as file:
-        numbers = (number for number, line in enumerate(file, start=1) if line.strip())
-        return next(itertools.islice(numbers, row - 1, None))
+def _find_classes(args, channels, name, texts):
+    """Return the channels, with labels from 0 if they are classes, and the names of the classes or None."""
+    labels = np.concatenate([part.labels for part in channels[0]])
+    kind = (args.objective or "").partition(":")[0]
+    if texts:
+        if kind not in ("", "multi", "binary"):
+            raise UserError(
+                f"--objective {args.objective} needs numbers as labels, but {name} has text: {texts[0]!r}"
+            )
+        table_columns.log_label(name, labels, texts)
+        return channels, texts
+    values = table_columns.find_classes(labels, args)
+    if values is None:
+        table_columns.log_label(name, labels, None)
+        return channels, None
+    numbered = []
+    for parts in channels:
+        numbers = [table_columns.number_labels(part.labels, values) for part in parts]
+        numbered.append([part._replace(labels=new) for part, new in zip(parts, numbers)])
+    classes = [f"{value:g}" for value in values]
+    table_columns.log_label(name, np.concatenate([part.labels for part in numbered[0]]), classes)
+    return numbered, classes
 
 
 def _join(parts, num_columns):
     """Return parts (features, labels) as one table."""
     from scipy import sparse
 
-    features, labels = zip(*parts)
+    features, labels, weights = zip(*parts)
     labels = np.concatenate(labels)
+    weights = None if weights[0] is None else np.concatenate(weights)
     if isinstance(features[0], _File):
         joined = Parts(features, num_columns, np.ones(len(labels), bool))
     elif sparse.issparse(features[0]):
         joined = sparse.vstack([_widen(part, num_columns) for part in features], "csr")
     else:
         joined = np.concatenate(features)
-    return Table(joined, labels)
+    return Table(joined, labels, weights)
 
 
 def _widen(features, num_columns):
@@ -476,6 +422,26 @@ def _keep(features, folder):
     except OSError as error:
         raise _no_room(folder, error.strerror or error) from error
     return _File(Path(file.name), features.shape)
+
+
+def _check_memory(num_columns):
+    """Raise UserError if XGBoost needs more than this machine's memory for the limits of the bins alone."""
+    needed = num_columns * BYTES_PER_COLUMN
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+            limits.append(int(Path(path).read_text()))
+    memory = min(limits)
+    if needed > memory:
+        raise UserError(
+            f"the table has {num_columns} columns, for which XGBoost needs {needed >> 30} GB, but this "
+            f"machine has {memory >> 30} GB: number the columns from 0 without large gaps"
+        )
+
+
+def _remove_parts(folder):
+    for file in folder.iterdir() if folder else ():
+        file.unlink()
 
 
 def _check_room(folder, num_bins):

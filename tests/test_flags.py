@@ -221,14 +221,6 @@ def test_the_help_is_not_longer_than_a_reader_can_use(name, limit):
     assert len(shown - {"--help", "--version"}) <= limit
 
 
-def test_rare_flags_of_xgboost_are_taken_but_not_shown():
-    shown = PARSERS["xgboost"].format_help()
-    for name in ("rate-drop", "skip-drop", "max-delta-step", "colsample-bylevel", "colsample-bynode"):
-        assert f"--{name}" not in shown
-        args = PARSERS["xgboost"].parse_args([f"--{name}", "0.5"])
-        assert getattr(args, name.replace("-", "_")) == 0.5
-
-
 def test_xgboost_shares_the_flags_that_apply_to_it():
     image, trees = ({action.dest: action for action in PARSERS[name]._actions} for name in PARSERS)
     differing = {"epochs", "checkpoint_seconds", "checkpoint_path", "learning_rate"}

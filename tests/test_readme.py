@@ -99,7 +99,7 @@ def test_the_commands_of_all_pages_run_as_they_stand(clone):
         ["bash", "-c", script], cwd=clone, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 10
+    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 11
     assert "Resuming training from checkpoint-5.pt\nStarting training from epoch: 6\n" in finished.stdout
     sums = re.findall(r"^(\w{64})  (?:whole|killed)/model/model.pth$", finished.stdout, re.MULTILINE)
     assert len(sums) == 2

@@ -488,7 +488,7 @@ def test_image_scripts_say_in_one_line_what_cannot_work_before_training(image_fr
 TABLE_MISTAKES = {
     "0,1,2\n1,2,3\n0,1\n": "a.csv, line 3: Expected 3 columns, got 2",
     "1,2\n1,3\n1,4\n": "one label only (1)",
-    "label,x\n1,2\n": "a.csv",
+    "label,x\n1,2\n": "has one row only",
 }
 XGBOOST_MISTAKES = [
     (["--objective", "nope"], ["--objective nope", "Unknown objective function"]),

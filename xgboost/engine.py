@@ -26,6 +26,7 @@ with errors.importing("XGBoost", "Install it with: pip install xgboost"):
     from xgboost.tracker import RabitTracker
 
 CHECKPOINT = "xgboost-checkpoint.{}"  # the last round, counted from 0, as in SageMaker's own container
+TABLE = "table"  # the attribute of the booster with the meaning of numbers that stand for text
 FIRST_NUMBER = 0  # in the name of the checkpoint after the first round
 FRAMEWORK = "xgboost"
 VERSION = str(xgb.__version__)
@@ -67,8 +68,10 @@ def objective_params(args, data):
     """
     labels = np.unique(data.train.labels)
     if len(labels) < 2:
-        raise UserError(f"--train {args.train} has one label only ({labels[0]:g}): expected two or more")
-    objective = args.objective or _choose_objective(labels, args.num_class)
+        label = data.train.classes[int(labels[0])] if data.train.classes else f"{labels[0]:g}"
+        raise UserError(f"--train {args.train} has one label only ({label}): expected two or more")
+    num_named = len(data.train.classes or ())
+    objective = args.objective or _choose_objective(labels, args.num_class or num_named)
     objective = objective.replace("reg:linear", "reg:squarederror")  # its earlier name
     kind, _, _ = objective.partition(":")
     if kind == "rank":
@@ -76,30 +79,33 @@ def objective_params(args, data):
     params = {"objective": objective}
     num_classes = 2
     if kind == "multi":
-        num_classes = args.num_class or int(labels[-1]) + 1
+        num_classes = args.num_class or num_named or int(labels[-1]) + 1
         params["num_class"] = num_classes
     if kind == "binary":
         params["scale_pos_weight"] = args.scale_pos_weight
+    if kind in ("multi", "binary"):
+        _check_classes(args, data, labels, params)
+    metrics = args.eval_metric or DEFAULT_METRICS.get(kind, "")
+    params["eval_metric"] = [metric.strip() for metric in metrics.split(",") if metric.strip()]
+    classes = f" num_class={num_classes}" if kind == "multi" else ""
+    log(f"Training: objective={objective}{classes} eval_metric={params['eval_metric']}")
+    return params
+
+
+def _check_classes(args, data, labels, params):
+    """Raise UserError if the labels of a classification are not 0 to the number of classes - 1."""
+    num_classes = params.get("num_class", 2)
     unknown = np.setdiff1d(data.validation.labels, labels)
-    if kind in ("multi", "binary") and len(unknown) and not args.num_class:
+    if len(unknown) and not args.num_class and not data.train.classes:
         raise UserError(
             f"the validation rows have the label {unknown[0]:g}, which no training row has: expected labels "
             f"from {labels[0]:g} to {labels[-1]:g}; if there are more classes, pass --num-class"
         )
-    if kind in ("multi", "binary") and not np.isin(labels, np.arange(num_classes)).all():
+    if not np.isin(labels, np.arange(num_classes)).all():
         raise UserError(
-            f"objective {objective} expects the labels 0 to {num_classes - 1}, but there are {len(labels)} "
-            f"from {labels[0]:g} to {labels[-1]:g}: number them from 0, or pass another --objective or "
-            "--num-class"
+            f"objective {params['objective']} expects the labels 0 to {num_classes - 1}, but there are "
+            f"{len(labels)} from {labels[0]:g} to {labels[-1]:g}: pass another --objective or --num-class"
         )
-    metrics = args.eval_metric or DEFAULT_METRICS.get(kind, "")
-    params["eval_metric"] = [metric.strip() for metric in metrics.split(",") if metric.strip()]
-    classes = f" num_class={num_classes}" if kind == "multi" else ""
-    log(
-        f"Labels: {len(labels)} values from {labels[0]:g} to {labels[-1]:g}; "
-        f"objective={objective}{classes} eval_metric={params['eval_metric']}"
-    )
-    return params
 
 
 def _choose_objective(labels, num_classes):
@@ -166,6 +172,22 @@ class State:
         has_all_rows = not self.args.external_memory and (method == "approx" or self.workers.size == 1)
         if method not in QUANTILE_METHODS and not has_all_rows:
             raise UserError(f"--tree-method {method} needs all rows in one memory: use hist")
+        if method == "exact" and self.data.train.categories:
+            names = ", ".join(self.data.train.categories)
+            raise UserError(f"--tree-method exact has no splits for the text in {names[:300]}: use hist")
+        for name in ("monotone_constraints", "interaction_constraints"):
+            self._check_constraint(name)
+
+    def _check_constraint(self, name):
+        """Raise UserError if a constraint names columns that the table does not have."""
+        known = self.data.train.names or []
+        for item in _as_list(self.params.get(name) or []):
+            for column in _as_list(item):
+                if isinstance(column, str) and column not in known and not column.startswith(("(", "[")):
+                    raise UserError(
+                        f"{name} has the column {column}, which the table does not have: expected some of "
+                        f"{', '.join(known)[:300] or 'its numbers from 0, as it has no names'}"
+                    )
 
     def _connect(self):
         """Let XGBoost's own engine compute with the rows of all workers."""
@@ -222,12 +244,19 @@ class State:
         objective = learner["objective"]["name"]
         num_classes = int(learner["learner_model_param"]["num_class"]) or 2
         is_classifier = objective in PROBABILITIES
+        facts = json.loads(self.booster.attr(TABLE) or "{}")
+        if self.data:
+            facts = _table_facts(self.data.train)
+        class_names = facts.get("class_names")
+        if is_classifier and not class_names:
+            class_names = [str(number) for number in range(num_classes)]
         return {
             "objective": objective,
             "num_columns": self.booster.num_features(),
             "column_names": self.booster.feature_names,
             "column_types": self.booster.feature_types,
-            "class_names": [str(number) for number in range(num_classes)] if is_classifier else None,
+            "categories": facts.get("categories") or {},
+            "class_names": class_names,
             "outputs": "probabilities" if is_classifier else "values",
         }
 
@@ -242,15 +271,21 @@ class State:
         return smallest < 1 or self.params.get("booster") == "dart"
 
 
+def _table_facts(table):
+    """Return what a prediction needs to know of the text in the training table; {} without any."""
+    facts = {"categories": table.categories, "class_names": table.classes}
+    return {name: value for name, value in facts.items() if value}
+
+
 def _matrix(table, options):
     options = {**options, "feature_names": table.names, "feature_types": table.types}
     return xgb.DMatrix(table.features, table.labels, weight=table.weights, **options)
 
 
 def _as_list(value):
-    if isinstance(value, str):
-        return [value]
-    return list(value)
+    if isinstance(value, (list, tuple, set, dict)):
+        return list(value)
+    return [value]
 
 
 class Batches(xgb.DataIter):
@@ -295,6 +330,9 @@ class Rounds(xgb.callback.TrainingCallback):
     def before_training(self, model):
         """Give the booster of a checkpoint the names of the columns, which may have changed."""
         self.run.defer_signals()
+        facts = _table_facts(self.state.data.train)
+        if facts:
+            model.set_attr(**{TABLE: json.dumps(facts)})
         if model.num_boosted_rounds():
             model.feature_names = self.state.feature_names
             model.feature_types = self.state.feature_types

@@ -3,14 +3,14 @@
 Local:      python xgboost/inference.py rows.csv --model-dir output/xgboost/model
 SageMaker:  its XGBoost container finds this file in `code/` of the model; see launch/deploy.py
 
-The rows have the columns of the training data without the label. The four functions are those of SageMaker's
-container, https://github.com/aws/sagemaker-xgboost-container.
+The rows have the columns of the training data without the label, or a header that names them. The four
+functions are those of SageMaker's container, https://github.com/aws/sagemaker-xgboost-container.
 """
 
 import sys
 from pathlib import Path
 
-from common import serving
+from common import serving, table_requests
 
 if __name__ == "__main__":
     args = serving.parse_args("xgboost", __file__, __doc__)  # before the slow imports
@@ -54,7 +54,7 @@ def input_fn(body, content_type):
 @serving.with_status
 def predict_fn(content, model):
     """Return a prediction for each row of a request."""
-    rows = serving.to_rows(content, model.facts)
+    rows = table_requests.to_rows(content, model.facts)
     return serving.answers(model(rows), model.facts)
 
 

@@ -52,17 +52,12 @@ def build_params(args, data):
         "max_bin": args.max_bin,
         "grow_policy": args.grow_policy,
         "min_child_weight": args.min_child_weight,
-        "max_delta_step": args.max_delta_step,
         "subsample": args.subsample,
         "colsample_bytree": args.colsample_bytree,
-        "colsample_bylevel": args.colsample_bylevel,
-        "colsample_bynode": args.colsample_bynode,
         "lambda": getattr(args, "lambda"),
         "alpha": args.alpha,
+        **args.params,  # all others, from --params and from flags such as --max-cat-threshold
     }
-    if args.booster == "dart":
-        params["rate_drop"] = args.rate_drop
-        params["skip_drop"] = args.skip_drop
     params.update(engine.objective_params(args, data))  # objective, eval_metric, num_class
     return params
 

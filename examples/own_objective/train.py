@@ -43,6 +43,7 @@ def load_data(args):
 
     The rows with the highest tenth of the training labels weigh twice as much as the others.
     """
+    args.objective = "reg:squarederror"  # labels are numbers, also those that could be classes
     train, validation = load_tables(args) if args.train else load_patients(args)
     threshold = np.quantile(train.labels, 0.9)
     tables = []
@@ -74,17 +75,12 @@ def build_params(args, data):
         "max_bin": args.max_bin,
         "grow_policy": args.grow_policy,
         "min_child_weight": args.min_child_weight,
-        "max_delta_step": args.max_delta_step,
         "subsample": args.subsample,
         "colsample_bytree": args.colsample_bytree,
-        "colsample_bylevel": args.colsample_bylevel,
-        "colsample_bynode": args.colsample_bynode,
         "lambda": getattr(args, "lambda"),
         "alpha": args.alpha,
+        **args.params,  # all others, from --params and from flags such as --max-cat-threshold
     }
-    if args.booster == "dart":
-        params["rate_drop"] = args.rate_drop
-        params["skip_drop"] = args.skip_drop
     params["eval_metric"] = ["rmse"]
     # With an objective of its own, a training does not begin with the mean of the labels by itself.
     params["base_score"] = float(np.average(data.train.labels, weights=data.train.weights))

@@ -1,0 +1,60 @@
+"""Parsers of the values of flags, for argparse: numbers in a range, one of some words."""
+
+import argparse
+
+
+def integer(minimum, maximum=float("inf")):
+    """Return a parser of whole numbers from `minimum` to `maximum`, for argparse."""
+    return _number(_whole, "a whole number", minimum, maximum)
+
+
+def real(minimum, maximum=float("inf")):
+    """Return a parser of numbers from `minimum` to `maximum`, for argparse."""
+    return _number(float, "a number", minimum, maximum)
+
+
+def share(text):
+    """Parse a number above 0 and up to 1, for argparse."""
+    value = real(0, 1)(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _number(kind, what, minimum, maximum):
+    expected = (
+        f"{what} of at least {minimum}" if maximum == float("inf") else f"{what} from {minimum} to {maximum}"
+    )
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not minimum <= value <= maximum or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _whole(text):
+    """Return a whole number; SageMaker may pass 5 as 5.0."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
+
+
+def choice(*values):
+    """Return a parser of one of some words, for argparse."""
+
+    def parse(text):
+        if str(text) not in values:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(values)}, got {text!r}")
+        return str(text)
+
+    return parse
