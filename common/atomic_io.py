@@ -56,7 +56,7 @@ def atomic_write(path):
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        raw = _ErrorKeepingFile(temporary, "wb")
+        raw = ErrorKeepingFile(temporary, "wb")
         with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
@@ -96,10 +96,24 @@ def _warn_of_unflushed(folder, error):
 _unflushed = set()  # folders
 
 
-class _ErrorKeepingFile(io.FileIO):
-    """A file that keeps the first failed write in `error`: not every library passes it on as it is."""
+class ErrorKeepingFile(io.FileIO):
+    """A file that keeps the first error of the disk in `error`: not every library passes it on as it is."""
 
     error = None
+
+    def readinto(self, buffer):
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def readall(self):
+        try:
+            return super().readall()
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def write(self, content):
         try:

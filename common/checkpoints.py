@@ -12,7 +12,8 @@ import re
 import shutil
 from pathlib import Path
 
-from common.atomic_io import TEMPORARY, atomic_write
+from common import errors
+from common.atomic_io import TEMPORARY, ErrorKeepingFile, atomic_write
 from common.distributed import PER_WORKER_FLAGS
 from common.errors import UserError
 from common.report import log
@@ -145,22 +146,24 @@ class Checkpoints:
     def read(self, name):
         """Return the content of a checkpoint. Raises UserError if the disk or the memory fails."""
         path = Path(self.folder, name)
-        fix = "Fix this and run the same command again"
+        raw = cause = None
         try:
-            with open(path, "rb") as file:
-                while file.read(
-                    2**20
-                ):  # the whole file, first: an error of the disk is no damage of the file
-                    pass
-                if not file.tell():
+            raw = ErrorKeepingFile(path)
+            with io.BufferedReader(raw) as file:
+                if not path.stat().st_size:
                     raise ValueError("the file is empty")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}. {fix}") from error
-        try:
-            with open(path, "rb") as file:
                 content = self.engine.read_checkpoint(file)
-        except MemoryError as error:
-            raise UserError(f"cannot read {path}: not enough memory. {fix}") from error
+        except Exception as error:
+            # Nothing of this is damage of the file.
+            if raw is None or raw.error:
+                cause = (raw.error if raw else error).strerror or error
+            if errors.is_out_of_memory(error):
+                cause = "not enough memory"
+            if cause is None:
+                raise
+            raise UserError(
+                f"cannot read {path}: {cause}. Fix this and run the same command again"
+            ) from error
         position = content["progress"].get("epoch"), content["progress"].get("step", 0)
         if self.name_of(*position) != name:
             raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def check_choice(flag, value, choices):
         raise UserError(
             f"{flag} {value} is unknown: expected one of {len(choices)} names, the nearest are {nearest}"
         )
+
+
+def is_out_of_memory(error):
+    """Return whether memory was short; not every library raises MemoryError."""
+    while error:
+        if isinstance(error, MemoryError):
+            return True
+        if re.search(r"bad_alloc|(can't|cannot|unable to) allocate|out of memory", str(error), re.IGNORECASE):
+            return True
+        error = error.__cause__
+    return False
 
 
 def first_line(error):

@@ -30,7 +30,14 @@ from common import (
     train_state,
 )
 from common.atomic_io import atomic_export, prepare_folder
-from common.errors import DataError, UserError, fail, write_failure_reason
+from common.errors import (
+    DataError,
+    UserError,
+    fail,
+    first_line,
+    is_out_of_memory,
+    write_failure_reason,
+)
 from common.preemption import Interrupted
 from common.report import log
 
@@ -60,6 +67,8 @@ def report_error(error):
         fail(f"{error}. Install what is missing with: pip install {error.name}")
     if isinstance(error, (UserError, OSError)):
         fail(error)
+    if is_out_of_memory(error):
+        fail(f"not enough memory: {first_line(error)}. Lower --batch-size, or use a larger machine")
     write_failure_reason(f"{type(error).__name__}: {error}")
     traceback.print_exception(type(error), error, error.__traceback__)
     sys.exit(1)

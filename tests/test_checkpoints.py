@@ -212,20 +212,23 @@ def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, log):
         (OSError("bad block"), "open"),
         (OSError(errno.EIO, "bad block"), "read"),
         (MemoryError(), "parse"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "parse"),
+        (RuntimeError("std::bad_alloc"), "parse"),
     ],
 )
 def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(
     tmp_path, monkeypatch, error, operation
 ):
-    write(tmp_path, "checkpoint-2.pt", "checkpoint-1.pt")
+    write(tmp_path, "checkpoint-2.pt", "checkpoint-1.pt", content=b"x" * 100)
 
     def fail(*_):
         raise error
 
-    class BadDisk(io.BytesIO):
-        """As a file on a disk with a bad block."""
+    class BadDisk(io.FileIO):
+        readinto = readall = fail
 
-        read = fail
+    class BadFile(atomic_io.ErrorKeepingFile, BadDisk):
+        """As a file on a disk with a bad block."""
 
     class Careless(Engine):
         @staticmethod
@@ -235,9 +238,10 @@ def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(
             except OSError as error:
                 raise ValueError("damaged") from error
 
-    if operation != "parse":
-        opened = fail if operation == "open" else lambda *_: BadDisk()
-        monkeypatch.setattr(checkpoints, "open", opened, raising=False)
+    if operation == "open":
+        monkeypatch.setattr(checkpoints, "ErrorKeepingFile", fail)
+    if operation == "read":
+        monkeypatch.setattr(checkpoints, "ErrorKeepingFile", BadFile)
     expected = r"cannot read .*checkpoint-2.pt: (Permission denied|bad block|not enough memory)"
     with pytest.raises(UserError, match=expected):
         checkpoints_in(tmp_path, Careless).read_newest()
