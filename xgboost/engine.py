@@ -247,16 +247,16 @@ class State:
         facts = json.loads(self.booster.attr(TABLE) or "{}")
         if self.data:
             facts = _table_facts(self.data.train)
-        class_names = facts.get("class_names")
-        if is_classifier and not class_names:
-            class_names = [str(number) for number in range(num_classes)]
+        class_names = list(facts.get("class_names") or [])
+        if is_classifier:
+            class_names += [str(number) for number in range(len(class_names), num_classes)]
         return {
             "objective": objective,
             "num_columns": self.booster.num_features(),
             "column_names": self.booster.feature_names,
             "column_types": self.booster.feature_types,
             "categories": facts.get("categories") or {},
-            "class_names": class_names,
+            "class_names": class_names or None,
             "outputs": "probabilities" if is_classifier else "values",
         }
 
