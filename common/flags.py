@@ -301,7 +301,7 @@ class _Parser(argparse.ArgumentParser):
         checkpoints, model, results = _default_folders(args.output)
         if str(args.model_dir).startswith("s3://"):
             # SageMaker's TensorFlow estimator adds this hyperparameter by itself.
-            print(f"Not used: --model-dir {args.model_dir}; the model is written to {model}", flush=True)
+            errors.say(f"Not used: --model-dir {args.model_dir}; the model is written to {model}")
             args.model_dir = None
         args.checkpoint_path = args.checkpoint_path or checkpoints
         args.model_dir = Path(args.model_dir or model)

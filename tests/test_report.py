@@ -1,5 +1,6 @@
 """The log lines and the result files of a training."""
 
+import contextlib
 import csv
 import json
 import re
@@ -71,6 +72,24 @@ def test_a_log_line_that_cannot_be_written_ends_nothing():
         process.stdin.close()
         assert process.stderr.read() == ""
     assert process.returncode == 7
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "closed"])
+def test_a_progress_bar_that_cannot_be_written_ends_nothing(target):
+    stream = open("/dev/full" if target == "/dev/full" else "/dev/null", "w", buffering=1)  # noqa: SIM115
+    quiet = report.QuietStream(stream)
+    if target == "closed":
+        stream.close()
+    quiet.write("50 %\n")
+    quiet.flush()
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
+def test_a_usage_error_has_its_exit_code_even_if_it_cannot_be_written():
+    command = [sys.executable, str(ROOT / "xgboost/train.py"), "--nope"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, env=environment()).returncode == 2
 
 
 def test_results_with_metrics_that_changed_on_the_way(tmp_path):
