@@ -323,6 +323,16 @@ def test_a_model_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     assert flushed == [str(tmp_path / "export.sagemaker-ignore/1/weights")]
 
 
+def test_the_mark_of_a_damaged_checkpoint_does_not_count_for_its_successor(tmp_path, log):
+    write(tmp_path, "checkpoint-1.pt", content=content_of((1, 0)))
+    write(tmp_path, "checkpoint-2.pt", "checkpoint-2.pt.sagemaker-uploaded")
+    folder = checkpoints_in(tmp_path, keep_checkpoints=1)
+    assert folder.read_newest()[0] == "checkpoint-1.pt"
+    write(tmp_path, "checkpoint-1.pt.sagemaker-uploaded")
+    folder.write("checkpoint-2.pt", json.loads(content_of((2, 0))), None)
+    assert [name for _, name in find_checkpoints(tmp_path, PATTERN)] == ["checkpoint-2.pt", "checkpoint-1.pt"]
+
+
 def test_a_disk_that_will_be_full_is_said_after_the_first_save(tmp_path, monkeypatch, log):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     folder = checkpoints_in(tmp_path, epochs=300)
