@@ -92,6 +92,19 @@ def test_a_usage_error_has_its_exit_code_even_if_it_cannot_be_written():
         assert subprocess.run(command, stdout=full, stderr=full, env=environment()).returncode == 2
 
 
+def test_only_known_noise_is_kept_out_of_standard_error():
+    code = "import os, sys; from common import quiet\n"
+    code += "with quiet.without_lines('I0000 .*stub'):\n"
+    code += "    os.write(2, b'I0000 cuda_stub.cc\\nE0000 broken\\n'); print('ours', file=sys.stderr)\n"
+    code += "os.write(2, b'I0000 cuda_stub.cc\\n'); 1 / 0"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment()
+    )
+    lines = finished.stderr.splitlines()
+    assert lines[:3] == ["E0000 broken", "ours", "I0000 cuda_stub.cc"]
+    assert lines[-1].startswith("ZeroDivisionError")
+
+
 def test_results_with_metrics_that_changed_on_the_way(tmp_path):
     history = [{"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_auc": float("nan")}]
     report.write_results(tmp_path, history, 2, {"epochs": 2, "class_names": ["a", "b"]})
