@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from common import errors
+from common import checkpoint_schema, errors
 from common.atomic_io import TEMPORARY, ErrorKeepingFile, atomic_write
 from common.distributed import PER_WORKER_FLAGS
 from common.errors import UserError
@@ -144,7 +144,11 @@ class Checkpoints:
         return name, self.engine.read_checkpoint(io.BytesIO(self.workers.broadcast()))
 
     def read(self, name):
-        """Return the content of a checkpoint. Raises UserError if the disk or the memory fails."""
+        """Return the content of a checkpoint.
+
+        Raises UserError if the disk or the memory fails, and another error if the file is damaged or holds
+        something else.
+        """
         path = Path(self.folder, name)
         raw = cause = None
         try:
@@ -164,7 +168,8 @@ class Checkpoints:
             raise UserError(
                 f"cannot read {path}: {cause}. Fix this and run the same command again"
             ) from error
-        position = content["progress"].get("epoch"), content["progress"].get("step", 0)
+        checkpoint_schema.check(content)
+        position = content["progress"]["epoch"], content["progress"]["step"]
         if self.name_of(*position) != name:
             raise ValueError(
                 f"it holds epoch {position[0]} and step {position[1]}, which does not match its name"

@@ -248,6 +248,7 @@ class Run:
 
     def load_tables(self, data_sets):
         """Return the tables (training, validation) as `common.tables.Tables`, see there."""
+        self._newest = self._read_newest()  # a damaged one is named before the rows are counted
         self.data = tables.describe(*data_sets)
         for flag in ("booster", "seed"):
             self.job[f"--{flag}"] = getattr(self.args, flag)

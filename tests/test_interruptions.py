@@ -548,10 +548,12 @@ import torch
 import engine
 from common.checkpoints import Checkpoints
 from common.distributed import Workers
+from common.train_state import Progress
 folder = Path(sys.argv[1])
 weights = torch.arange(1000.0)
 def save(epoch):
-    content = {"progress": {"epoch": epoch, "step": 0}, "model": {"weight": weights}}
+    progress = {**vars(Progress(epoch)), "sums": [{}]}
+    content = {"progress": progress, "model": {"weight": weights}}
     path = folder / f"checkpoint-{epoch}.pt"
     torch.save(content, path)
     return path.read_bytes()

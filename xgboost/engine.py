@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic_io, errors, tables
+from common import atomic_io, errors, tables, train_state
 from common.errors import UserError
 from common.preemption import Interrupted
 from common.report import log
@@ -418,7 +419,9 @@ def read_checkpoint(file):
     booster.set_attr(checkpoint=None)
     learner = json.loads(booster.save_config())["learner"]
     facts["booster"] = booster
-    facts["progress"] = {**facts.get("progress", {}), "epoch": booster.num_boosted_rounds()}
+    started = dataclasses.asdict(train_state.Progress())
+    started["sums"] = []
+    facts["progress"] = {**started, **facts.get("progress", {}), "epoch": booster.num_boosted_rounds()}
     facts["job"] = {
         **facts.get("job", {}),
         "--objective": learner["objective"]["name"],
