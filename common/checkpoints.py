@@ -16,6 +16,7 @@ from common import checkpoint_schema, errors
 from common.atomic_io import TEMPORARY, ErrorKeepingFile, atomic_write
 from common.distributed import PER_WORKER_FLAGS
 from common.errors import UserError
+from common.model_folder import STRUCTURE
 from common.report import log
 
 DAMAGED = ".damaged"
@@ -239,11 +240,13 @@ class Checkpoints:
             saved = content.get(kind, {})
             differing = [key for key, value in values.items() if key in saved and saved[key] != value]
             changes[kind] = {key: f"{key} was {saved[key]} and is now {values[key]}" for key in differing}
+        if getattr(self.engine, "FRAMEWORK", None) in changes["machine"]:
+            changes["job"].pop(STRUCTURE, None)  # each version describes the same layers in its own words
         other_job = changes["job"]
         if other_job and not self.args.resume_anyway:
             raise UserError(
                 f"{Path(self.folder, name)} belongs to another job: {'; '.join(other_job.values())}. "
-                "Use the same flags and data again, or pass another --output, "
+                "Use the same flags, data and model again, or pass another --output, "
                 "or --resume-anyway if that makes sense"
             )
         harmless = HARMLESS_FLAGS | set(now["job"])

@@ -239,6 +239,11 @@ class State:
         }
 
     @property
+    def settings(self):
+        """The parameters under the names of their flags, as `build_params` may have changed them."""
+        return {f"--{name.replace('_', '-')}": str(value) for name, value in self.params.items()}
+
+    @property
     def model_facts(self):
         """What `model.json` says about the model: all of it is in the booster."""
         learner = json.loads(self.booster.save_config())["learner"]
