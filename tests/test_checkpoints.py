@@ -24,7 +24,7 @@ from common.checkpoint_schema import LARGEST
 from common.checkpoints import Checkpoints, find_checkpoints
 from common.distributed import Workers
 from common.errors import UserError
-from common.model_folder import describe_metrics
+from common.model_folder import STRUCTURE, describe_metrics, describe_structure
 from common.train_state import Progress, add_up, best_epoch, mean_metrics
 
 pytestmark = pytest.mark.quick
@@ -609,6 +609,31 @@ def test_another_job_is_refused_and_changed_flags_are_logged(tmp_path, log):
     assert "--output" in str(caught.value)
     assert "--resume-anyway" in str(caught.value)
     assert changes in check(other, resume_anyway=True)
+
+
+def test_a_structure_is_compared_only_between_runs_that_describe_it_alike(tmp_path, log):
+    def description(structure, version):
+        job = {"optimizer": "SGD", **structure}
+        return {"job": job, "data": {}, "machine": {"torch": version}, "flags": {}}
+
+    class Torch(Engine):
+        FRAMEWORK = "torch"
+
+    folder = checkpoints_in(tmp_path, Torch)
+    first, second = {STRUCTURE: "1"}, {STRUCTURE: "2"}
+    folder.check_same_job("checkpoint-5.pt", description(first, "1"), description(first, "1"))
+    folder.check_same_job("checkpoint-5.pt", description({}, "1"), description(first, "1"))  # an older one
+    assert log() == ""
+    with pytest.raises(UserError, match=f"{STRUCTURE} was 1 and is now 2"):
+        folder.check_same_job("checkpoint-5.pt", description(first, "1"), description(second, "1"))
+    folder.check_same_job("checkpoint-5.pt", description(first, "1"), description(second, "2"))
+    assert "torch was 1 and is now 2" in log()
+
+
+def test_addresses_in_memory_do_not_change_the_structure():
+    lines = [[f"Lambda(<function f at 0x{address}>)"] for address in ("7f00aa", "7f11bb")]
+    assert describe_structure(lines[0]) == describe_structure(lines[1])
+    assert describe_structure(["ReLU()"]) != describe_structure(["GELU()"])
 
 
 def test_a_state_that_does_not_fit_is_an_error_of_one_line(tmp_path):

@@ -413,6 +413,70 @@ def test_the_best_epoch_is_kept_and_exported_and_patience_ends_the_training_also
         assert f"{missing.name}, cannot be read" in without.error_line
 
 
+# Events that change what the script builds, in shapes that fit the checkpoint.
+OTHER_STRUCTURES = {
+    "pytorch": {
+        "activation": "replace(train.nn, 'ReLU', train.nn.GELU)",
+        "order": """
+def reversed_parameters(args, model, build=train.build_optimizer):
+    optimizer = build(args, model)
+    optimizer.param_groups[0]["params"].reverse()
+    return optimizer
+replace(train, "build_optimizer", reversed_parameters)
+""",
+    },
+    "tensorflow": {"activation": "replace(train.layers, 'ReLU', lambda: train.layers.Activation('gelu'))"},
+    "mxnet": {
+        "activation": "replace(train.nn, 'Activation', lambda _, kind=train.nn.Activation: kind('tanh'))"
+    },
+}
+# Layers of another model count up the names in Keras.
+SAME_STRUCTURE = """
+def second_model(args, data, build=train.build_model):
+    build(args, data)
+    return build(args, data)
+replace(train, "build_model", second_model)
+"""
+
+
+def test_another_structure_of_the_model_is_refused(image_framework, tmp_path, uninterrupted):
+    """Its weights would fit: in PyTorch the momentum would then belong to other weights of the same shape."""
+    jobs = []
+    events = {"same": SAME_STRUCTURE, **OTHER_STRUCTURES[image_framework]}
+    for name, event in events.items():
+        folder = copy_checkpoints(uninterrupted(image_framework), tmp_path / name, image_framework, 1)
+        jobs.append((folder, ["--epochs", 2], event))
+    jobs.append((jobs[1][0], ["--epochs", 2, "--resume-anyway"], events["activation"]))
+    env = environment(PYTHONHASHSEED="7")
+    same, *others, anyway = run_many(image_framework, jobs, cwd=tmp_path, env=env)
+    assert same.epochs == [2]
+    for other in others:
+        assert re.search(
+            r"belongs to another job: structure of the model was [0-9a-f]{8} and is now [0-9a-f]{8}\. "
+            "Use the same flags, data and model again, or pass another --output, or --resume-anyway",
+            other.error_line,
+        )
+    assert "Changed since" in anyway.output
+    assert anyway.epochs == [2]
+
+
+def test_a_parameter_that_the_code_changes_is_logged_like_a_flag(tmp_path, uninterrupted):
+    event = """
+replace(train, "build_params", lambda *a, build=train.build_params: {**build(*a), "max_depth": 3})
+"""
+    names_of_jobs = ("same", "other", "flag")
+    folders = [
+        copy_checkpoints(uninterrupted("xgboost"), tmp_path / name, "xgboost", 2) for name in names_of_jobs
+    ]
+    flags = ["--epochs", 3]
+    jobs = [(folders[0], flags), (folders[1], flags, event), (folders[2], [*flags, "--max-depth", 3])]
+    same, *others = run_many("xgboost", jobs, cwd=tmp_path)
+    assert "Changed since" not in same.output
+    for other in others:
+        assert other.output.count("--max-depth was 6 and is now 3") == 1
+        assert other.epochs == [3]
+
+
 # Hostile and damaged files ----------------------------------------------------------------------------------
 
 
