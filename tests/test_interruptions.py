@@ -603,6 +603,50 @@ def test_a_flipped_bit_in_the_facts_of_xgboost_is_damage_too(tmp_path, uninterru
     assert "ValueError: its checksum is wrong" in result.output
 
 
+# Writes what SageMaker's own container writes, and what damage can make of it. XGBoost crashes while it reads
+# "length" and "nested".
+CONTAINER = """
+import json, sys
+from pathlib import Path
+import xgboost
+source, folder = map(Path, sys.argv[1:])
+booster = xgboost.Booster(model_file=bytearray(source.read_bytes()))
+booster.set_attr(checkpoint=None)
+content = bytes(booster.save_raw("ubj"))
+(folder / "whole").write_bytes(content)
+start = content.index(b"tree_param{L") + len(b"tree_param{L")
+longer = content[start + 4] | 1
+(folder / "length").write_bytes(content[: start + 4] + bytes([longer]) + content[start + 5 :])
+(folder / "nested").write_bytes(b'{"a":' * 300_000 + b"1" + b"}" * 300_000)
+facts = json.loads(booster.save_raw("json"))
+facts["learner"]["gradient_booster"]["model"]["trees"][0]["left_children"][0] = 10**6
+(folder / "outside").write_text(json.dumps(facts))
+"""
+
+
+def test_a_damaged_file_of_sagemakers_container_falls_back_to_the_one_before(tmp_path, uninterrupted):
+    source = uninterrupted("xgboost")
+    kinds = ("whole", "length", "nested", "outside")
+    newest = checkpoint_name("xgboost", 3)
+    run_python(CONTAINER, checkpoint_folder(source, "xgboost") / newest, tmp_path, cwd=tmp_path)
+    jobs = []
+    for kind in kinds:
+        folder = copy_checkpoints(source, tmp_path / f"job-{kind}", "xgboost", 2)
+        shutil.copy(tmp_path / kind, checkpoint_folder(folder, "xgboost") / newest)
+        jobs.append((folder, ["--epochs", 4]))
+    whole, *damaged = run_many("xgboost", jobs, cwd=tmp_path)
+    assert f"Resuming training from {newest}" in whole.output
+    assert whole.epochs == [4]
+    for kind, result in zip(kinds[1:], damaged):
+        lines = [line for line in result.output.splitlines() if line.startswith("Cannot read")]
+        assert len(lines) == 1, kind
+        assert lines[0].startswith(f"Cannot read {newest}, trying the one before: ValueError: "), kind
+        assert result.epochs == [3, 4], kind
+        assert (checkpoint_folder(tmp_path / f"job-{kind}", "xgboost") / f"{newest}.damaged").is_file()
+    assert "XGBoost crashes over it with SIGSEGV" in damaged[0].output
+    assert "XGBoost crashes over it with SIGSEGV" in damaged[1].output
+
+
 FLIP_BITS = """
 import sys
 from argparse import Namespace
