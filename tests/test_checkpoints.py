@@ -221,7 +221,7 @@ GOOD = {
         "seconds": 0.5,
         "history": [
             {"epoch": 1, "train_loss": 2.0, "validation_loss": math.nan},
-            {"epoch": 2, "train_loss": 1},
+            {"epoch": 2, "train_loss": 1, "validation_loss": 1.5},
         ],
         "stopped": False,
     },
