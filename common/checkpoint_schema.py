@@ -4,7 +4,6 @@ A file may be readable and still hold something else: another program has writte
 """
 
 import json
-import math
 
 import numpy as np
 
@@ -94,7 +93,7 @@ def _check_step(step, job):
     num_steps = job.get("number of training batches")
     sizes = job.get("number of training samples"), job.get("--batch-size")
     if all(type(size) is int and size > 0 for size in sizes):
-        num_steps = math.ceil(sizes[0] / sizes[1])
+        num_steps = -(-sizes[0] // sizes[1])  # rounded up
     if type(num_steps) is int:
         _expect(step <= num_steps, f"it holds step {step} of an epoch of {num_steps} steps")
 
