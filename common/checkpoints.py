@@ -12,10 +12,11 @@ import re
 import shutil
 from pathlib import Path
 
-from common import errors
+from common import checkpoint_schema, errors
 from common.atomic_io import TEMPORARY, ErrorKeepingFile, atomic_write
 from common.distributed import PER_WORKER_FLAGS
 from common.errors import UserError
+from common.model_folder import STRUCTURE
 from common.report import log
 
 DAMAGED = ".damaged"
@@ -146,7 +147,11 @@ class Checkpoints:
         return name, self.engine.read_checkpoint(io.BytesIO(self.workers.broadcast()))
 
     def read(self, name):
-        """Return the content of a checkpoint. Raises UserError if the disk or the memory fails."""
+        """Return the content of a checkpoint.
+
+        Raises UserError if the disk or the memory fails, and another error if the file is damaged or holds
+        something else.
+        """
         path = Path(self.folder, name)
         raw = cause = None
         try:
@@ -166,7 +171,8 @@ class Checkpoints:
             raise UserError(
                 f"cannot read {path}: {cause}. Fix this and run the same command again"
             ) from error
-        position = content["progress"].get("epoch"), content["progress"].get("step", 0)
+        checkpoint_schema.check(content)
+        position = content["progress"]["epoch"], content["progress"]["step"]
         if self.name_of(*position) != name:
             raise ValueError(
                 f"it holds epoch {position[0]} and step {position[1]}, which does not match its name"
@@ -236,11 +242,13 @@ class Checkpoints:
             saved = content.get(kind, {})
             differing = [key for key, value in values.items() if key in saved and saved[key] != value]
             changes[kind] = {key: f"{key} was {saved[key]} and is now {values[key]}" for key in differing}
+        if getattr(self.engine, "FRAMEWORK", None) in changes["machine"]:
+            changes["job"].pop(STRUCTURE, None)  # each version describes the same layers in its own words
         other_job = changes["job"]
         if other_job and not self.args.resume_anyway:
             raise UserError(
                 f"{Path(self.folder, name)} belongs to another job: {'; '.join(other_job.values())}. "
-                "Use the same flags and data again, or pass another --output, "
+                "Use the same flags, data and model again, or pass another --output, "
                 "or --resume-anyway if that makes sense"
             )
         harmless = HARMLESS_FLAGS | set(now["job"])

@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from common import checkpoints, errors, model_folder, report, run
+from common import checkpoint_schema, checkpoints, errors, model_folder, report, run
 from common.atomic_io import prepare_folder
 from common.errors import UserError
 
@@ -84,9 +84,11 @@ def read_checkpoint(engine, path):
     """Return the content of a checkpoint. Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return engine.read_checkpoint(file)
+            content = engine.read_checkpoint(file)
+        checkpoint_schema.check(content)
     except Exception as error:  # each framework has its own errors for a damaged file
         raise UserError(f"cannot read {path} as a checkpoint: {errors.first_line(error)}") from error
+    return content
 
 
 if __name__ == "__main__":

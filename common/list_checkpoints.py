@@ -80,8 +80,8 @@ def _describe(checkpoints, name):
     metrics = {}
     try:
         progress = checkpoints.read(name)["progress"]
-        epoch, step = progress["epoch"], progress.get("step", 0) or ""
-        for row in progress.get("history", [])[-1:]:
+        epoch, step = progress["epoch"], progress["step"] or ""
+        for row in progress["history"][-1:]:
             metrics = {key: value for key, value in row.items() if key.startswith("validation_")}
     except UserError as error:  # of the disk or the memory: the file may be intact
         state = f"unknown: {errors.first_line(error)}"

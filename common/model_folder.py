@@ -8,7 +8,9 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from common.errors import UserError
 
 FILE_NAME = "model.json"
 CODE = "code"  # where SageMaker's containers look for inference.py
+STRUCTURE = "structure of the model"  # the name of `describe_structure` in what makes a job
 OTHER_COLUMNS = ("epoch", "seconds", "samples_per_second")  # of the history, beside the metrics
 
 
@@ -118,6 +121,16 @@ def describe_metrics(progress, epoch):
         if not np.isfinite(value):  # JSON has no such numbers
             metrics[name] = None
     return metrics
+
+
+def describe_structure(lines):
+    """Return a short checksum of text that describes layers and parameters, for `STRUCTURE`.
+
+    Args:
+        lines: nothing in them may change from process to process; addresses in memory are left out.
+    """
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(lines))
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def describe_outputs(outputs, classes):

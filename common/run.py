@@ -248,6 +248,7 @@ class Run:
 
     def load_tables(self, data_sets):
         """Return the tables (training, validation) as `common.tables.Tables`, see there."""
+        self._newest = self._read_newest()  # a damaged one is named before the rows are counted
         self.data = tables.describe(*data_sets)
         for flag in ("booster", "seed"):
             self.job[f"--{flag}"] = getattr(self.args, flag)
@@ -280,11 +281,13 @@ class Run:
 
         Args:
             state: has `state_dict()`, a dictionary of all that training changes, `load_state_dict(content)`,
-                `job`, a dictionary of plain values that make a job, and `load_weights(path)`.
+                `job`, a dictionary of plain values that make a job, and `load_weights(path)`. It may have
+                `settings`, which are compared like the flags with the same names.
         """
         args = self.args
         self.state = state
         self.job.update(state.job)
+        self._description["flags"].update(getattr(state, "settings", {}))
         found = self._newest or self._read_newest()
         self._newest = None
         if found:

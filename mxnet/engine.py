@@ -196,7 +196,8 @@ class State:
         optimizer = trainer.optimizer
         if optimizer.lr_scheduler is not None:
             raise UserError("build_optimizer sets lr_scheduler: write it into learning_rate_factor instead")
-        self.job = {"optimizer": type(optimizer).__name__}
+        structure = model_folder.describe_structure(self._describe_layers(trainer))
+        self.job = {"optimizer": type(optimizer).__name__, model_folder.STRUCTURE: structure}
         self.initial_learning_rate = trainer.learning_rate
         attributes = vars(optimizer)
         self.optimizer_state = {
@@ -220,6 +221,16 @@ class State:
         if self.args.precision == "fp16":
             amp.init_trainer(trainer)
             self.scaler = vars(trainer._amp_loss_scaler)
+
+    def _describe_layers(self, trainer):
+        """Return lines about the layers and, in their order, the parameters, to which the optimizer counts.
+
+        Not the symbol of the network: other layers are in it with --precision bf16.
+        """
+        lines = [repr(self.model)]
+        lines += [f"{name}: {parameter.shape}" for name, parameter in self.parameters.items()]
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return lines + [names.get(id(parameter), "?") for parameter in trainer._params]
 
     def _add_up_gradients(self):
         """Replace the gradients by their sums over all devices and workers."""

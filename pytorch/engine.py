@@ -134,7 +134,8 @@ class State:
 
     def prepare(self):
         """Set `network`, `predict` and `job`, and remember the learning rate of each parameter group."""
-        self.job = {"optimizer": type(self.optimizer).__name__}
+        structure = model_folder.describe_structure(_describe_layers(self.model, self.optimizer))
+        self.job = {"optimizer": type(self.optimizer).__name__, model_folder.STRUCTURE: structure}
         for group in self.optimizer.param_groups:
             group["initial"] = {name: value for name, value in group.items() if name != "params"}
             group["initial_lr"] = group["lr"]
@@ -291,6 +292,18 @@ def _read_weights(path):
     ):
         raise UserError(f"--weights {path} is not a state_dict: expected tensors by name")
     return weights
+
+
+def _describe_layers(model, optimizer):
+    """Return lines about the layers and, in their order, the parameters, to which the optimizer counts."""
+    lines = [f"{name}: {type(layer).__name__}({layer.extra_repr()})" for name, layer in model.named_modules()]
+    names = {}
+    for name, parameter in model.named_parameters():
+        names[parameter] = name
+        lines.append(f"{name}: {list(parameter.shape)}")
+    for group in optimizer.param_groups:
+        lines.append(", ".join(names.get(parameter, "?") for parameter in group["params"]))
+    return lines
 
 
 class MixedPrecision(nn.Module):

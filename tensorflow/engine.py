@@ -179,7 +179,8 @@ class State:
         model.reset_metrics()
         self.find_metrics()
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-        self.job = {"optimizer": type(optimizer).__name__}
+        structure = model_folder.describe_structure(_describe_layers(model))
+        self.job = {"optimizer": type(optimizer).__name__, model_folder.STRUCTURE: structure}
         self.run.saver.memory["archive"] = Archive(model)
 
     def _one_sample(self):
@@ -442,6 +443,39 @@ def _fix_fingerprint(path):
     fingerprint = fingerprint_pb2.FingerprintDef.FromString(path.read_bytes())
     fingerprint.uuid = str(fingerprint.saved_model_checksum)
     path.write_bytes(fingerprint.SerializeToString(deterministic=True))
+
+
+# In the configuration of a layer: what depends on the process, the flags or the data.
+_NO_STRUCTURE = {"name", "dtype", "seed", "module", "registered_name", "shared_object_id", "mean", "variance"}
+
+
+def _describe_layers(model):
+    """Return lines about the layers, how they are connected, and their weights."""
+    layers = list(model._flatten_layers())
+    names = {layer.name: f"layer {number}" for number, layer in enumerate(layers)}
+    lines = []
+    for layer in layers:
+        try:
+            config = _structure_of(layer.get_config(), names)
+        except (NotImplementedError, TypeError):  # a subclass with arguments of its own
+            config = None
+        lines.append(f"{type(layer).__name__} {json.dumps(config, sort_keys=True, default=repr)}")
+    return lines + [str(tuple(weight.shape)) for weight in model.weights]
+
+
+def _structure_of(config, names):
+    """Return a part of a configuration with numbers for the `names` of layers, which count up in a process.
+
+    The code of a lambda is left out, as each version of Python compiles another one.
+    """
+    if isinstance(config, dict):
+        if config.get("class_name") == "__lambda__":
+            return "lambda"
+        kept = {str(key): value for key, value in config.items() if key not in _NO_STRUCTURE}
+        return {key: _structure_of(value, names) for key, value in kept.items()}
+    if isinstance(config, (list, tuple)):
+        return [_structure_of(value, names) for value in config]
+    return names.get(config, config) if isinstance(config, str) else config
 
 
 def _own_weights(model):

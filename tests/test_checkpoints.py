@@ -1,8 +1,12 @@
 """The folder of checkpoints: finding the newest one, and never harming one."""
 
+import contextlib
+import copy
+import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -15,10 +19,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common import atomic_io, checkpoints
+from common import atomic_io, checkpoint_schema, checkpoints
+from common.checkpoint_schema import LARGEST
 from common.checkpoints import Checkpoints, find_checkpoints
 from common.distributed import Workers
 from common.errors import UserError
+from common.model_folder import STRUCTURE, describe_metrics, describe_structure
+from common.train_state import Progress, add_up, best_epoch, mean_metrics
 
 pytestmark = pytest.mark.quick
 
@@ -84,8 +91,8 @@ def checkpoints_in(folder, engine=Engine, **flags):
 
 
 def content_of(position):
-    epoch, step = position
-    return json.dumps({"progress": {"epoch": epoch, "step": step}}).encode()
+    progress = {**vars(Progress(*position)), "sums": [{}]}
+    return json.dumps({"progress": progress}).encode()
 
 
 @pytest.fixture
@@ -203,6 +210,136 @@ def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, log):
         "Kept for inspection: checkpoint-2.pt.damaged",
         "Kept for inspection: checkpoint-1-5.pt.damaged",
     ]
+
+
+GOOD = {
+    "progress": {
+        "epoch": 2,
+        "step": 7,
+        "samples": 70,
+        "sums": [{"loss": [1.5, 70], "f1": [[1.0, 2.0], [3.0, 4.0]]}],
+        "seconds": 0.5,
+        "history": [
+            {"epoch": 1, "train_loss": 2.0, "validation_loss": math.nan},
+            {"epoch": 2, "train_loss": 1, "validation_loss": 1.5},
+        ],
+        "stopped": False,
+    },
+    "job": {"--batch-size": 10, "number of training samples": 95, "classes": ["a", "b"]},
+    "data": {"checksum": 1},
+    "machine": {"CPU threads": 2},
+    "flags": {"--epochs": "3"},
+    "export": {
+        "flags": {"seed": 0, "output": "x"},
+        "paths": ["output"],
+        "sample_shape": [8, 8, 1],
+        "mean": [0.5],
+        "std": [2],
+    },
+}
+
+
+def changed(path, value):
+    """Return GOOD with another value in one place; the value `...` removes what is there."""
+    content = copy.deepcopy(GOOD)
+    *parents, last = path
+    owner = content
+    for key in parents:
+        owner = owner[key]
+    if value is ...:
+        del owner[last]
+    else:
+        owner[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (["progress"], ..., "not a checkpoint of this script"),
+        (["progress"], [], "progress is a list: expected a dictionary"),
+        (["progress", "history"], ..., "other fields than expected: history"),
+        (["progress", "momentum"], 1, "other fields than expected: momentum"),
+        (["progress", "epoch"], "2", "epoch is '2': expected a value of type int"),
+        (["progress", "epoch"], True, "epoch is 'True': expected a value of type int"),
+        (["progress", "samples"], -1, "samples is -1: expected a number from 0"),
+        (["progress", "seconds"], math.nan, "seconds is nan"),
+        (["progress", "stopped"], 0, "stopped is '0'"),
+        (["progress", "step"], 10**9, "it holds step 1000000000 of an epoch of 10 steps"),
+        (["progress", "history"], [1], "history has a int: expected dictionaries"),
+        (["progress", "history", 0, "epoch"], 3, "a row of epoch 3 after 0, but 2 are finished"),
+        (["progress", "history", 1, "epoch"], 1, "a row of epoch 1 after 1"),
+        (["progress", "history", 1, "train_loss"], "1", "history has a metric that is no number"),
+        (["progress", "sums", 0], [], "sums has a list: expected dictionaries"),
+        (["progress", "sums", 0, "f1"], [[1, 2], [3, 4], 5], "the sums of f1 are no pair"),
+        (["progress", "sums", 0, "f1"], ["1", 2], "the sums of f1 are no numbers"),
+        (["progress", "sums", 0, "f1"], [[1, 2], [1, 2, 3]], "shape mismatch"),
+        (["job"], ["--model"], "job is a list: expected a dictionary"),
+        (["job", "--model"], b"cnn", "something else than plain values"),
+        (["export"], None, "export is a NoneType: expected a dictionary"),
+        (["export", "flags"], ..., "export has no flags and paths"),
+        (["export", "mean"], ["a"], "export has no mean and std of each channel"),
+        (["export", "std"], [1, 2], "export has no mean and std of each channel"),
+    ],
+)
+def test_a_readable_file_with_other_content_is_damaged_too(tmp_path, log, path, value, reason):
+    checkpoint_schema.check(GOOD)
+
+    class Prepared(Engine):
+        """Reads values that JSON cannot hold, as the formats of other frameworks can."""
+
+        @staticmethod
+        def read_checkpoint(file):
+            content = Engine.read_checkpoint(file)
+            return content if content["progress"]["epoch"] == 1 else changed(path, value)
+
+    write(tmp_path, "checkpoint-2-7.pt", content=content_of((2, 7)))
+    write(tmp_path, "checkpoint-1.pt", content=content_of((1, 0)))
+    assert checkpoints_in(tmp_path, Prepared).read_newest()[0] == "checkpoint-1.pt"
+    assert reason in log()
+    assert (tmp_path / "checkpoint-2-7.pt.damaged").is_file()
+
+
+def places(content, path=()):
+    """Return the paths of all values in a content."""
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    found = []
+    for key, value in items:
+        found.append([*path, key])
+        if isinstance(value, (dict, list)):
+            found += places(value, (*path, key))
+    return found
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(ANY)
+@example(10**400)
+@example("text")
+@example(...)
+def test_whatever_a_checkpoint_holds_it_is_refused_or_can_be_used(value):
+    for path in places(GOOD):
+        content = changed(path, value)
+        try:
+            checkpoint_schema.check(content)
+        except ValueError:
+            continue
+        progress = Progress(**content["progress"])
+        mean_metrics(add_up(progress.sums))
+        with contextlib.suppress(UserError):  # the last epoch has no such metric
+            best_epoch(progress.history, "loss", -1)
+        describe_metrics(progress, progress.epoch)
+        assert 0 <= progress.epoch <= LARGEST
+        checkpoints_in(".", resume_anyway=True).check_same_job("", content, {**GOOD, "progress": {}})
+
+
+def test_the_schema_has_the_fields_of_the_progress():
+    assert list(checkpoint_schema.PROGRESS) == [field.name for field in dataclasses.fields(Progress)]
 
 
 @pytest.mark.parametrize(
@@ -511,6 +648,31 @@ def test_another_job_is_refused_and_changed_flags_are_logged(tmp_path, log):
     assert "--output" in str(caught.value)
     assert "--resume-anyway" in str(caught.value)
     assert changes in check(other, resume_anyway=True)
+
+
+def test_a_structure_is_compared_only_between_runs_that_describe_it_alike(tmp_path, log):
+    def description(structure, version):
+        job = {"optimizer": "SGD", **structure}
+        return {"job": job, "data": {}, "machine": {"torch": version}, "flags": {}}
+
+    class Torch(Engine):
+        FRAMEWORK = "torch"
+
+    folder = checkpoints_in(tmp_path, Torch)
+    first, second = {STRUCTURE: "1"}, {STRUCTURE: "2"}
+    folder.check_same_job("checkpoint-5.pt", description(first, "1"), description(first, "1"))
+    folder.check_same_job("checkpoint-5.pt", description({}, "1"), description(first, "1"))  # an older one
+    assert log() == ""
+    with pytest.raises(UserError, match=f"{STRUCTURE} was 1 and is now 2"):
+        folder.check_same_job("checkpoint-5.pt", description(first, "1"), description(second, "1"))
+    folder.check_same_job("checkpoint-5.pt", description(first, "1"), description(second, "2"))
+    assert "torch was 1 and is now 2" in log()
+
+
+def test_addresses_in_memory_do_not_change_the_structure():
+    lines = [[f"Lambda(<function f at 0x{address}>)"] for address in ("7f00aa", "7f11bb")]
+    assert describe_structure(lines[0]) == describe_structure(lines[1])
+    assert describe_structure(["ReLU()"]) != describe_structure(["GELU()"])
 
 
 def test_a_state_that_does_not_fit_is_an_error_of_one_line(tmp_path):

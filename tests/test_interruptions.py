@@ -413,6 +413,70 @@ def test_the_best_epoch_is_kept_and_exported_and_patience_ends_the_training_also
         assert f"{missing.name}, cannot be read" in without.error_line
 
 
+# Events that change what the script builds, in shapes that fit the checkpoint.
+OTHER_STRUCTURES = {
+    "pytorch": {
+        "activation": "replace(train.nn, 'ReLU', train.nn.GELU)",
+        "order": """
+def reversed_parameters(args, model, build=train.build_optimizer):
+    optimizer = build(args, model)
+    optimizer.param_groups[0]["params"].reverse()
+    return optimizer
+replace(train, "build_optimizer", reversed_parameters)
+""",
+    },
+    "tensorflow": {"activation": "replace(train.layers, 'ReLU', lambda: train.layers.Activation('gelu'))"},
+    "mxnet": {
+        "activation": "replace(train.nn, 'Activation', lambda _, kind=train.nn.Activation: kind('tanh'))"
+    },
+}
+# Layers of another model count up the names in Keras.
+SAME_STRUCTURE = """
+def second_model(args, data, build=train.build_model):
+    build(args, data)
+    return build(args, data)
+replace(train, "build_model", second_model)
+"""
+
+
+def test_another_structure_of_the_model_is_refused(image_framework, tmp_path, uninterrupted):
+    """Its weights would fit: in PyTorch the momentum would then belong to other weights of the same shape."""
+    jobs = []
+    events = {"same": SAME_STRUCTURE, **OTHER_STRUCTURES[image_framework]}
+    for name, event in events.items():
+        folder = copy_checkpoints(uninterrupted(image_framework), tmp_path / name, image_framework, 1)
+        jobs.append((folder, ["--epochs", 2], event))
+    jobs.append((jobs[1][0], ["--epochs", 2, "--resume-anyway"], events["activation"]))
+    env = environment(PYTHONHASHSEED="7")
+    same, *others, anyway = run_many(image_framework, jobs, cwd=tmp_path, env=env)
+    assert same.epochs == [2]
+    for other in others:
+        assert re.search(
+            r"belongs to another job: structure of the model was [0-9a-f]{8} and is now [0-9a-f]{8}\. "
+            "Use the same flags, data and model again, or pass another --output, or --resume-anyway",
+            other.error_line,
+        )
+    assert "Changed since" in anyway.output
+    assert anyway.epochs == [2]
+
+
+def test_a_parameter_that_the_code_changes_is_logged_like_a_flag(tmp_path, uninterrupted):
+    event = """
+replace(train, "build_params", lambda *a, build=train.build_params: {**build(*a), "max_depth": 3})
+"""
+    names_of_jobs = ("same", "other", "flag")
+    folders = [
+        copy_checkpoints(uninterrupted("xgboost"), tmp_path / name, "xgboost", 2) for name in names_of_jobs
+    ]
+    flags = ["--epochs", 3]
+    jobs = [(folders[0], flags), (folders[1], flags, event), (folders[2], [*flags, "--max-depth", 3])]
+    same, *others = run_many("xgboost", jobs, cwd=tmp_path)
+    assert "Changed since" not in same.output
+    for other in others:
+        assert other.output.count("--max-depth was 6 and is now 3") == 1
+        assert other.epochs == [3]
+
+
 # Hostile and damaged files ----------------------------------------------------------------------------------
 
 
@@ -539,6 +603,50 @@ def test_a_flipped_bit_in_the_facts_of_xgboost_is_damage_too(tmp_path, uninterru
     assert "ValueError: its checksum is wrong" in result.output
 
 
+# Writes what SageMaker's own container writes, and what damage can make of it. XGBoost crashes while it reads
+# "length" and "nested".
+CONTAINER = """
+import json, sys
+from pathlib import Path
+import xgboost
+source, folder = map(Path, sys.argv[1:])
+booster = xgboost.Booster(model_file=bytearray(source.read_bytes()))
+booster.set_attr(checkpoint=None)
+content = bytes(booster.save_raw("ubj"))
+(folder / "whole").write_bytes(content)
+start = content.index(b"tree_param{L") + len(b"tree_param{L")
+longer = content[start + 4] | 1
+(folder / "length").write_bytes(content[: start + 4] + bytes([longer]) + content[start + 5 :])
+(folder / "nested").write_bytes(b'{"a":' * 300_000 + b"1" + b"}" * 300_000)
+facts = json.loads(booster.save_raw("json"))
+facts["learner"]["gradient_booster"]["model"]["trees"][0]["left_children"][0] = 10**6
+(folder / "outside").write_text(json.dumps(facts))
+"""
+
+
+def test_a_damaged_file_of_sagemakers_container_falls_back_to_the_one_before(tmp_path, uninterrupted):
+    source = uninterrupted("xgboost")
+    kinds = ("whole", "length", "nested", "outside")
+    newest = checkpoint_name("xgboost", 3)
+    run_python(CONTAINER, checkpoint_folder(source, "xgboost") / newest, tmp_path, cwd=tmp_path)
+    jobs = []
+    for kind in kinds:
+        folder = copy_checkpoints(source, tmp_path / f"job-{kind}", "xgboost", 2)
+        shutil.copy(tmp_path / kind, checkpoint_folder(folder, "xgboost") / newest)
+        jobs.append((folder, ["--epochs", 4]))
+    whole, *damaged = run_many("xgboost", jobs, cwd=tmp_path)
+    assert f"Resuming training from {newest}" in whole.output
+    assert whole.epochs == [4]
+    for kind, result in zip(kinds[1:], damaged):
+        lines = [line for line in result.output.splitlines() if line.startswith("Cannot read")]
+        assert len(lines) == 1, kind
+        assert lines[0].startswith(f"Cannot read {newest}, trying the one before: ValueError: "), kind
+        assert result.epochs == [3, 4], kind
+        assert (checkpoint_folder(tmp_path / f"job-{kind}", "xgboost") / f"{newest}.damaged").is_file()
+    assert "XGBoost crashes over it with SIGSEGV" in damaged[0].output
+    assert "XGBoost crashes over it with SIGSEGV" in damaged[1].output
+
+
 FLIP_BITS = """
 import sys
 from argparse import Namespace
@@ -548,10 +656,12 @@ import torch
 import engine
 from common.checkpoints import Checkpoints
 from common.distributed import Workers
+from common.train_state import Progress
 folder = Path(sys.argv[1])
 weights = torch.arange(1000.0)
 def save(epoch):
-    content = {"progress": {"epoch": epoch, "step": 0}, "model": {"weight": weights}}
+    progress = {**vars(Progress(epoch)), "sums": [{}]}
+    content = {"progress": progress, "model": {"weight": weights}}
     path = folder / f"checkpoint-{epoch}.pt"
     torch.save(content, path)
     return path.read_bytes()

@@ -4,14 +4,18 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from common import atomic_io, errors, tables
+from common import atomic_io, errors, tables, train_state
 from common.errors import UserError
 from common.preemption import Interrupted
 from common.report import log
@@ -238,6 +242,11 @@ class State:
         }
 
     @property
+    def settings(self):
+        """The parameters under the names of their flags, as `build_params` may have changed them."""
+        return {f"--{name.replace('_', '-')}": str(value) for name, value in self.params.items()}
+
+    @property
     def model_facts(self):
         """What `model.json` says about the model: all of it is in the booster."""
         learner = json.loads(self.booster.save_config())["learner"]
@@ -409,16 +418,20 @@ def read_checkpoint(file):
     # A program that continued from a checkpoint of ours has copied the attribute with our checksum. A file
     # without a name comes from the main process, which has checked it.
     saved = re.search(rb'"progress": {"epoch": (\d+),', content)
-    number = Path(getattr(file, "name", "")).suffix[1:]
-    is_ours = not saved or str(int(saved[1]) - 1) == number
+    name = getattr(file, "name", "")
+    is_ours = not saved or str(int(saved[1]) - 1) == Path(name).suffix[1:]
     if b'"sha256": "' in content and is_ours:
         atomic_io.check_seal(content)
+    elif name:
+        _try_in_another_process(content)
     booster = xgb.Booster(model_file=bytearray(content))
     facts = json.loads(booster.attr("checkpoint") or "{}")  # the container's files have none
     booster.set_attr(checkpoint=None)
     learner = json.loads(booster.save_config())["learner"]
     facts["booster"] = booster
-    facts["progress"] = {**facts.get("progress", {}), "epoch": booster.num_boosted_rounds()}
+    started = dataclasses.asdict(train_state.Progress())
+    started["sums"] = []
+    facts["progress"] = {**started, **facts.get("progress", {}), "epoch": booster.num_boosted_rounds()}
     facts["job"] = {
         **facts.get("job", {}),
         "--objective": learner["objective"]["name"],
@@ -426,6 +439,78 @@ def read_checkpoint(file):
         "number of columns": booster.num_features(),
     }
     return facts
+
+
+_TRIAL = """
+import sys
+sys.path[:] = {}
+import engine
+try:
+    engine.try_booster(sys.stdin.buffer.read())
+except Exception as error:
+    sys.exit(engine.errors.first_line(error))
+"""
+_TRIAL_SECONDS = 300
+
+
+def _try_in_another_process(content):
+    """Raise ValueError if XGBoost fails or crashes over `content`, which has no checksum of ours.
+
+    A damaged file can end the process that reads it or trains with it, at each start.
+    """
+    paths = [str(Path(__file__).parent), *sys.path]
+    command = [sys.executable, "-c", _TRIAL.format(paths)]
+    try:
+        trial = subprocess.run(  # noqa: S603
+            command, input=content, capture_output=True, timeout=_TRIAL_SECONDS, start_new_session=True
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"XGBoost has not read it in {_TRIAL_SECONDS} seconds") from error
+    except OSError as error:
+        raise UserError(f"cannot start a process that tries the checkpoint: {error.strerror}") from error
+    if trial.returncode == -signal.SIGKILL:
+        raise MemoryError  # the system does that to a process that needs too much
+    if trial.returncode < 0:
+        raise ValueError(f"XGBoost crashes over it with {signal.Signals(-trial.returncode).name}")
+    if trial.returncode:
+        lines = trial.stderr.decode(errors="replace").strip().splitlines() or ["unknown"]
+        if "bad_alloc" in lines[-1] and _free_memory() > 100 * len(content):
+            raise ValueError("XGBoost asks for more memory than such a file can need")
+        raise ValueError(f"XGBoost cannot use it: {lines[-1]}")
+
+
+def _free_memory():
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def try_booster(content):
+    """Load a booster and compute with it. Raises an error, or ends the process, if it is damaged."""
+    booster = xgb.Booster(model_file=bytearray(content))
+    num_columns = booster.num_features()
+    gradient_booster = json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]
+    model = gradient_booster.get("gbtree", gradient_booster).get("model", {})  # one of dart is in another
+    for tree in model.get("trees", []):
+        _check_tree(tree, num_columns)
+    names_and_types = {"feature_names": booster.feature_names, "feature_types": booster.feature_types}
+    for value in (0, np.nan):
+        row = np.full((1, num_columns), value, np.float32)
+        booster.predict(xgb.DMatrix(row, enable_categorical=True, nthread=1, **names_and_types))
+
+
+def _check_tree(tree, num_columns):
+    """Raise ValueError if a tree has a node outside, a node that is reached twice, or an unknown column."""
+    left, right = np.array(tree["left_children"]), np.array(tree["right_children"])
+    columns = np.array(tree["split_indices"])
+    nodes = np.zeros(1, int)
+    num_reached = 1
+    while len(nodes):
+        nodes = nodes[left[nodes] != -1]  # those that are no leaves
+        if not (columns[nodes] < num_columns).all():
+            raise ValueError("a tree has a column that does not exist")
+        nodes = np.concatenate([left[nodes], right[nodes]])
+        num_reached += len(nodes)
+        if not ((nodes > 0) & (nodes < len(left))).all() or num_reached > len(left):
+            raise ValueError("a tree has a branch that leads nowhere")
 
 
 def describe_machine(args):

@@ -1,0 +1,114 @@
+"""What each checkpoint holds beside the weights and the optimizer's state: plain values of these types.
+
+A file may be readable and still hold something else: another program has written it, or another version.
+"""
+
+import json
+
+import numpy as np
+
+DICTIONARIES = ("progress", "job", "data", "machine", "flags", "export")
+# The fields of `train_state.Progress`; "sums" has a dictionary for each worker.
+PROGRESS = {
+    "epoch": int,
+    "step": int,
+    "samples": int,
+    "sums": list,
+    "seconds": float,
+    "history": list,
+    "stopped": bool,
+}
+LARGEST = 2**53  # up to which a float has each whole number
+
+
+def check(content):
+    """Raise ValueError if the plain values in a checkpoint are not such as `Run.save` writes."""
+    _expect(isinstance(content, dict) and "progress" in content, "it is not a checkpoint of this script")
+    plain = {name: content[name] for name in DICTIONARIES if name in content}
+    for name, value in plain.items():
+        _expect(isinstance(value, dict), f"{name} is a {type(value).__name__}: expected a dictionary")
+    try:
+        json.dumps(plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"it holds something else than plain values: {error}") from error
+    _check_progress(content["progress"])
+    _check_step(content["progress"]["step"], content.get("job", {}))
+    if "export" in content:
+        _check_export(content["export"])
+
+
+def _expect(is_right, message):
+    if not is_right:
+        raise ValueError(message)
+
+
+def _is_number(value):
+    """Return whether a value is a number that fits into a float; NaN and infinity are metrics too."""
+    if type(value) is int:
+        return abs(value) <= LARGEST
+    return type(value) is float
+
+
+def _check_progress(progress):
+    differing = sorted(map(str, set(progress) ^ set(PROGRESS)))
+    _expect(not differing, f"progress has other fields than expected: {', '.join(differing)[:100]}")
+    for name, kind in PROGRESS.items():
+        value = progress[name]
+        is_right = type(value) is kind or (kind is float and type(value) is int)
+        _expect(is_right, f"{name} is {str(value)[:50]!r}: expected a value of type {kind.__name__}")
+        if kind in (int, float):
+            _expect(0 <= value <= LARGEST, f"{name} is {str(value)[:50]}: expected a number from 0")
+    _check_history(progress["history"], progress["epoch"])
+    for sums in progress["sums"]:
+        _check_sums(sums)
+
+
+def _check_history(history, epoch):
+    """Raise ValueError if the history is not a row of metrics for each of some epochs, in order."""
+    last = 0
+    for row in history:
+        _expect(isinstance(row, dict), f"history has a {type(row).__name__}: expected dictionaries")
+        _expect(all(isinstance(name, str) for name in row), "history has a metric without a name")
+        _expect(all(map(_is_number, row.values())), "history has a metric that is no number")
+        number = row.get("epoch")
+        is_next = type(number) is int and last < number <= epoch
+        _expect(is_next, f"history has a row of epoch {number} after {last}, but {epoch} are finished")
+        last = number
+
+
+def _check_sums(sums):
+    """Raise ValueError if these are not pairs of numbers, or of lists of numbers, by name."""
+    _expect(isinstance(sums, dict), f"sums has a {type(sums).__name__}: expected dictionaries")
+    for name, pair in sums.items():
+        _expect(isinstance(name, str), "sums has a metric without a name")
+        _expect(isinstance(pair, (list, tuple)) and len(pair) == 2, f"the sums of {name} are no pair")
+        arrays = [np.asarray(value) for value in pair]  # raises ValueError if the lists have no shape
+        kinds = {array.dtype.kind for array in arrays}
+        _expect(kinds <= set("iuf"), f"the sums of {name} are no numbers")
+        np.broadcast(*arrays)  # raises ValueError if one cannot be divided by the other
+
+
+def _check_step(step, job):
+    """Raise ValueError for a step beyond the last one of an epoch, which the job of the checkpoint tells."""
+    num_steps = job.get("number of training batches")
+    sizes = job.get("number of training samples"), job.get("--batch-size")
+    if all(type(size) is int and size > 0 for size in sizes):
+        num_steps = -(-sizes[0] // sizes[1])  # rounded up
+    if type(num_steps) is int:
+        _expect(step <= num_steps, f"it holds step {step} of an epoch of {num_steps} steps")
+
+
+def _check_export(facts):
+    """Raise ValueError if flags or statistics of the channels are not such as `model_folder` describes."""
+    flags, paths = facts.get("flags"), facts.get("paths")
+    _expect(isinstance(flags, dict) and isinstance(paths, list), "export has no flags and paths")
+    are_texts = all(isinstance(name, str) and isinstance(flags.get(name, ""), str) for name in paths)
+    _expect(are_texts, "export has a path that is no text")
+    mean, std = facts.get("mean"), facts.get("std")
+    if mean is None and std is None:
+        return
+    for values in (mean, std):
+        is_list = isinstance(values, list) and all(map(_is_number, values))
+        shape = facts.get("sample_shape")
+        is_list = is_list and isinstance(shape, list) and shape[-1:] == [len(values)]
+        _expect(is_list, "export has no mean and std of each channel")
