@@ -266,31 +266,36 @@ def sample(faults, number):
     return random.Random(SEED).sample(faults, min(number, len(faults)))  # noqa: S311 - no secret
 
 
+def choose_faults(framework, found):
+    """Return the faults that `make integration` tries: those of the environment variable FAULTS, or some."""
+    wanted = os.environ.get("FAULTS")
+    if wanted == "all":
+        return found
+    if wanted:
+        return [fault for fault in found if wanted in fault]
+    different = without_copies(found)
+    return sample(different, LATER_SAMPLES.get(framework, len(different)))
+
+
 @pytest.mark.parametrize("framework", SAMPLES)
 def test_a_sample_of_faults_loses_nothing(framework, tmp_path, strace):
-    faults = Faults(framework, tmp_path)
-    faults.inject_all(sample(without_copies(faults.find()), SAMPLES[framework]))
+    with contextlib.closing(Faults(framework, tmp_path)) as faults:
+        faults.inject_all(sample(without_copies(faults.find()), SAMPLES[framework]))
 
 
 @LATER
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_no_fault_loses_anything(framework, tmp_path, strace):
-    faults = Faults(framework, tmp_path)
-    chosen = faults.find()
-    wanted = os.environ.get("FAULTS", "")
-    if wanted and wanted != "all":
-        chosen = [fault for fault in chosen if wanted in fault]
-    elif not wanted:
-        chosen = without_copies(chosen)
-        chosen = sample(chosen, LATER_SAMPLES.get(framework, len(chosen)))
-    faults.inject_all(chosen)
+    with contextlib.closing(Faults(framework, tmp_path)) as faults:
+        faults.inject_all(choose_faults(framework, faults.find()))
 
 
 def test_a_checkpoint_reaches_the_disk_before_its_name(tmp_path, strace):
-    faults = Faults("xgboost", tmp_path)
+    with contextlib.closing(Faults("xgboost", tmp_path)) as faults:
+        recorded = faults.calls
     name = "checkpoints/xgboost-checkpoint.3" + atomic_io.TEMPORARY
-    saver = next(thread for thread, call, path in faults.calls if (call, path) == ("rename", name))
-    calls = [(call, path) for thread, call, path in faults.calls if thread == saver]
+    saver = next(thread for thread, call, path in recorded if (call, path) == ("rename", name))
+    calls = [(call, path) for thread, call, path in recorded if thread == saver]
     calls = [found for found in calls if found[0] in ("write", "fsync", "rename")]
     begin = calls.index(("write", name))
     in_order = [("write", name), ("fsync", name), ("rename", name), ("fsync", "checkpoints")]
