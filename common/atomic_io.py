@@ -56,7 +56,8 @@ def atomic_write(path):
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        raw = ErrorKeepingFile(temporary, "wb")
+        temporary.unlink(missing_ok=True)  # of a run that was killed; a link would be followed
+        raw = ErrorKeepingFile(temporary, "xb")
         with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
@@ -148,6 +149,7 @@ def atomic_export(folder, flag):
     try:
         temporary.mkdir()
         yield temporary
+        _flush_files(temporary)
         for path in temporary.iterdir():
             if (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)
@@ -161,12 +163,21 @@ def atomic_export(folder, flag):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _flush_files(folder):
+    """Let the content of all files below a folder reach the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 def prepare_folder(folder, flag):
     """Create a folder and try to write there, before hours of training. Raises UserError if that fails."""
     probe = folder / f"write-test{TEMPORARY}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
+        probe.unlink(missing_ok=True)  # a link would be followed
+        open(probe, "xb").close()
         probe.unlink()
     except OSError as error:
         raise UserError(

@@ -113,6 +113,8 @@ class Checkpoints:
                 continue
             for bad in damaged:
                 Path(self.folder, bad).replace(Path(self.folder, bad + DAMAGED))
+                # SageMaker's mark that it is in S3 would count for the next file of this name.
+                Path(self.folder, f"{bad}.sagemaker-uploaded").unlink(missing_ok=True)
                 log(f"Kept for inspection: {bad}{DAMAGED}")
             return name, content
         if damaged:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from common.errors import UserError, read_count, write_failure_reason
+from common.errors import UserError, read_count, say, write_failure_reason
 
 PORT = 29400  # where the workers meet, at the address of the main process
 RUN_AGAIN = "To resume, run the same command on all hosts again"
@@ -248,7 +248,7 @@ class Workers:
             try:
                 self._send_end(code, message)
                 write_failure_reason(message)
-                print(message, file=sys.stderr, flush=True)
+                say(message, sys.stderr)
             finally:
                 os._exit(code)
 
@@ -341,9 +341,7 @@ def join(args):
             workers.fail(str(error))
             raise
         if not workers.is_main_process:
-            print(
-                f"Worker {workers.rank + 1} of {workers.size} started; see the log of {names[0]}", flush=True
-            )
+            say(f"Worker {workers.rank + 1} of {workers.size} started; see the log of {names[0]}")
     return workers
 
 

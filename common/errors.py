@@ -72,8 +72,14 @@ def fail(message, code=1):
     """Exit with one line. In a SageMaker container the line is also the FailureReason of the job."""
     message = in_one_line(str(message))
     write_failure_reason(f"error: {message}")
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    say(f"error: {message}", sys.stderr)
     sys.exit(code)
+
+
+def say(line, file=None):
+    """Print a line at once, on standard output by default; one that cannot be written ends nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(in_one_line(line), file=file or sys.stdout, flush=True)
 
 
 def write_failure_reason(reason):

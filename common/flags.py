@@ -15,6 +15,26 @@ from common import errors, xgboost_params
 from common.flag_types import integer, real, share
 
 CHANNEL = "SM_CHANNEL_"  # the beginning of the names of variables with the folders of SageMaker's channels
+NAMES_ELSEWHERE = {  # of flags, in other scripts
+    "--bs": "--batch-size",
+    "--data": "--train",
+    "--data-dir": "--train",
+    "--early-stop": "--patience",
+    "--early-stopping": "--patience",
+    "--gpus": "--num-gpus",
+    "--lr": "--learning-rate",
+    "--lr-scheduler": "--schedule",
+    "--max-epochs": "--epochs",
+    "--n-estimators": "--num-round",
+    "--num-epochs": "--epochs",
+    "--num-workers": "--loaders",
+    "--output-dir": "--output",
+    "--pretrained": "--weights",
+    "--save-every": "--checkpoint-steps",
+    "--val": "--validation",
+    "--wd": "--weight-decay",
+    "--workers": "--loaders",
+}
 NO_DATA = {"model", "code"}  # channels with something else; those of version 3 of the SDK begin with sm_
 
 
@@ -301,7 +321,7 @@ class _Parser(argparse.ArgumentParser):
         checkpoints, model, results = _default_folders(args.output)
         if str(args.model_dir).startswith("s3://"):
             # SageMaker's TensorFlow estimator adds this hyperparameter by itself.
-            print(f"Not used: --model-dir {args.model_dir}; the model is written to {model}", flush=True)
+            errors.say(f"Not used: --model-dir {args.model_dir}; the model is written to {model}")
             args.model_dir = None
         args.checkpoint_path = args.checkpoint_path or checkpoints
         args.model_dir = Path(args.model_dir or model)
@@ -326,6 +346,8 @@ class _Parser(argparse.ArgumentParser):
         if not word.startswith("--"):
             return f"unexpected argument {word!r}: expected --flag value"
         name = word.split("=")[0]
+        if NAMES_ELSEWHERE.get(name) in self._names():
+            return f"unknown flag {name}: did you mean {NAMES_ELSEWHERE[name]}?"
         nearest = difflib.get_close_matches(name, self._names(), n=1, cutoff=0.0)
         return f"unknown flag {name}: did you mean {nearest[0]}?"
 

@@ -1,5 +1,6 @@
 """The log of a training, its progress bar, and the files `metrics.json` and `history.csv`."""
 
+import contextlib
 import csv
 import io
 import json
@@ -28,6 +29,26 @@ class LogHandler(logging.StreamHandler):
         """Ignore an error; after `train.py | head` Python itself would fail when it exits."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+class QuietStream:
+    """A stream whose errors end nothing, such as that of a terminal that has been closed."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        """Write a text, if that is possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self):
+        """Write what is buffered, if that is possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def start_logging(is_main_process):
@@ -97,11 +118,12 @@ def metric_definitions(metrics=("loss", "accuracy", "rmse")):
 
 def progress_bar(epoch, first_step, num_steps, is_main_process):
     """Return tqdm's bar over the steps of an epoch, or None if standard error is not a terminal."""
-    if not is_main_process or not sys.stderr.isatty():
+    if not is_main_process or sys.stderr is None or not sys.stderr.isatty():
         return None
     from tqdm import tqdm
 
-    return tqdm(desc=f"epoch {epoch}", initial=first_step, total=num_steps, unit="step", leave=False)
+    options = {"unit": "step", "leave": False, "file": QuietStream(sys.stderr)}
+    return tqdm(desc=f"epoch {epoch}", initial=first_step, total=num_steps, **options)
 
 
 def write_results(folder, history, epoch, facts):

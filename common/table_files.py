@@ -20,15 +20,25 @@ MAX_INDEX = 2**31 - 2  # in a LIBSVM file: SciPy and XGBoost count columns in 32
 # Finding ----------------------------------------------------------------------------------------------------
 
 
-def find_files(flag, folder):
-    """Return the paths of the files in a folder and below it, in order, without empty ones."""
+def find_files(flag, folder, outputs=()):
+    """Return the paths of the files in a folder and below it, in order, without empty ones.
+
+    Args:
+        flag: that names the folder, for messages.
+        folder: such as the current one.
+        outputs: folders that trainings write into; they may be inside.
+    """
+    own = [output.resolve() for output in outputs if folder.resolve() in output.resolve().parents]
+    own = [output.relative_to(folder.resolve()).parts for output in own]
     if not folder.is_dir():
         raise UserError(f"{flag} {folder} is not a folder: {EXPECTED}")
     paths = []
     left_out = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder).parts
-        if any(name.startswith((".", "_")) for name in inside) or path.is_dir():
+        is_hidden = any(name.startswith((".", "_")) for name in inside)
+        is_own = any(inside[: len(parts)] == parts for parts in own)
+        if is_hidden or is_own or path.is_dir():
             continue
         if kind_of(path):
             paths.append(path)

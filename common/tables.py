@@ -262,9 +262,10 @@ def _read_channels(args, folder):
 
     The facts are attributes of Table: names, types, categories and classes.
     """
-    paths = {"--train": table_files.find_files("--train", args.train)}
+    outputs = [args.output, args.checkpoint_path, args.model_dir, args.output_data_dir]
+    paths = {"--train": table_files.find_files("--train", args.train, outputs)}
     if args.validation is not None:
-        paths["--validation"] = table_files.find_files("--validation", args.validation)
+        paths["--validation"] = table_files.find_files("--validation", args.validation, outputs)
     wanted = [name for name in (args.label_column, args.weight_column) if name and not name.isdecimal()]
     files = table_files.open_files([path for channel in paths.values() for path in channel], wanted)
     num_training = len(paths["--train"])

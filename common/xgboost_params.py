@@ -9,7 +9,7 @@ import difflib
 import json
 from typing import NamedTuple
 
-from common.errors import UserError
+from common.errors import UserError, say
 from common.flag_types import choice, integer, real, share
 
 
@@ -245,7 +245,7 @@ def _convert(name, value, words):
     if isinstance(rule, Refused):
         raise UserError(f"{name} is not taken: {rule.reason}")
     if isinstance(rule, NotUsed):
-        print(f"Not used: {name} {value}; {rule.reason}", flush=True)
+        say(f"Not used: {name} {value}; {rule.reason}")
     elif isinstance(rule, Fixed):
         _check_fixed(name, value, rule)
     elif name == "csv_weights":

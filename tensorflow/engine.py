@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic_io, batches, datasets, errors, model_folder, self_check
+from common import atomic_io, batches, datasets, errors, model_folder, quiet, self_check
 from common.errors import UserError
 from common.report import log, log_weights
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # otherwise every start reports missing GPUs
 
-with errors.importing("TensorFlow", "Install it with: pip install tensorflow"):
+missing = errors.importing("TensorFlow", "Install it with: pip install tensorflow")
+with missing, quiet.without_lines(quiet.TENSORFLOW):
     import h5py
     import keras
     import tensorflow as tf

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from common import serving
+from common import quiet, serving
 
 if __name__ == "__main__":
     args = serving.parse_args("tensorflow", __file__, __doc__)  # before the slow imports
@@ -65,7 +65,8 @@ class Model:
     """
 
     def __init__(self, model_dir):
-        import tensorflow as tf
+        with quiet.without_lines(quiet.TENSORFLOW):
+            import tensorflow as tf
 
         self.facts = serving.read_facts(model_dir)
         folder = str(Path(model_dir, "1"))

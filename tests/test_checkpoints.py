@@ -298,6 +298,41 @@ def test_a_file_system_that_cannot_flush_folders_is_said_once(tmp_path, monkeypa
     assert log().count("cannot flush folders (Invalid argument)") == 1
 
 
+def test_no_link_is_followed_when_files_are_written(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"precious")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("write-test", "checkpoint-1.pt"):
+        (folder / f"{name}.sagemaker-ignore").symlink_to(outside)
+    atomic_io.prepare_folder(folder, "--checkpoint-path")
+    with atomic_io.atomic_write(folder / "checkpoint-1.pt") as file:
+        file.write(b"new")
+    assert outside.read_bytes() == b"precious"
+    assert (folder / "checkpoint-1.pt").read_bytes() == b"new"
+
+
+def test_a_model_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    with atomic_io.atomic_export(tmp_path, "--model-dir") as folder:
+        (folder / "1").mkdir()
+        (folder / "1/weights").write_bytes(b"weights")
+    assert flushed == [str(tmp_path / "export.sagemaker-ignore/1/weights")]
+
+
+def test_the_mark_of_a_damaged_checkpoint_does_not_count_for_its_successor(tmp_path, log):
+    write(tmp_path, "checkpoint-1.pt", content=content_of((1, 0)))
+    write(tmp_path, "checkpoint-2.pt", "checkpoint-2.pt.sagemaker-uploaded")
+    folder = checkpoints_in(tmp_path, keep_checkpoints=1)
+    assert folder.read_newest()[0] == "checkpoint-1.pt"
+    write(tmp_path, "checkpoint-1.pt.sagemaker-uploaded")
+    folder.write("checkpoint-2.pt", json.loads(content_of((2, 0))), None)
+    assert [name for _, name in find_checkpoints(tmp_path, PATTERN)] == ["checkpoint-2.pt", "checkpoint-1.pt"]
+
+
 def test_a_disk_that_will_be_full_is_said_after_the_first_save(tmp_path, monkeypatch, log):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     folder = checkpoints_in(tmp_path, epochs=300)

@@ -182,6 +182,8 @@ def test_an_s3_address_as_model_dir_is_logged_and_not_used(monkeypatch, capsys):
         (["--output", "s3://bucket/job"], ["--output", "a local folder", "s3://bucket/job"]),
         (["--batch-sise", "8"], ["--batch-sise", "did you mean --batch-size?"]),
         (["--batch", "8"], ["unknown flag --batch:", "did you mean"]),  # no abbreviations
+        (["--lr", "0.1"], ["unknown flag --lr: did you mean --learning-rate?"]),
+        (["--early-stop", "3"], ["did you mean --patience?"]),
         (["--lr=0.1"], ["unknown flag --lr:"]),
         (["5"], ["unexpected argument '5'"]),
         (["--device", "tpu"], ["--device", "'tpu'", "cuda"]),

@@ -1,5 +1,6 @@
 """The log lines and the result files of a training."""
 
+import contextlib
 import csv
 import json
 import re
@@ -71,6 +72,37 @@ def test_a_log_line_that_cannot_be_written_ends_nothing():
         process.stdin.close()
         assert process.stderr.read() == ""
     assert process.returncode == 7
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "closed"])
+def test_a_progress_bar_that_cannot_be_written_ends_nothing(target):
+    stream = open("/dev/full" if target == "/dev/full" else "/dev/null", "w", buffering=1)  # noqa: SIM115
+    quiet = report.QuietStream(stream)
+    if target == "closed":
+        stream.close()
+    quiet.write("50 %\n")
+    quiet.flush()
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
+def test_a_usage_error_has_its_exit_code_even_if_it_cannot_be_written():
+    command = [sys.executable, str(ROOT / "xgboost/train.py"), "--nope"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, env=environment()).returncode == 2
+
+
+def test_only_known_noise_is_kept_out_of_standard_error():
+    code = "import os, sys; from common import quiet\n"
+    code += "with quiet.without_lines('I0000 .*stub'):\n"
+    code += "    os.write(2, b'I0000 cuda_stub.cc\\nE0000 broken\\n'); print('ours', file=sys.stderr)\n"
+    code += "os.write(2, b'I0000 cuda_stub.cc\\n'); 1 / 0"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment()
+    )
+    lines = finished.stderr.splitlines()
+    assert lines[:3] == ["E0000 broken", "ours", "I0000 cuda_stub.cc"]
+    assert lines[-1].startswith("ZeroDivisionError")
 
 
 def test_results_with_metrics_that_changed_on_the_way(tmp_path):

@@ -49,6 +49,7 @@ def test_the_default_flags_reach_the_promised_accuracy_and_more_epochs_continue(
     framework, tmp_path, uninterrupted
 ):
     first = run(framework, cwd=tmp_path)
+    assert first.errors == ""
     epochs = 50 if framework == "xgboost" else 5
     assert first.epochs == list(range(1, epochs + 1))
     assert first.metric("validation_accuracy") >= (0.95 if framework == "xgboost" else 0.97)

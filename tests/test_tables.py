@@ -335,3 +335,14 @@ def test_a_mistake_in_a_table_of_ones_own_is_one_line(name):
     train, message = OWN_MISTAKES[name]
     with pytest.raises(UserError, match=message):
         tables.describe(train, (FEATURES, LABELS))
+
+
+def test_what_an_earlier_training_has_written_into_the_folder_is_no_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "rows.csv", np.arange(60).reshape(20, 3) % 7)
+    results = tmp_path / "output/xgboost/data/history.csv"
+    results.parent.mkdir(parents=True)
+    results.write_text("epoch,loss\n1,0.5\n")
+    args = flags.xgboost_flags().parse_args(["--train", "."])
+    train, validation = tables.load_tables(args)
+    assert len(train.labels) + len(validation.labels) == 20

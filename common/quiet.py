@@ -1,0 +1,38 @@
+"""Keeping known noise of a framework out of standard error, and nothing else."""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+
+# What TensorFlow prints while it is imported, at any log level: missing GPUs, and how its kernels round.
+TENSORFLOW = r"WARNING: All log messages before absl|I0000 .*(port|cudart_stub|cpu_feature_guard)\.cc"
+
+
+@contextlib.contextmanager
+def without_lines(pattern):
+    """Let no line that begins with `pattern` reach standard error inside this block, not even from C++ code.
+
+    The other lines appear when the block ends.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with tempfile.TemporaryFile() as written:
+        if sys.stderr:
+            sys.stderr.flush()
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            if sys.stderr:
+                sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            kept = [line for line in written if not re.match(pattern.encode(), line)]
+            with contextlib.suppress(OSError):
+                os.write(2, b"".join(kept))
