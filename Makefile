@@ -2,7 +2,7 @@
 # make spot [FRAMEWORK=...] [SPOT="--interrupt-after 20s"] [ARGS="--epochs 20"]
 # make check         (some minutes the first time, then two: ruff, and tests of a few seconds)
 # make test          (all tests: 40 minutes on two cores)
-# make integration   (random interruptions, serving toolkits, more variants of the tests: an hour)
+# make integration   (random interruptions, faults, serving toolkits, more variants of the tests: more than an hour)
 # make examples      (renews the examples from their templates, see examples/README.md)
 # make bench [BENCH="checkpoint rounds --repetitions 5"]
 

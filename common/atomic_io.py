@@ -102,19 +102,30 @@ class ErrorKeepingFile(io.FileIO):
 
     error = None
 
-    def readinto(self, buffer):
+    @contextlib.contextmanager
+    def _keeping_error(self):
         try:
-            return super().readinto(buffer)
+            yield
         except OSError as error:
             self.error = self.error or error
             raise
 
+    def readinto(self, buffer):
+        with self._keeping_error():
+            return super().readinto(buffer)
+
     def readall(self):
-        try:
+        with self._keeping_error():
             return super().readall()
-        except OSError as error:
-            self.error = self.error or error
-            raise
+
+    def close(self):
+        with self._keeping_error():
+            super().close()
+
+    def size(self):
+        """Return the number of bytes."""
+        with self._keeping_error():
+            return os.fstat(self.fileno()).st_size
 
     def write(self, content):
         try:

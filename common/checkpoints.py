@@ -157,7 +157,7 @@ class Checkpoints:
         try:
             raw = ErrorKeepingFile(path)
             with io.BufferedReader(raw) as file:
-                if not path.stat().st_size:
+                if not raw.size():
                     raise ValueError("the file is empty")
                 content = self.engine.read_checkpoint(file)
         except Exception as error:
