@@ -57,7 +57,7 @@ def atomic_write(path):
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         temporary.unlink(missing_ok=True)  # of a run that was killed; a link would be followed
-        raw = ErrorKeepingFile(temporary, "xb")
+        raw = _ErrorKeepingWriter(temporary, "xb")
         with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
@@ -97,8 +97,11 @@ def _warn_of_unflushed(folder, error):
 _unflushed = set()  # folders
 
 
-class ErrorKeepingFile(io.FileIO):
-    """A file that keeps the first error of the disk in `error`: not every library passes it on as it is."""
+class ErrorKeepingReader(io.FileIO):
+    """A file to read that keeps the first error of the disk in `error`.
+
+    Not every library passes an error on as it is.
+    """
 
     error = None
 
@@ -126,6 +129,12 @@ class ErrorKeepingFile(io.FileIO):
         """Return the number of bytes."""
         with self._keeping_error():
             return os.fstat(self.fileno()).st_size
+
+
+class _ErrorKeepingWriter(io.FileIO):
+    """A file to write that keeps the first error of the disk in `error`, as above."""
+
+    error = None
 
     def write(self, content):
         try:

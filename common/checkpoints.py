@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from common import checkpoint_schema, errors
-from common.atomic_io import TEMPORARY, ErrorKeepingFile, atomic_write
+from common.atomic_io import TEMPORARY, ErrorKeepingReader, atomic_write
 from common.distributed import PER_WORKER_FLAGS
 from common.errors import UserError
 from common.model_folder import STRUCTURE
@@ -155,7 +155,7 @@ class Checkpoints:
         path = Path(self.folder, name)
         raw = cause = None
         try:
-            raw = ErrorKeepingFile(path)
+            raw = ErrorKeepingReader(path)
             with io.BufferedReader(raw) as file:
                 if not raw.size():
                     raise ValueError("the file is empty")

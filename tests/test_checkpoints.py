@@ -364,7 +364,7 @@ def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(
     class BadDisk(io.FileIO):
         readinto = readall = fail
 
-    class BadFile(atomic_io.ErrorKeepingFile, BadDisk):
+    class BadFile(atomic_io.ErrorKeepingReader, BadDisk):
         """As a file on a disk with a bad block."""
 
     class Careless(Engine):
@@ -376,9 +376,9 @@ def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(
                 raise ValueError("damaged") from error
 
     if operation == "open":
-        monkeypatch.setattr(checkpoints, "ErrorKeepingFile", fail)
+        monkeypatch.setattr(checkpoints, "ErrorKeepingReader", fail)
     if operation == "read":
-        monkeypatch.setattr(checkpoints, "ErrorKeepingFile", BadFile)
+        monkeypatch.setattr(checkpoints, "ErrorKeepingReader", BadFile)
     expected = r"cannot read .*checkpoint-2.pt: (Permission denied|bad block|not enough memory)"
     with pytest.raises(UserError, match=expected):
         checkpoints_in(tmp_path, Careless).read_newest()

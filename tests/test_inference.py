@@ -100,7 +100,12 @@ def test_the_model_folder_explains_itself(framework, trained):
 def test_code_contains_what_predicts_and_no_more(framework, trained):
     code = model_of(trained(framework), framework) / "code"
     names = {path.name for path in code.iterdir()} - {"__pycache__"}
-    more = {"tensorflow": {"requirements.txt"}, "xgboost": {"model.json"}}.get(framework, set())
+    more = {
+        "pytorch": set(),
+        "tensorflow": {"records.py", "requirements.txt"},
+        "mxnet": {"records.py"},
+        "xgboost": {"model.json"},
+    }[framework]
     assert names == {"common", "engine.py", "inference.py", "train.py", *more}
     assert {path.suffix for path in (code / "common").iterdir() if path.is_file()} == {".py"}
 
