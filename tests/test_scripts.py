@@ -582,7 +582,7 @@ def test_a_network_of_your_own_that_does_not_fit_the_checkpoint_is_one_line(
 ):
     copy_checkpoints(uninterrupted(image_framework), tmp_path, image_framework, 1)
     script = copy_script(image_framework, tmp_path, [("(32, 64, 128)", "(32, 64, 96)")])
-    line = run(script, "--epochs", 2, cwd=tmp_path, code=1).error_line
+    line = run(script, "--epochs", 2, "--resume-anyway", cwd=tmp_path, code=1).error_line
     assert f"{checkpoint_name(image_framework, 1)} does not fit this script" in line
 
 
