@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import HAS_MXNET, NO_MXNET, ROOT, Result, choose, copy_with, run, run_verify
+from helpers import HAS_MXNET, LATER, NO_MXNET, ROOT, Result, choose, copy_with, run, run_verify
 from verify import compare
 
 
@@ -138,7 +138,7 @@ from torchvision import transforms
 """
 
 
-@pytest.mark.parametrize("loaders", [0, 2])
+@pytest.mark.parametrize("loaders", [pytest.param(0, marks=LATER), 2])
 def test_a_torch_dataset_with_random_transforms_resumes_exactly(tmp_path, loaders):
     script = copy_with(tmp_path / "job", "pytorch", TORCH_DATASET, TORCH_IMPORTS)
     flags = ["--epochs", 3, "--batch-size", 16, "--loaders", loaders]
