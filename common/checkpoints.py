@@ -163,7 +163,8 @@ class Checkpoints:
         except Exception as error:
             # Nothing of this is damage of the file.
             if raw is None or raw.error:
-                cause = (raw.error if raw else error).strerror or error
+                failed = error if raw is None else raw.error
+                cause = getattr(failed, "strerror", None) or failed
             if errors.is_out_of_memory(error):
                 cause = "not enough memory"
             if cause is None:
@@ -191,7 +192,10 @@ class Checkpoints:
             return
         self._has_checked_room = True
         found = find_checkpoints(self.folder, self.engine.CHECKPOINT)
-        size = Path(self.folder, found[0][1]).stat().st_size
+        try:
+            size = max(Path(self.folder, name).stat().st_size for _, name in found)
+        except (OSError, ValueError):  # somebody has deleted one, or all
+            return
         num_left = (self.args.keep_checkpoints or self.args.epochs) - len(found)
         free = shutil.disk_usage(self.folder).free
         if num_left * size > free:

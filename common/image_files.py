@@ -76,6 +76,11 @@ class ImageFiles:
         return math.prod(self.shape)
 
     @property
+    def kept_bytes(self):
+        """The bytes of those images that stay in memory when decoded."""
+        return self._kept.nbytes
+
+    @property
     def is_in_memory(self):
         """Whether all images are decoded."""
         return bool(self._is_kept.all())

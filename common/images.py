@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import resource
 import tempfile
 from array import array
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import decoder, image_archives
+from common import decoder, image_archives, memory
 from common.datasets import ArrayDataset, check_apart, hold_out
 from common.errors import UserError, first_line, read_count
 from common.image_files import ImageFiles, Source
-from common.report import log, log_left_out
+from common.report import log, log_left_out, shortened
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif")
 EXTENSIONS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".avif", ".mpo", ".pcx")
@@ -36,12 +35,6 @@ RECORD_SPLITS = {
     "test": "test",
     "testing": "test",
 }
-
-# Limit and use of the memory of a container, for both versions of Linux's control groups.
-CONTAINER_MEMORY = [
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-]
 
 
 class Channel(NamedTuple):
@@ -86,8 +79,8 @@ def load_images(args, record_file=None):
     size = None
     if args.image_size:
         size = (args.image_size, args.image_size)
-    memory = _memory_for_images()
-    channel = Channel("--train", args.train, "train", args.image_size, size, memory, record_file)
+    free = _memory_for_images()
+    channel = Channel("--train", args.train, "train", args.image_size, size, free, record_file)
     if args.train is None:
         images, labels, classes = _digits(args.image_size)
     else:
@@ -109,13 +102,13 @@ def load_images(args, record_file=None):
     else:
         train = ArrayDataset(images, labels, classes)
         if isinstance(images, ImageFiles):
-            memory -= images.num_kept * images[0].nbytes
+            free -= images.kept_bytes
         channel = channel._replace(
             flag=flag,
             folder=validation_folder,
             stem="eval",
             size=images.shape[2:0:-1],
-            memory=max(0, memory),
+            memory=max(0, free),
         )
         validation = _read_validation(channel, images.shape, classes)
     _log_data(train, validation)
@@ -130,7 +123,7 @@ def _log_data(train, validation):
     if isinstance(images, np.memmap):
         place = f"{megabytes:.1f} MB of {images.dtype} on disk"
     if isinstance(images, ImageFiles):
-        kept = sum(part.num_kept * images[0].nbytes for part in parts if isinstance(part, ImageFiles)) / 1e6
+        kept = sum(part.kept_bytes for part in parts if isinstance(part, ImageFiles)) / 1e6
         place = f"decoded when first needed: {megabytes:.1f} MB"
         if kept < megabytes:
             place += f", of which {kept:.1f} MB stay in memory, and the others are decoded in each epoch"
@@ -139,10 +132,8 @@ def _log_data(train, validation):
         f"{len(train.classes)} classes, {place}"
     )
     counts = np.bincount(train.labels[train.indices], minlength=len(train.classes)).tolist()
-    shown = [f"{name} {count}" for name, count in zip(train.classes[:MAX_SHOWN], counts)]
-    if len(counts) > MAX_SHOWN:
-        shown.append(f"and {len(counts) - MAX_SHOWN} more")
-    log(f"Training images: {', '.join(shown)}")
+    found = [f"{name} {count}" for name, count in zip(train.classes, counts)]
+    log(f"Training images: {shortened(found, MAX_SHOWN)}")
 
 
 def random_crop_and_flip(images, rng):
@@ -203,7 +194,7 @@ def _read_validation(channel, train_shape, class_names):
 def _read_channel(channel):
     """Return images, labels and class names of one channel."""
     folder, stem = channel.folder, channel.stem
-    expected = f"{EXPECTED.format(stem)}"
+    expected = EXPECTED.format(stem)
     if channel.record_file:
         expected += f", or {channel.record_file.EXPECTED}"
     if not folder.is_dir():
@@ -249,7 +240,7 @@ def _read_arrays(channel, paths):
                 raise UserError(f"{paths[0]} holds {', '.join(archive.files)}: expected arrays named x and y")
             return _check_arrays(channel, paths[0], archive["x"], archive["y"])
     with _readable(paths[0]):
-        fits = paths[0].stat().st_size < _available_memory() / 2
+        fits = paths[0].stat().st_size < memory.available() / 2
         mode = None if fits else "r"
         images = np.load(paths[0], mmap_mode=mode, allow_pickle=False)
         labels = np.load(paths[1], allow_pickle=False)
@@ -274,12 +265,8 @@ def _read_class_folders(channel, entries, expected):
     names, sizes = zip(*files)
 
     def read(index):
-        # `open` would ask the system twice as often.
-        descriptor = os.open(f"{folder}/{names[index]}", os.O_RDONLY)
-        try:
-            return os.read(descriptor, os.fstat(descriptor).st_size)
-        finally:
-            os.close(descriptor)
+        with open(f"{folder}/{names[index]}", "rb", buffering=0) as file:
+            return file.read()
 
     images = _image_files(channel, Source(folder, names, sizes, read))
     return images, labels.astype(np.int64), list(classes)
@@ -460,7 +447,7 @@ def _resize(images, size):
 def _allocate(shape, dtype):
     """Return an empty array in memory, or in a temporary file if it does not fit."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    if num_bytes < _available_memory() / 2:
+    if num_bytes < memory.available() / 2:
         return np.empty(shape, dtype)
     file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the array
     os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error now, not a crash later
@@ -470,24 +457,7 @@ def _allocate(shape, dtype):
 def _memory_for_images():
     """Return the bytes that decoded images may take in this process: half of what is free."""
     num_processes = read_count("LOCAL_WORLD_SIZE", 1)  # torchrun's, on this host
-    return max(0, _available_memory() / 2 / max(1, num_processes))
-
-
-def _available_memory():
-    """Return the free memory in bytes, of the machine, the container or the process; inf without a limit."""
-    free = [float("inf")]
-    with contextlib.suppress(OSError, KeyError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":") for line in lines)
-        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    for limit, used in CONTAINER_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # no such limit
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        free.append(limit - pages * resource.getpagesize())
-    return min(free)
+    return max(0, memory.available() / 2 / max(1, num_processes))
 
 
 @contextlib.contextmanager

@@ -77,21 +77,22 @@ def log_weights(path, num_loaded, missing, unused):
         unused: the names of the file's other tensors.
     """
     found = f"Weights: {num_loaded} of {num_loaded + len(missing)} tensors from {path}"
-    log(f"{found}; not in it: {_shortened(missing)}" if missing else found)
+    log(f"{found}; not in it: {shortened(sorted(missing))}" if missing else found)
     if unused:
-        log(f"Weights: not used: {_shortened(unused)}")
+        log(f"Weights: not used: {shortened(sorted(unused))}")
 
 
 def log_left_out(flag, folder, names, kind):
     """Log which files of a data folder are not read, if there are any; `kind` says what is read."""
     if names:
-        log(f"Left out of {flag} {folder}, not {kind} ({len(names)}): {_shortened(names)}")
+        log(f"Left out of {flag} {folder}, not {kind} ({len(names)}): {shortened(sorted(names))}")
 
 
-def _shortened(names):
-    names = sorted(names)
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return ", ".join(names[:6]) + more
+def shortened(names, limit=6):
+    """Return the first of some names as text, and how many more there are."""
+    names = list(map(str, names))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def epoch_line(row):

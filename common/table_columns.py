@@ -11,7 +11,7 @@ import numpy as np
 
 from common import table_values
 from common.errors import UserError
-from common.report import log
+from common.report import log, shortened
 
 MAX_CLASSES = 100  # with more values, numbers as labels are those of a regression
 FEW_CLASSES = 10
@@ -118,7 +118,7 @@ def find_layout(files, args, careful=False):
     if not layout.features:
         raise UserError(
             f"{first.path} has no columns to learn from beside the label {layout.label_name}: left out are "
-            f"{_shortened(left_out)}"
+            f"{shortened(left_out)}"
         )
     return layout
 
@@ -415,7 +415,7 @@ def model_names(layout, has_header):
     names = table_values.unique_names(list(map(to_model_name, titles)))
     changed = [f"{title} to {name}" for title, name in zip(titles, names) if title != name]
     if changed:
-        log(f"Renamed, as XGBoost allows no [, ] and <: {_shortened(changed)}")
+        log(f"Renamed, as XGBoost allows no [, ] and <: {shortened(changed)}")
     return names
 
 
@@ -460,11 +460,11 @@ def log_features(layout, kind):
     """Log what the columns are, and which are left out."""
     categories = [f"{feature.name} ({len(feature.values)})" for feature in layout.features if feature.values]
     num_numbers = len(layout.features) - len(categories)
-    texts = f", {len(categories)} with categories: {_shortened(categories)}" if categories else ""
+    texts = f", {len(categories)} with categories: {shortened(categories)}" if categories else ""
     weights = "; the rows have weights" if layout.weight is not None else ""
     log(f"Files: {kind}; features: {num_numbers} with numbers{texts}{weights}")
     if layout.left_out:
-        log(f"Left out of the features: {_shortened(layout.left_out)}")
+        log(f"Left out of the features: {shortened(layout.left_out)}")
     for note in layout.notes[:3]:
         log(f"Note: {note}")
 
@@ -476,7 +476,7 @@ def log_label(name, labels, classes):
     if classes or is_classes:
         names = classes or [f"{value:g}" for value in values]
         found = [f"{names[int(value)]} {count}" for value, count in zip(values, counts)]
-        text = _shortened(found, 10)
+        text = shortened(found, 10)
     else:
         text = f"numbers from {values[0]:g} to {values[-1]:g}"
     log(f"Label: {name} ({text})")
@@ -488,10 +488,5 @@ def log_unseen(flag, unseen):
         found = [f"{name} {text!r:.50} ({count})" for (name, text), count in unseen.most_common()]
         log(
             f"Missing values instead of {sum(unseen.values())} texts of {flag} that no training row has: "
-            f"{_shortened(found)}"
+            f"{shortened(found)}"
         )
-
-
-def _shortened(names, limit=6):
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

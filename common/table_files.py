@@ -9,7 +9,7 @@ import numpy as np
 
 from common import errors, table_values
 from common.errors import UserError
-from common.report import log, log_left_out
+from common.report import log, log_left_out, shortened
 from common.table_csv import SAMPLE, CsvFile
 from common.table_values import dates_error, explain_errors, open_bytes, to_text, unique_names
 
@@ -53,7 +53,7 @@ def find_files(flag, folder, outputs=()):
     if not paths:
         raise UserError(f"{flag} {folder} has files without rows: expected some")
     if empty:
-        log(f"Left out of {flag} {folder}, without rows ({len(empty)}): {_shorten(empty)}")
+        log(f"Left out of {flag} {folder}, without rows ({len(empty)}): {shortened(empty)}")
     return paths
 
 
@@ -100,15 +100,9 @@ def _check_same_columns(first, other):
     if first.names == other.names:
         return
     raise UserError(
-        f"{first.path} has {len(first.names)} columns ({_shorten(first.names)}) and {other.path} has "
-        f"{len(other.names)} ({_shorten(other.names)}): expected the same in every file"
+        f"{first.path} has {len(first.names)} columns ({shortened(first.names)}) and {other.path} has "
+        f"{len(other.names)} ({shortened(other.names)}): expected the same in every file"
     )
-
-
-def _shorten(names):
-    if len(names) > 5:
-        names = [*names[:4], "..."]
-    return ", ".join(map(str, names))
 
 
 # Parquet ----------------------------------------------------------------------------------------------------

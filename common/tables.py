@@ -6,10 +6,8 @@ files on disk with `--external-memory`.
 
 import atexit
 import collections
-import contextlib
 import functools
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -19,7 +17,7 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
-from common import table_columns, table_files, table_values
+from common import memory, table_columns, table_files, table_values
 from common.datasets import FINGERPRINT_ROWS, check_apart, hold_out, spread
 from common.errors import UserError
 from common.report import log
@@ -426,17 +424,13 @@ def _keep(features, folder):
 
 
 def _check_memory(num_columns):
-    """Raise UserError if XGBoost needs more than this machine's memory for the limits of the bins alone."""
+    """Raise UserError if XGBoost needs more memory than is free for the limits of the bins alone."""
     needed = num_columns * BYTES_PER_COLUMN
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-            limits.append(int(Path(path).read_text()))
-    memory = min(limits)
-    if needed > memory:
+    free = memory.available()
+    if needed > free:
         raise UserError(
-            f"the table has {num_columns} columns, for which XGBoost needs {needed >> 30} GB, but this "
-            f"machine has {memory >> 30} GB: number the columns from 0 without large gaps"
+            f"the table has {num_columns} columns, for which XGBoost needs {needed / 1e9:.1f} GB, but "
+            f"{free / 1e9:.1f} GB are free: number the columns from 0 without large gaps"
         )
 
 

@@ -61,7 +61,8 @@ class RecordFile:
     def read(self, index):
         """Return the bytes of an encoded image. Raises OSError and ValueError."""
         with open(self.path, "rb") as file:
-            content = os.pread(file.fileno(), self._lengths[index], self._offsets[index] + LENGTH_SIZE)
+            file.seek(self._offsets[index] + LENGTH_SIZE)
+            content = file.read(self._lengths[index])
         try:
             return _only_value(_parse(content), IMAGE, "bytes_list")
         except DecodeError as error:

@@ -61,8 +61,9 @@ sys.path.insert(0, sys.argv[1])
 {EVENTS}
 import threading
 import train
+from common.checkpoints import Checkpoints
 root = sys.argv[2]
-entered = {"step": set(), "save": set(), "resume": set()}
+entered = {"step": set(), "save": set(), "read": set(), "resume": set()}
 active = set()
 def profile(frame, kind, argument):
     code = frame.f_code
@@ -74,8 +75,8 @@ def profile(frame, kind, argument):
         kinds = {"save"} if threading.current_thread().name.startswith("save") else set(active)
         for kind in kinds:
             entered[kind].add(name)
-def during(kind, name, end=lambda run: None):
-    original = getattr(Run, name)
+def during(kind, name, end=lambda run: None, owner=Run):
+    original = getattr(owner, name)
     def wrapped(self, *arguments, **options):
         before = set(active)
         active.clear()
@@ -89,9 +90,10 @@ def during(kind, name, end=lambda run: None):
         finally:
             active.clear()
             active.update(before)
-    setattr(Run, name, wrapped)
+    setattr(owner, name, wrapped)
 during("save", "save", lambda run: run.saver.wait())
 during("resume", "restore")
+during("read", "read_newest", owner=Checkpoints)
 step_name = "finish_round" if "xgboost" in root + sys.argv[1] else "finish_step"
 original = getattr(Run, step_name)
 steps = []
@@ -111,7 +113,7 @@ sys.setprofile(None)
 threading.setprofile(None)
 print(json.dumps({kind: sorted(names) for kind, names in entered.items()}))
 """
-LIMITS = {"step": 8, "save": 10, "resume": 10}
+LIMITS = {"step": 8, "save": 10, "read": 19, "resume": 10}
 
 
 def test_a_step_a_save_and_a_resume_enter_few_of_our_functions(framework, tmp_path):

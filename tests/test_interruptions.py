@@ -156,7 +156,10 @@ def test_ctrl_c_on_a_pipe_whose_reader_dies_first_loses_no_step(framework, tmp_p
 
 @pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow"])  # a loop of ours and one of Keras
 def test_an_image_that_cannot_be_read_loses_no_step(image_framework, tmp_path):
-    """It ends the training inside the first epoch, when other images were never decoded either."""
+    """It ends the training inside the first epoch, when other images were never decoded either.
+
+    Mean and deviation come from the checkpoint then.
+    """
     pixels, labels = load_digits().images[:600] * 15, load_digits().target[:600]
     save_images(tmp_path / "digits", pixels.astype(np.uint8), labels)
     flags = ["--train", "../digits", "--batch-size", 32, "--epochs", 1, "--augment"]
@@ -175,7 +178,8 @@ def test_an_image_that_cannot_be_read_loses_no_step(image_framework, tmp_path):
     saved = result.last_line.removeprefix("Saved ")
     assert (checkpoint_folder(tmp_path / "broken", image_framework) / saved).is_file()
     broken.write_bytes(content)
-    result = run(image_framework, *flags, cwd=tmp_path / "broken")
+    no_statistics = "from common import datasets; replace(datasets, 'channel_statistics', None)"
+    result = run_with(no_statistics, image_framework, *flags, cwd=tmp_path / "broken", code=0)
     assert f"Resuming training from {saved}" in result.output
     assert_same_bits(tmp_path / "broken", tmp_path / "whole", image_framework)
 

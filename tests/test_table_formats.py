@@ -354,7 +354,7 @@ MISTAKES = {
     "huge index": ({"a.libsvm": "0 0:1\n1 99999999999999999999:1\n"}, "a.libsvm, line 2: an index is larger"),
     "columns": (
         {"a.libsvm": "0 0:1\n1 2000000000:1\n"},
-        "2000000001 columns, for which XGBoost needs 838 GB",
+        "2000000001 columns, for which XGBoost needs 900.0 GB",
     ),
     "order": ({"a.libsvm": "0 0:1\n1 3:1 2:1\n"}, "a.libsvm, line 2: "),
     "other header": (

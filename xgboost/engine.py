@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic_io, errors, tables, train_state
+from common import atomic_io, errors, memory, tables, train_state
 from common.errors import UserError
 from common.preemption import Interrupted
 from common.report import log
@@ -474,13 +474,9 @@ def _try_in_another_process(content):
         raise ValueError(f"XGBoost crashes over it with {signal.Signals(-trial.returncode).name}")
     if trial.returncode:
         lines = trial.stderr.decode(errors="replace").strip().splitlines() or ["unknown"]
-        if "bad_alloc" in lines[-1] and _free_memory() > 100 * len(content):
+        if "bad_alloc" in lines[-1] and memory.available() > 100 * len(content):
             raise ValueError("XGBoost asks for more memory than such a file can need")
         raise ValueError(f"XGBoost cannot use it: {lines[-1]}")
-
-
-def _free_memory():
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def try_booster(content):
