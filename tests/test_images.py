@@ -476,6 +476,17 @@ def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
     assert memory.available() == pytest.approx(free, rel=0.5)
 
 
+def test_processes_of_one_host_share_the_memory(tmp_path, digits, monkeypatch):
+    save_images(tmp_path, *digits)
+    monkeypatch.setattr(memory, "available", lambda: 2 * 60 * 8 * 8 * 3)
+    for variable, expected in (("", 60), ("3", 20)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", variable)
+        assert load(train=tmp_path)[0].images.num_kept == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="variable LOCAL_WORLD_SIZE is 'two': expected a whole number"):
+        load(train=tmp_path)
+
+
 def test_a_folder_that_does_not_exist(tmp_path):
     with pytest.raises(UserError, match=r"--train .*/nowhere is not a folder: expected one folder per class"):
         load(train=tmp_path / "nowhere")
