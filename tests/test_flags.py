@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from common import flags
+from common import distributed, flags
+from common.errors import UserError
 
 pytestmark = pytest.mark.quick
 
@@ -241,3 +242,15 @@ def test_flags_become_hyperparameters_of_sagemaker():
     words = ["--epochs", "5", "--augment", "--learning_rate=0.1", "--no-compile"]
     expected = {"epochs": "5", "augment": "True", "learning-rate": "0.1", "no-compile": "True"}
     assert flags.hyperparameters(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [("one", "RANK is 'one': expected a whole number"), ("2", "RANK is 2: expected")],
+)
+def test_a_wrong_variable_of_torchrun_is_one_line(monkeypatch, rank, expected):
+    variables = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=expected):
+        distributed.join(flags.image_flags("pytorch").parse_args([]))
