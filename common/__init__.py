@@ -1,1 +1,3 @@
 """What the four training scripts share: nothing here imports a framework."""
+
+__version__ = "1.0.0"

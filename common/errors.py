@@ -72,8 +72,18 @@ def fail(message, code=1):
     """Exit with one line. In a SageMaker container the line is also the FailureReason of the job."""
     message = in_one_line(str(message))
     write_failure_reason(f"error: {message}")
-    say(f"error: {message}", sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        is_red = is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")  # https://no-color.org
+        label = "\033[31merror:\033[0m" if is_red else "error:"
+        print(label, message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def is_terminal(stream):
+    """Return whether an output stream is a terminal. It may be None or closed."""
+    with contextlib.suppress(OSError, ValueError):
+        return stream is not None and stream.isatty()
+    return False
 
 
 def say(line, file=None):

@@ -5,15 +5,17 @@ Defaults come from the environment that SageMaker sets up where there is one
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
 import sys
 from pathlib import Path
 
-from common import errors, xgboost_params
+from common import __version__, errors, xgboost_params
 from common.flag_types import integer, real, share
 
+FRAMEWORKS = ("torch", "torchvision", "tensorflow", "keras", "mxnet", "xgboost")
 CHANNEL = "SM_CHANNEL_"  # the beginning of the names of variables with the folders of SageMaker's channels
 NAMES_ELSEWHERE = {  # of flags, in other scripts
     "--bs": "--batch-size",
@@ -35,26 +37,15 @@ NAMES_ELSEWHERE = {  # of flags, in other scripts
     "--wd": "--weight-decay",
     "--workers": "--loaders",
 }
+GROUPS = ("data", "model", "training", "checkpoints", "output", "several workers")  # of flags, in --help
 NO_DATA = {"model", "code"}  # channels with something else; those of version 3 of the SDK begin with sm_
 
 
 def image_flags(framework):
     """Return the parser of an image script; `framework` names its folder below `output/`."""
-    parser = _Parser(description=f"Train an image classifier with {framework}; run it again to resume.")
-    _job_flags(
-        parser,
-        framework,
-        "--epochs",
-        default_epochs=5,
-        checkpoint_seconds=300,
-        help="epochs to train in total, over all restarts",
-    )
-    env, add = os.environ.get, parser.add_argument
-    add(
-        "--model",
-        default="cnn",
-        help="cnn (a small network) or a name from the framework's own model zoo, untrained",
-    )
+    parser = _Parser(description="Train an image classifier; run the same command again to resume.")
+    _data_flags(parser)
+    add = parser.adder("data")
     add("--image-size", type=integer(1), help="resize all images to this height and width, in pixels")
     add(
         "--augment",
@@ -62,6 +53,26 @@ def image_flags(framework):
         default=False,
         help="random crops and horizontal flips of the training images",
     )
+    add(
+        "--loaders",
+        type=integer(0),
+        default=0,
+        help="threads that load batches ahead (PyTorch: processes for your own data set); 0: no threads",
+    )
+    add = parser.adder("model")
+    add(
+        "--model",
+        default="cnn",
+        help="cnn (a small network) or a name from the framework's own model zoo, untrained",
+    )
+    add(
+        "--weights",
+        type=_path,
+        default=os.environ.get("SM_CHANNEL_MODEL"),
+        help="file of weights to start from (.pth, .safetensors, .keras, .params) without a checkpoint",
+    )
+    add = parser.adder("training")
+    add("--epochs", type=integer(1), default=5, help="epochs to train in total, over all restarts")
     add("--batch-size", type=integer(1), default=64, help="samples per training step, of all hosts together")
     add(
         "--optimizer",
@@ -78,12 +89,7 @@ def image_flags(framework):
         help="learning rate after the warm-up",
     )
     add("--warmup-epochs", type=real(0), default=0, help="epochs in which the learning rate rises from zero")
-    add(
-        "--weights",
-        type=_path,
-        default=env("SM_CHANNEL_MODEL"),
-        help="file of weights to start from (.pth, .safetensors, .keras, .params) without a checkpoint",
-    )
+    _training_flags(parser)
     add(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
@@ -102,39 +108,35 @@ def image_flags(framework):
         default=False,
         help="torch.compile, or XLA in TensorFlow (with --no-deterministic); MXNet always compiles",
     )
-    add(
-        "--loaders",
-        type=integer(0),
-        default=0,
-        help="threads that load batches ahead (PyTorch: processes for your own data set); 0: no threads",
-    )
+    _checkpoint_flags(parser, checkpoint_seconds=300)
+    _output_flags(parser, framework)
+    add = parser.adder("output")
     add(
         "--log-steps",
         type=integer(0),
         default=100,
         help="log a line after this many steps if no progress bar is shown; 0: never",
     )
+    _worker_flags(parser)
     return parser
 
 
 def xgboost_flags():
     """Return the parser of the XGBoost script; learning flags carry XGBoost's own names and defaults."""
-    parser = _XgboostParser(description="Train boosted trees with XGBoost; run it again to resume.")
-    _job_flags(
-        parser,
-        "xgboost",
-        "--num-round",
-        "--epochs",
-        default_epochs=50,
-        checkpoint_seconds=0,
-        help="boosting rounds to train in total, over all restarts; an epoch is one round",
-    )
-    add = parser.add_argument
+    parser = _XgboostParser(description="Train boosted trees; run the same command again to resume.")
+    _data_flags(parser)
+    add = parser.adder("data")
     add("--label-column", help="name of the label's column, or its number from 0; default: the first one")
     add("--weight-column", help="name of the column with the weights of the rows, or its number from 0")
+    add(
+        "--external-memory",
+        action=_Switch,
+        default=False,
+        help="keep the training data on disk and read it in parts: for data larger than memory",
+    )
+    add = parser.adder("model")
     add("--objective", help="learning objective; default: chosen from the labels")
     add("--num-class", type=integer(1), help="number of classes; default: counted in the labels")
-    add("--eval-metric", help="metrics to report, separated by commas; default: chosen from the objective")
     add("--booster", choices=("gbtree", "dart"), default="gbtree", help="kind of booster")
     add(
         "--tree-method",
@@ -165,14 +167,22 @@ def xgboost_flags():
     add("--lambda", type=real(0), default=1.0, help="L2 regularization of the weights")
     add("--alpha", type=real(0), default=0.0, help="L1 regularization of the weights")
     add("--scale-pos-weight", type=real(0), default=1.0, help="weight of the positive class")
-    add("--nthread", type=integer(0), default=0, help="CPU threads; 0: all")
     add("--params", help="other parameters of XGBoost, as JSON or name=value,name=value")
+    add = parser.adder("training")
     add(
-        "--external-memory",
-        action=_Switch,
-        default=False,
-        help="keep the training data on disk and read it in parts: for data larger than memory",
+        "--num-round",
+        "--epochs",
+        dest="epochs",
+        type=integer(1),
+        default=50,
+        help="boosting rounds to train in total, over all restarts; an epoch is one round",
     )
+    add("--eval-metric", help="metrics to report, separated by commas; default: chosen from the objective")
+    _training_flags(parser)
+    add("--nthread", type=integer(0), default=0, help="CPU threads; 0: all")
+    _checkpoint_flags(parser, checkpoint_seconds=0)
+    _output_flags(parser, "xgboost")
+    _worker_flags(parser)
     return parser
 
 
@@ -194,23 +204,8 @@ def hyperparameters(words):
     return values
 
 
-def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_seconds, help):
-    """Add the flags that all four scripts have."""
-    env, add = os.environ.get, parser.add_argument
-    add(*epochs_flag, dest="epochs", type=integer(1), default=default_epochs, help=help)
-    add("--seed", type=integer(0, 2**32 - 1), default=42, help="seed of all random numbers")
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to compute; auto: a GPU if there is one",
-    )
-    add(
-        "--num-gpus",
-        type=integer(0),
-        default=env("SM_NUM_GPUS") or None,
-        help="GPUs to use at most; default: all (PyTorch and XGBoost use one)",
-    )
+def _data_flags(parser):
+    env, add = os.environ.get, parser.adder("data")
     add(
         "--train",
         type=_data_path,
@@ -223,19 +218,39 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
         default=env("SM_CHANNEL_VALIDATION") or env("SM_CHANNEL_TEST"),
         help="folder with the validation data; default: a tenth of the training data, held out",
     )
+
+
+def _training_flags(parser):
+    add = parser.adder("training")
     add(
-        "--output",
-        type=_local_path,
-        default=Path("output", framework),
-        help="folder of everything that a training writes, unless one of the next three flags is set",
+        "--best-metric",
+        metavar="NAME[:min|:max]",
+        help="validation metric that chooses the exported epoch, and keeps its checkpoint; default: the last",
     )
+    add(
+        "--patience",
+        type=integer(0),
+        default=0,
+        help="stop after this many epochs without a better --best-metric (default: loss); 0: never",
+    )
+    add("--seed", type=integer(0, 2**32 - 1), default=42, help="seed of all random numbers")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute; auto: a GPU if there is one",
+    )
+    add(
+        "--num-gpus",
+        type=integer(0),
+        default=os.environ.get("SM_NUM_GPUS") or None,
+        help="GPUs to use at most; default: all (PyTorch and XGBoost use one)",
+    )
+
+
+def _checkpoint_flags(parser, checkpoint_seconds):
+    add = parser.adder("checkpoints")
     add("--checkpoint-path", type=_local_path, help="folder of the checkpoints; default: OUTPUT/checkpoints")
-    add("--model-dir", help="folder of the trained model; default: OUTPUT/model")
-    add(
-        "--output-data-dir",
-        type=_local_path,
-        help="folder of metrics.json and history.csv; default: OUTPUT/data",
-    )
     add(
         "--checkpoint-seconds",
         type=real(0),
@@ -255,21 +270,26 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
         help="number of epochs whose checkpoints are kept; 0: all",
     )
     add(
-        "--best-metric",
-        metavar="NAME[:min|:max]",
-        help="validation metric that chooses the exported epoch, and keeps its checkpoint; default: the last",
-    )
-    add(
-        "--patience",
-        type=integer(0),
-        default=0,
-        help="stop after this many epochs without a better --best-metric (default: loss); 0: never",
-    )
-    add(
         "--resume-anyway",
         action=_Switch,
         default=False,
         help="resume even if the flags or the data have changed",
+    )
+
+
+def _output_flags(parser, framework):
+    add = parser.adder("output")
+    add(
+        "--output",
+        type=_local_path,
+        default=Path("output", framework),
+        help="folder of everything that a training writes; the folders below have their own flags",
+    )
+    add("--model-dir", metavar="PATH", help="folder of the trained model; default: OUTPUT/model")
+    add(
+        "--output-data-dir",
+        type=_local_path,
+        help="folder of metrics.json and history.csv; default: OUTPUT/data",
     )
     add(
         "--dry-run",
@@ -277,9 +297,14 @@ def _job_flags(parser, framework, *epochs_flag, default_epochs, checkpoint_secon
         default=False,
         help="read all data, take a few steps, report time, memory and checkpoint size, and write nothing",
     )
+
+
+def _worker_flags(parser):
+    env, add = os.environ.get, parser.adder("several workers")
     add(
         "--hosts",
         type=_hosts,
+        metavar="LIST",
         default=env("SM_HOSTS", '["localhost"]'),
         help="names of all hosts that train together, as a JSON list; the first by name is the main process",
     )
@@ -308,7 +333,14 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser that accepts `--batch_size` and names the nearest flag to a misspelt one."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+        usage = "%(prog)s [--flag value ...]"
+        super().__init__(usage=usage, allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+        self.add_argument("--version", action=_Version, help="show the versions and exit")
+        self._groups = {title: self.add_argument_group(title) for title in GROUPS}
+
+    def adder(self, group):
+        """Return the function `add_argument` of a group of flags."""
+        return self._groups[group].add_argument
 
     def parse_args(self, argv=None):
         """Return the flags' values; a mistake exits with code 2 and one line."""
@@ -376,11 +408,24 @@ class _XgboostParser(_Parser):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the default to each help text."""
+    """Adds the default to each help text, and says briefly which kind of value a flag takes."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, max_help_position=30, **options)
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, argparse.SUPPRESS) and not isinstance(action, _Switch)
-        return action.help + (" (default: %(default)s)" if shown else "")
+        is_hidden = action.default in (None, argparse.SUPPRESS) or isinstance(action, _Switch)
+        return action.help if is_hidden else f"{action.help} (default: %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action):
+        if action.type in (_path, _data_path, _local_path):
+            return "PATH"
+        return "NUMBER" if action.type else "NAME"
+
+    def _format_action_invocation(self, action):
+        if isinstance(action, _Switch):
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
 
 
 class _Switch(argparse.Action):
@@ -396,6 +441,23 @@ class _Switch(argparse.Action):
         if word not in words:
             parser.error(f"argument {option_string}: expected True or False, got {value!r}")
         setattr(namespace, self.dest, words[word] != option_string.startswith("--no-"))
+
+
+class _Version(argparse.Action):
+    """Prints the versions of this repository, Python and the frameworks that are installed, and exits."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        from importlib import metadata  # slow
+
+        print(f"{parser.prog} {__version__}")
+        print(f"python {sys.version.split()[0]}")
+        for name in FRAMEWORKS:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                print(f"{name} {metadata.version(name)}")
+        parser.exit()
 
 
 def _hyphenated(word):

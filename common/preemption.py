@@ -6,7 +6,10 @@ SageMaker sends SIGTERM two minutes before it reclaims a Spot instance.
 import contextlib
 import os
 import signal
+import sys
 import threading
+
+from common import errors
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
@@ -70,6 +73,7 @@ class SignalHandlers:
             return  # the first signal is being handled
         self.received = number
         if self.deferred:
+            begin_line(number)
             print_safely(f"{signal.Signals(number).name} received: finishing the running step and saving")
         else:
             self._on_early_signal(number, frame)
@@ -81,8 +85,15 @@ def exit_at_once(number, frame=None):
     This raises no exception, as a library that is being imported may swallow one.
     """
     interrupted = Interrupted(number)
+    begin_line(number)
     print_safely(str(interrupted))
     os._exit(interrupted.exit_code)
+
+
+def begin_line(number):
+    """Begin a new line on a terminal after Ctrl-C, which shows ^C beside what is there."""
+    if number == signal.SIGINT and errors.is_terminal(sys.stdout):
+        print_safely("")
 
 
 def print_safely(message):

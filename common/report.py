@@ -9,21 +9,37 @@ import math
 import os
 import re
 import sys
+import time
 
+from common import errors
 from common.atomic_io import atomic_write
-from common.errors import in_one_line
 
+METRICS_SECONDS = 1  # between two readings for the progress bar: reading them waits for the device
 LOGGER = logging.getLogger("train")
 log = LOGGER.info
 
 
 class LogHandler(logging.StreamHandler):
-    """Prints each log line at once. A line that cannot be written is dropped: it must not end a training."""
+    """Prints each log line at once. A line that cannot be written is dropped: it must not end a training.
+
+    Attributes:
+        bar: the progress bar that is on the terminal, or None; a line appears above it.
+    """
+
+    bar = None
+
+    def emit(self, record):
+        """Print the line of a record."""
+        if self.bar:
+            self.bar.clear()
+        super().emit(record)
+        if self.bar:
+            self.bar.refresh()
 
     def format(self, record):
         """Return the line of a record; a name in it cannot begin another line."""
         line = super().format(record)
-        return line if line.isprintable() else in_one_line(line)
+        return line if line.isprintable() else errors.in_one_line(line)
 
     def handleError(self, record):  # noqa: N802 - the name is that of the base class
         """Ignore an error; after `train.py | head` Python itself would fail when it exits."""
@@ -117,14 +133,64 @@ def metric_definitions(metrics=("loss", "accuracy", "rmse")):
     return definitions
 
 
-def progress_bar(epoch, first_step, num_steps, is_main_process):
-    """Return tqdm's bar over the steps of an epoch, or None if standard error is not a terminal."""
-    if not is_main_process or sys.stderr is None or not sys.stderr.isatty():
-        return None
-    from tqdm import tqdm
+class ProgressBar:
+    """A bar over all steps of a training, with the running metrics and the time that is left, on a terminal.
 
-    options = {"unit": "step", "leave": False, "file": QuietStream(sys.stderr)}
-    return tqdm(desc=f"epoch {epoch}", initial=first_step, total=num_steps, **options)
+    Elsewhere each method does nothing, and the bar is false.
+
+    Args:
+        num_epochs: the number of epochs in total.
+        is_main_process: other workers show nothing.
+    """
+
+    def __init__(self, num_epochs, is_main_process):
+        self._num_epochs = num_epochs
+        self._is_shown = is_main_process and errors.is_terminal(sys.stderr)
+        self._began = None
+        self._last_read = 0.0
+        self._bar = None
+
+    def __bool__(self):
+        return self._is_shown
+
+    def start_epoch(self, epoch, step, steps_per_epoch):
+        """Show the bar at a step of an epoch; both are counted from 0."""
+        if not self._is_shown:
+            return
+        from tqdm import tqdm
+
+        position = epoch * steps_per_epoch + step
+        self._began = self._began or (position, time.time())
+        self.close()
+        self._bar = tqdm(
+            desc=f"epoch {epoch + 1}/{self._num_epochs}",
+            initial=self._began[0],  # with the time of the start: the rate includes validation
+            total=self._num_epochs * steps_per_epoch,
+            smoothing=0,
+            delay=0.1,
+            miniters=1,
+            unit="step",
+            leave=False,
+            file=QuietStream(sys.stderr),
+        )
+        self._bar.start_t = self._began[1]
+        self._last_read = time.monotonic()
+        self._bar.update(position - self._began[0])
+        LogHandler.bar = self._bar
+
+    def update(self, read_metrics):
+        """Count a step; `read_metrics()` returns the metrics of the epoch so far, by name."""
+        now = time.monotonic()
+        if now - self._last_read >= METRICS_SECONDS:
+            self._bar.set_postfix(read_metrics(), refresh=False)
+            self._last_read = now
+        self._bar.update()
+
+    def close(self):
+        """Remove the bar from the terminal."""
+        if self._bar:
+            self._bar.close()
+        self._bar = LogHandler.bar = None
 
 
 def write_results(folder, history, epoch, facts):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -36,17 +37,25 @@ from common.errors import (
     fail,
     first_line,
     is_out_of_memory,
+    is_terminal,
+    say,
     write_failure_reason,
 )
 from common.preemption import Interrupted
 from common.report import log
+
+_notice = threading.Timer(1, say, ["Importing the framework ..."])  # seconds
+_notice.daemon = True
 
 
 def start(parse_args):
     """Take over SIGTERM and Ctrl-C, and return the parsed flags; call this before the slow imports."""
     for number in preemption.NUMBERS:
         signal.signal(number, preemption.exit_at_once)
-    return parse_args()
+    args = parse_args()
+    if is_terminal(sys.stdout) and os.environ.get("RANK", "0") == "0":
+        _notice.start()
+    return args
 
 
 def execute(main, args):
@@ -114,7 +123,7 @@ class Run:
         self._is_validating = False
         self._validation_sums = {}
         self._best_name = None
-        self._bar = None
+        self._bar = report.ProgressBar(args.epochs, False)
         self._clock = self._last_save = time.monotonic()
 
     # Begin and end ------------------------------------------------------------------------------------------
@@ -125,10 +134,12 @@ class Run:
         if args.best_metric:
             self._best_name, _ = train_state.parse_metric(args.best_metric, "--best-metric")
         self.signals.install()
+        _notice.cancel()
         try:
             self.workers = distributed.join(args)
             self._exits.callback(report.start_logging(self.is_main_process))
             self.checkpoints = checkpoints.Checkpoints(args, self.engine, self.workers)
+            self._bar = report.ProgressBar(args.epochs, self.is_main_process)
             is_alone = self.workers.size == 1
             self._read_newest = self.checkpoints.read_newest if is_alone else self.checkpoints.share_newest
             if self.is_main_process:
@@ -166,8 +177,7 @@ class Run:
                 log(f"Saved {self.save()}")
                 self.saver.wait()
         finally:
-            if self._bar:
-                self._bar.close()
+            self._bar.close()
             self.saver.close()
             if self.checkpoints:
                 self.checkpoints.close()
@@ -449,10 +459,7 @@ class Run:
         progress = self.progress
         self.steps_per_epoch = steps_per_epoch
         self._is_validating = False
-        self._close_bar()
-        self._bar = report.progress_bar(
-            progress.epoch + 1, progress.step, steps_per_epoch, self.is_main_process
-        )
+        self._bar.start_epoch(progress.epoch, progress.step, steps_per_epoch)
         self._clock = time.monotonic()
 
     def defer_signals(self):
@@ -493,7 +500,7 @@ class Run:
         progress.seconds += now - self._clock
         self._clock = now
         if self._bar:
-            self._bar.update()
+            self._bar.update(self._read_metrics)
         elif args.log_steps and progress.step % args.log_steps == 0:
             log(f"step={progress.step}/{self.steps_per_epoch} epoch={progress.epoch + 1}")
         due = args.checkpoint_seconds and now - self._last_save >= args.checkpoint_seconds
@@ -506,6 +513,12 @@ class Run:
             due = self._check_signals(due, save=True)
         if due and progress.step < self.steps_per_epoch:
             self.save()
+
+    def _read_metrics(self):
+        """Return the metrics of this worker's part of the running epoch."""
+        if hasattr(self.state, "read_metrics"):  # the framework adds them up itself
+            return self.state.read_metrics()
+        return train_state.mean_metrics(train_state.plain_sums(self.progress.sums))
 
     def _check_attributes(self):
         """Log a warning, after the second step, for what the steps change and no checkpoint holds."""
@@ -542,7 +555,7 @@ class Run:
         if metrics is None:
             metrics = self._mean_metrics(self.progress.sums)
             validation_metrics = self._mean_metrics(self._validation_sums)
-        self._close_bar()
+        self._bar.close()
         row = self.progress.finish_epoch(metrics, validation_metrics)
         self.save()
         self._log_epoch(row)
@@ -623,16 +636,11 @@ class Run:
         if received:
             saved = None
             if save:
-                self._close_bar()
+                self._bar.close()
                 saved = self.save()
                 self.saver.wait()
             raise Interrupted(self.signals.received or received[0], saved)
         return values[0][1]
-
-    def _close_bar(self):
-        if self._bar:
-            self._bar.close()
-            self._bar = None
 
     # Results ------------------------------------------------------------------------------------------------
 

@@ -300,6 +300,10 @@ class State:
             return {}
         return {f"{index}": (np.asarray(value), 0) for index, value in enumerate(self.metrics)}
 
+    def read_metrics(self):
+        """Return the metrics of the running epoch, by name."""
+        return {name: float(np.mean(value)) for name, value in self.model.get_metrics_result().items()}
+
     def _load_metrics(self, values):
         """Load the metrics of the epoch that was interrupted: `values`, or what Run has of each worker."""
         sums = self.run.progress.sums

@@ -5,7 +5,6 @@ imports them into its own process.
 """
 
 import ast
-import contextlib
 import fcntl
 import json
 import os
@@ -181,13 +180,12 @@ sys.path.insert(0, path.rsplit("/", 1)[0])
 {EVENTS}
 exec(event)
 runpy.run_path(path, run_name="__main__")
-"""
+""".replace("{EVENTS}", EVENTS)
 
 
 def run_with(event, framework, *flags, cwd, code, env=None):
     """Run a script in which `event`, a piece of Python that may use EVENTS, is prepared; return a Result."""
-    script = SCRIPT.replace("{EVENTS}", EVENTS)
-    result = run_python(script, event, script_of(framework), *flags, cwd=cwd, env=env, exit_code=code)
+    result = run_python(SCRIPT, event, script_of(framework), *flags, cwd=cwd, env=env, exit_code=code)
     assert "Traceback" not in result.errors, result.errors
     return result
 
@@ -498,12 +496,3 @@ def train_together(framework, size, *flags, folder):
         own = re.sub(r"^\[.*\] Task \d+ got rank \d+\n", "", result.output, flags=re.MULTILINE)
         assert own == f"Worker {rank + 1} of {size} started; see the log of 127.0.0.1\n"
     return results[0]
-
-
-def read_terminal(descriptor):
-    """Return all that a program shows on a terminal before it ends."""
-    shown = b""
-    with contextlib.suppress(OSError):  # a terminal whose program has ended
-        while data := os.read(descriptor, 4096):
-            shown += data
-    return shown.decode()

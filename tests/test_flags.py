@@ -1,7 +1,9 @@
 """The flags: spelling, defaults from SageMaker's environment, and mistakes."""
 
 import os
+import platform
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -222,6 +224,23 @@ def test_each_flag_has_a_help_text(name):
 def test_the_help_is_not_longer_than_a_reader_can_use(name, limit):
     shown = set(re.findall(r"^  (--[-a-z0-9]+)", PARSERS[name].format_help(), re.MULTILINE))
     assert len(shown - {"--help", "--version"}) <= limit
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_the_help_has_groups_that_fit_on_a_screen(name):
+    text = re.sub(r"\A.*?\n(?=data:)", "", PARSERS[name].format_help(), flags=re.DOTALL)
+    groups = re.split(r"^(\w[\w ]+):\n", text, flags=re.MULTILINE)[1:]
+    assert tuple(groups[::2]) == flags.GROUPS
+    assert max(group.count("\n") for group in groups[1::2]) <= 44
+
+
+def test_the_versions(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--version")
+    assert caught.value.code == 0
+    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert lines["python"] == platform.python_version()
+    assert lines["xgboost"] == metadata.version("xgboost")
 
 
 def test_xgboost_shares_the_flags_that_apply_to_it():

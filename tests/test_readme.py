@@ -1,6 +1,6 @@
 """README and docs tell the truth: their commands run, and the table of flags is that of the scripts."""
 
-import argparse
+import json
 import os
 import re
 import shutil
@@ -24,39 +24,44 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def flags_table():
-    """Return the table of flags, made from the flags themselves."""
-    image, trees = (
-        {action.dest: action for action in p._actions}
-        for p in (flags.image_flags("F"), flags.xgboost_flags())
-    )
-    rows = ["| Flag | Default | Scripts | Meaning |", "|---|---|---|---|"]
-    for name, action in {**image, **{key: trees[key] for key in trees if key not in image}}.items():
-        if name == "help" or action.help == argparse.SUPPRESS:
-            continue
-        scripts = "all" if name in image and name in trees else "images" if name in image else "XGBoost"
-        defaults = [parser[name].default for parser in (image, trees) if name in parser]
-        differs = name in ("epochs", "checkpoint_seconds")
-        default = str(defaults[0]) + (f" (XGBoost: {defaults[1]})" if differs else "")
-        default = "" if defaults[0] is None else f"`{default}`"
-        default = default.replace("output/F", "output/<framework>")
-        default = (
-            default.replace("False", "off").replace("True", "on").replace("['", '["').replace("']", '"]')
-        )
-        options = ", ".join(f"`{option}`" for option in action.option_strings)
-        if name == "epochs":
-            options += ", `--num-round` (XGBoost)"
-        choices = f" ({', '.join(action.choices)})" if action.choices else ""
-        rows.append(f"| {options} | {default} | {scripts} | {action.help}{choices} |")
-    return "\n".join(rows)
+def flag_tables():
+    """Return the tables of flags, one for each group, made from the flags themselves."""
+    parsers = flags.image_flags("<framework>"), flags.xgboost_flags()
+    image, trees = ({action.dest: action for action in parser._actions} for parser in parsers)
+    text = ""
+    for title in flags.GROUPS:
+        text += f"\n## {title.capitalize()}\n\n| Flag | Default | Scripts | Meaning |\n|---|---|---|---|\n"
+        names = [action.dest for parser in parsers for action in parser.adder(title).__self__._group_actions]
+        for name in dict.fromkeys(names):
+            text += flag_row(image.get(name), trees.get(name)) + "\n"
+    return text
 
 
-def test_the_table_of_flags_is_that_of_the_scripts(monkeypatch):
+def flag_row(image, trees):
+    """Return the row of a flag that the image scripts, the XGBoost script or both have."""
+    action = image or trees
+    scripts = "all" if image and trees else "images" if image else "XGBoost"
+    default = action.default
+    if isinstance(default, list):
+        default = json.dumps(default)
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    default = "" if default is None else f"`{default}`"
+    if image and trees and image.default != trees.default and action.dest != "output":
+        default += f" (XGBoost: `{trees.default}`)"
+    options = ", ".join(f"`{option}`" for option in action.option_strings)
+    if action.dest == "epochs":
+        options += ", `--num-round` (XGBoost)"
+    choices = f" ({', '.join(action.choices)})" if action.choices else ""
+    return f"| {options} | {default} | {scripts} | {action.help}{choices} |"
+
+
+def test_the_tables_of_flags_are_those_of_the_scripts(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("SM_", "SAGEMAKER_")):
             monkeypatch.delenv(name)
     page = (ROOT / "docs/flags.md").read_text()
-    assert flags_table() in page, f"The table of flags should be:\n\n{flags_table()}"
+    assert page.endswith(flag_tables()), f"The tables of flags should be:\n{flag_tables()}"
 
 
 def test_the_readme_is_short():

@@ -1,6 +1,8 @@
 """Each script as its users run it: train, stop, run again, and find everything in its place."""
 
+import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from helpers import (
     LATER,
     MODEL_FILES,
     ROOT,
+    SCRIPT,
     TABLE_WRITERS,
     assert_same_bits,
     checkpoint_folder,
@@ -32,12 +35,12 @@ from helpers import (
     metrics,
     model_bytes,
     names,
-    read_terminal,
     run,
     run_many,
     run_python,
     run_with,
     save_images,
+    script_of,
     start,
     write_csv,
 )
@@ -176,16 +179,60 @@ def test_the_log_line_has_the_same_keys_in_all_scripts(framework, uninterrupted)
         assert re.findall(r"(\w+)=", line) == [*keys, "seconds", "samples_per_second"]
 
 
-def test_a_progress_bar_shows_on_a_terminal_only(image_framework, tmp_path, uninterrupted):
+def run_on_terminal(framework, *flags, folder, event="", ctrl_c_at=None, **variables):
+    """Run a script on a terminal; return (exit code, what the terminal shows).
+
+    Args:
+        event: a piece of Python that is executed first.
+        ctrl_c_at: a text on the terminal; when it appears, somebody presses Ctrl-C.
+    """
     ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    script = str(ROOT / image_framework / "train.py")
-    command = [sys.executable, script, "--epochs", "1", "--batch-size", "8"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=theirs, stderr=theirs):
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = [sys.executable, "-c", SCRIPT, event, script_of(framework), *flags]
+    command = list(map(str, command))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(**variables),
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY),
+        **streams,
+    ) as process:
         os.close(theirs)
-        shown = read_terminal(ours)
-    assert re.search(r"epoch 1: +\d+%.*/203 ", shown)
-    assert "epoch 2:" not in (uninterrupted(image_framework) / "log").read_text()
+        shown = b""
+        with contextlib.suppress(OSError):  # the program has ended
+            while data := os.read(ours, 4096):
+                shown += data
+                if ctrl_c_at and ctrl_c_at.encode() in shown:
+                    os.write(ours, b"\x03")
+                    ctrl_c_at = None
+    return process.returncode, shown.decode()
+
+
+def test_a_progress_bar_shows_on_a_terminal_only(image_framework, tmp_path, uninterrupted):
+    flags = ["--epochs", 2, "--batch-size", 8]
+    event = "from common import report; report.METRICS_SECONDS = 0.2"
+    code, shown = run_on_terminal(image_framework, *flags, folder=tmp_path, event=event)
+    assert code == 0
+    assert re.search(r"epoch 1/2: +\d+%.*/406 \[\d\d:\d\d<\d\d:\d\d", shown)  # with the time left
+    assert re.search(r"epoch 2/2: .*step/s, loss=[\d.]+, accuracy=[\d.]+\]", shown)
+    assert re.search(r"[\r\n]epoch=1 train_loss", shown)
+    assert "epoch 1/12:" not in (uninterrupted(image_framework) / "log").read_text()
+
+
+def test_the_message_after_ctrl_c_is_on_a_line_of_its_own(tmp_path):
+    flags = ["--epochs", 300]
+    code, shown = run_on_terminal("pytorch", *flags, folder=tmp_path, ctrl_c_at="epoch 2/300")
+    assert code == 130
+    assert re.search(r"\^C\r\nSIGINT received: finishing the running step and saving\r\n", shown)
+    assert re.search(r"[\r\n]Interrupted: saved checkpoint-\d+(-\d+)?.pt, run the same command", shown)
+
+
+def test_an_error_is_red_on_a_terminal_only(tmp_path):
+    run_here = functools.partial(run_on_terminal, "pytorch", "--nope", folder=tmp_path)
+    assert run_here()[1].startswith("\x1b[31merror:\x1b[0m unknown flag --nope")
+    assert run_here(NO_COLOR="1")[1].startswith("error: unknown flag --nope")
 
 
 PREDICT = {
