@@ -29,6 +29,7 @@ HARMLESS_FLAGS = PER_WORKER_FLAGS | {
     "--keep-checkpoints",
     "--best-metric",
     "--patience",
+    "--stop-after",
     "--resume-anyway",
     "--port",
     "--external-memory",

@@ -1,6 +1,7 @@
-"""Parsers of the values of flags, for argparse: numbers in a range, one of some words."""
+"""Parsers of the values of flags, for argparse: numbers in a range, durations, one of some words."""
 
 import argparse
+import re
 
 
 def integer(minimum, maximum=float("inf")):
@@ -11,6 +12,14 @@ def integer(minimum, maximum=float("inf")):
 def real(minimum, maximum=float("inf")):
     """Return a parser of numbers from `minimum` to `maximum`, for argparse."""
     return _number(float, "a number", minimum, maximum)
+
+
+def duration(text):
+    """Parse a duration such as 3h50m, 90m or 45s, or a number of seconds; return seconds, for argparse."""
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(text))
+    if not text or not parts:
+        raise argparse.ArgumentTypeError(f"expected a time such as 3h50m, 90m or 45s, got {text!r}")
+    return sum(float(part or 0) * unit for part, unit in zip(parts.groups(), (86400, 3600, 60, 1)))
 
 
 def share(text):

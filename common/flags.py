@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from common import __version__, errors, xgboost_params
-from common.flag_types import integer, real, share
+from common.flag_types import duration, integer, real, share
 
 FRAMEWORKS = ("torch", "torchvision", "tensorflow", "keras", "mxnet", "xgboost")
 CHANNEL = "SM_CHANNEL_"  # the beginning of the names of variables with the folders of SageMaker's channels
@@ -232,6 +232,13 @@ def _training_flags(parser):
         type=integer(0),
         default=0,
         help="stop after this many epochs without a better --best-metric (default: loss); 0: never",
+    )
+    add(
+        "--stop-after",
+        type=duration,
+        default=0,
+        metavar="TIME",
+        help="save and exit with code 75 after this time, such as 3h50m, counted from the start; 0: never",
     )
     add("--seed", type=integer(0, 2**32 - 1), default=42, help="seed of all random numbers")
     add(

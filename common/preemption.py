@@ -1,6 +1,8 @@
-"""SIGTERM and Ctrl-C end a training between two steps, with a checkpoint and an exit code that says so.
+"""Signals end a training between two steps, with a checkpoint and an exit code that says so.
 
-SageMaker sends SIGTERM two minutes before it reclaims a Spot instance.
+SageMaker sends SIGTERM two minutes before it reclaims a Spot instance. Slurm sends SIGTERM, or the signal of
+`sbatch --signal`. A closed terminal sends SIGHUP, a limit on CPU time SIGXCPU, the timer of `--stop-after`
+SIGALRM.
 """
 
 import contextlib
@@ -11,7 +13,16 @@ import threading
 
 from common import errors
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
+NUMBERS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+    signal.SIGALRM,
+)
+STOPPED = 75  # the exit code after --stop-after: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -26,11 +37,12 @@ class Interrupted(Exception):  # noqa: N818 - not an error
     def __init__(self, number, saved=None):
         done = f"saved {saved}" if saved else "nothing new to save"
         super().__init__(f"Interrupted: {done}, run the same command to resume")
-        self.exit_code = 128 + number  # as shells report a signal: 143 for SIGTERM, 130 for Ctrl-C
+        # As shells report a signal: 143 for SIGTERM, 130 for Ctrl-C.
+        self.exit_code = STOPPED if number == signal.SIGALRM else 128 + number
 
 
 class SignalHandlers:
-    """Handlers for SIGTERM and SIGINT that take a note.
+    """Handlers that take a note of a signal.
 
     Attributes:
         received: the first signal's number, or None.
@@ -45,11 +57,10 @@ class SignalHandlers:
         self._found = {}  # the handlers before `install`, by signal number
 
     def install(self):
-        """Take over both signals. A second call takes them back from a library that has replaced them."""
+        """Take over the signals. A second call takes them back from a library that has replaced them."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers in the main thread only
-        for number in NUMBERS:
-            found = signal.signal(number, self._receive)
+        for number, found in take_over(self._receive).items():
             self._found.setdefault(number, found)
 
     def pass_on(self, number, frame):
@@ -63,6 +74,8 @@ class SignalHandlers:
 
     def restore(self):
         """Put back the handlers that `install` found. A script, which is about to exit, ignores signals."""
+        if self._found:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, found in self._found.items():
             if found is exit_at_once:
                 found = signal.SIG_IGN
@@ -74,9 +87,22 @@ class SignalHandlers:
         self.received = number
         if self.deferred:
             begin_line(number)
-            print_safely(f"{signal.Signals(number).name} received: finishing the running step and saving")
+            reason = f"{signal.Signals(number).name} received"
+            if number == signal.SIGALRM:
+                reason = "The time of --stop-after is over"
+            print_safely(f"{reason}: finishing the running step and saving")
         else:
             self._on_early_signal(number, frame)
+
+
+def take_over(handler):
+    """Set the handler of all signals that end a training; return the handlers before, by signal number."""
+    found = {}
+    for number in NUMBERS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # nohup
+        found[number] = signal.signal(number, handler)
+    return found
 
 
 def exit_at_once(number, frame=None):

@@ -49,10 +49,10 @@ _notice.daemon = True
 
 
 def start(parse_args):
-    """Take over SIGTERM and Ctrl-C, and return the parsed flags; call this before the slow imports."""
-    for number in preemption.NUMBERS:
-        signal.signal(number, preemption.exit_at_once)
+    """Take over the signals that end a training, and return the flags; call this before the slow imports."""
+    preemption.take_over(preemption.exit_at_once)
     args = parse_args()
+    signal.setitimer(signal.ITIMER_REAL, args.stop_after)
     if is_terminal(sys.stdout) and os.environ.get("RANK", "0") == "0":
         _notice.start()
     return args
@@ -117,6 +117,7 @@ class Run:
         self._started = time.monotonic()
         self._initial_epoch = 0
         self._has_stopped = False
+        self._is_exported = False
         self._has_checked_augment = False
         self._has_checked_attributes = False
         self._attributes = None
@@ -167,7 +168,8 @@ class Run:
         try:
             if error is None:
                 self.saver.wait()
-                self._check_signals()
+                if not self._is_exported:  # otherwise all files are written, and a signal is too late
+                    self._check_signals()
                 self.workers.leave()
             elif isinstance(error, Interrupted):
                 self.workers.leave()
@@ -654,6 +656,7 @@ class Run:
         if not self.workers.is_main_process:
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder)
+            self._is_exported = True
             return
         self.saver.wait()
         epoch = self._load_best()
@@ -673,6 +676,7 @@ class Run:
         facts["wall_seconds"] = time.monotonic() - self._started
         whole_epoch = None if self.progress.step else epoch
         report.write_results(args.output_data_dir, self.progress.history, whole_epoch, facts)
+        self._is_exported = True
 
     def _describe_model(self, folder, epoch):
         """Write `model.json` and `code/` into the folder of the model."""

@@ -19,7 +19,7 @@ import zlib
 
 import numpy as np
 
-from common import batches, errors, model_folder
+from common import batches, errors, model_folder, preemption
 from common.datasets import ArrayDataset
 from common.errors import UserError
 from common.report import log, log_weights
@@ -646,9 +646,9 @@ class ParameterServers:
     def _start_process(self, role):
         """Start a scheduler or a server in a process of its own; if it ends early, this worker ends too.
 
-        SIGTERM and Ctrl-C to the whole group do not reach it: it is needed until the state is saved.
+        Signals to the whole group do not reach it: it is needed until the state is saved.
         """
-        signals = {signal.SIGTERM, signal.SIGINT}
+        signals = set(preemption.NUMBERS)
         command = [sys.executable, "-c", _SERVER.format(sys.path)]
         environment = {**os.environ, "DMLC_ROLE": role}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the new process inherits that

@@ -10,7 +10,7 @@ import warnings
 
 import numpy as np
 
-from common import atomic_io, batches, errors, model_folder
+from common import atomic_io, batches, errors, model_folder, preemption
 from common.errors import UserError
 from common.report import log, log_weights
 
@@ -400,8 +400,7 @@ def _as_tensors(batch):
 
 def _start_loader(number):
     torch.set_num_threads(1)
-    for signal_number in (signal.SIGTERM, signal.SIGINT):  # the training needs the batch for its last step
-        signal.signal(signal_number, signal.SIG_IGN)
+    preemption.take_over(signal.SIG_IGN)  # the training needs the batch for its last step
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------

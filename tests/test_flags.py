@@ -150,6 +150,14 @@ def test_switches_are_taken_as_people_and_as_sagemaker_write_them(argv, expected
     assert parse(*argv).augment is expected
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3h50m", 13800), ("90m", 5400), ("45s", 45), ("1d", 86400), ("600", 600), ("0.5", 0.5), ("1m30", 90)],
+)
+def test_a_duration(text, seconds):
+    assert parse("--stop-after", text).stop_after == seconds
+
+
 def test_an_empty_word_for_a_channel_is_no_channel():
     assert parse("--train", "").train is None
 
@@ -178,6 +186,7 @@ def test_an_s3_address_as_model_dir_is_logged_and_not_used(monkeypatch, capsys):
         (["--learning-rate", "inf"], ["--learning-rate", "'inf'"]),
         (["--warmup-epochs", "-1"], ["--warmup-epochs", "a number of at least 0", "'-1'"]),
         (["--patience", "1.5"], ["--patience", "a whole number of at least 0", "'1.5'"]),
+        (["--stop-after", "3 hours"], ["--stop-after", "a time such as 3h50m", "'3 hours'"]),
         (["--optimizer", "adam"], ["--optimizer", "'adam'", "adamw"]),
         (["--momentum", "0.9"], ["unknown flag --momentum:"]),
         (["--workers", "2"], ["unknown flag --workers:"]),

@@ -99,6 +99,39 @@ def test_sigterm_ends_xgboost_after_the_running_round(tmp_path, interruptible):
     assert_same_bits(tmp_path, interruptible("xgboost"), "xgboost")
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_the_other_signals_of_schedulers_and_terminals_save_too(name, tmp_path, interruptible):
+    number = signal.Signals[name]
+    event = f'at_call(Run, "finish_round", 12, lambda: send(signal.{name}))'
+    flags = INTERRUPTIBLE["xgboost"]
+    result = run_with(event, "xgboost", *flags, cwd=tmp_path, code=128 + number)
+    assert f"{name} received: finishing the running step and saving\n" in result.output
+    assert result.last_line == "Interrupted: saved xgboost-checkpoint.11, run the same command to resume"
+    assert run("xgboost", *flags, cwd=tmp_path).epochs == list(range(13, 31))
+    assert_same_bits(tmp_path, interruptible("xgboost"), "xgboost")
+
+
+def test_nohup_is_respected(tmp_path):
+    event = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    event += 'at_call(Run, "finish_round", 3, lambda: send(signal.SIGHUP))'
+    assert run_with(event, "xgboost", "--epochs", 5, cwd=tmp_path, code=0).epochs == [1, 2, 3, 4, 5]
+
+
+def test_stop_after_saves_and_has_its_own_exit_code(tmp_path, interruptible):
+    """The timer is set for the time of the flag; here it ends after 12 rounds."""
+    event = "def expire():\n"
+    event += "    assert 3000 < signal.getitimer(signal.ITIMER_REAL)[0] <= 3600\n"
+    event += "    signal.setitimer(signal.ITIMER_REAL, 1e-6); time.sleep(0.01)\n"
+    event += 'at_call(Run, "finish_round", 12, expire)'
+    flags = INTERRUPTIBLE["xgboost"]
+    result = run_with(event, "xgboost", *flags, "--stop-after", "1h", cwd=tmp_path, code=75)
+    assert "The time of --stop-after is over: finishing the running step and saving\n" in result.output
+    assert result.last_line == "Interrupted: saved xgboost-checkpoint.11, run the same command to resume"
+    result = run("xgboost", *flags, "--stop-after", "1h", cwd=tmp_path)
+    assert "Changed since" not in result.output
+    assert_same_bits(tmp_path, interruptible("xgboost"), "xgboost")
+
+
 def test_a_signal_that_comes_again_and_again_does_not_change_the_end(framework, tmp_path):
     with start(framework, "--epochs", 10**6, "--keep-checkpoints", 1, cwd=tmp_path) as process:
         try:
@@ -196,14 +229,16 @@ def test_a_run_waits_for_the_end_of_another_one(tmp_path):
         assert first.wait() == 0
 
 
-def test_a_signal_during_the_export_lets_it_finish_and_still_says_interrupted(
-    framework, tmp_path, uninterrupted
-):
+def test_a_signal_during_the_export_or_later_lets_the_training_finish(framework, tmp_path, uninterrupted):
+    """Even while Python shuts down, when it drops its own handlers, the exit code stays 0."""
     epochs = EPOCHS[framework]
     copy_checkpoints(uninterrupted(framework), tmp_path, framework, epochs)
-    event = 'at_call(Run, "export", 1, lambda: send(signal.SIGTERM))'
-    result = run_with(event, framework, "--epochs", epochs, cwd=tmp_path, code=143)
-    assert result.last_line == "Interrupted: nothing new to save, run the same command to resume"
+    late = "[send(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]"
+    event = 'at_call(Run, "export", 1, lambda: send(signal.SIGTERM))\n'
+    event += f"import atexit; atexit.register(lambda: {late})\n"
+    event += f'at_call(Run, "__exit__", 1, lambda: {late})'
+    result = run_with(event, framework, "--epochs", epochs, cwd=tmp_path, code=0)
+    assert result.last_line.startswith("Model: ")
     assert metrics(tmp_path, framework)["epochs"] == epochs
     assert_same_bits(tmp_path, uninterrupted(framework), framework)
 
