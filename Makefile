@@ -1,67 +1,95 @@
 # make train [FRAMEWORK=pytorch|tensorflow|mxnet|xgboost] [ARGS="--epochs 20"]
 # make spot [FRAMEWORK=...] [SPOT="--interrupt-after 20s"] [ARGS="--epochs 20"]
-# make check         (some minutes the first time, then two: ruff, and tests of a few seconds)
+# make check         (some minutes the first time, then two: ruff, codespell, mypy, and tests of a few seconds)
 # make test          (all tests: 40 minutes on two cores)
 # make integration   (random interruptions, faults, serving toolkits, more variants of the tests: more than an hour)
 # make examples      (renews the examples from their templates, see examples/README.md)
 # make bench [BENCH="checkpoint rounds --repetitions 5"]
+# make update        (installs the newest dependencies in .venv-update, and runs `make check` there)
 
 FRAMEWORK ?= pytorch
 ARGS ?=
 BENCH ?=
-SPOT ?= --interrupt-after 10s,upload --grace 5s --verify
+SPOT ?= --interrupt-after 3epochs,3epochs --forward-sigterm --verify
+VENV ?= .venv
 
-.PHONY: train spot check test integration examples bench
+# What the framework needs; all of it if `make check` or `make test` have installed that.
+FRAMEWORK_INSTALLED = $(or $(wildcard $(VENV)/installed),$(VENV)/$(FRAMEWORK)-installed)
+INSTALL = $(VENV)/bin/python -m pip install --no-compile --requirement
 
-train: .venv/installed
-	.venv/bin/python $(FRAMEWORK)/train.py $(ARGS)
+.PHONY: train spot lint check test integration examples bench update
 
-spot: .venv/spot-installed
-	.venv/bin/python -m spot $(FRAMEWORK)/train.py $(SPOT) -- $(ARGS)
+train: $(FRAMEWORK_INSTALLED)
+	$(VENV)/bin/python $(FRAMEWORK)/train.py $(ARGS)
 
-check: .venv/installed
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -m quick
+# Enough epochs for two interruptions on any machine; an epoch of XGBoost takes milliseconds.
+spot: ARGS = --epochs $(if $(filter xgboost,$(FRAMEWORK)),500,12)
+spot: $(FRAMEWORK_INSTALLED) $(VENV)/spot-installed
+	$(VENV)/bin/python -m spot $(FRAMEWORK)/train.py $(SPOT) -- $(ARGS)
 
-test: .venv/spot-installed .venv-sdk2/installed .venv-sdk3/installed
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/mypy
 
-integration: .venv/installed .venv-serving/installed
-	.venv/bin/python -m pytest -m integration --numprocesses 0 --capture no
+check: lint
+	$(VENV)/bin/python -m pytest -m quick
 
-examples: .venv/installed
-	.venv/bin/python examples/renew.py
+test: lint $(VENV)/spot-installed .venv-sdk2/installed .venv-sdk3/installed
+	$(VENV)/bin/python -m pytest
 
-bench: .venv/spot-installed
-	.venv/bin/python -m benchmarks $(BENCH)
+integration: $(VENV)/installed .venv-serving/installed
+	$(VENV)/bin/python -m pytest -m integration --numprocesses 0 --capture no
+
+examples: $(VENV)/installed
+	$(VENV)/bin/python examples/renew.py
+
+bench: $(VENV)/installed $(VENV)/spot-installed
+	$(VENV)/bin/python -m benchmarks $(BENCH)
+
+# Prints what has changed in requirements/versions.txt.
+update:
+	rm -rf .venv-update
+	$(MAKE) VENV=.venv-update .venv-update/bin/pip
+	sed 's/[=>]=[^ ]*//' requirements/versions.txt > .venv-update/names.txt
+	.venv-update/bin/python -m pip install --no-compile --requirement .venv-update/names.txt
+	touch .venv-update/installed
+	.venv-update/bin/python -m pip freeze --requirement .venv-update/names.txt | sed '/^## /,$$d' | \
+	    diff requirements/versions.txt - || true
+	$(MAKE) VENV=.venv-update check
 
 # The newest supported Python that works and can make virtual environments, on the PATH or of pyenv; else any python3.
-.venv/installed: requirements.txt
+$(VENV)/bin/pip:
 	@for python in $(foreach v,3.12 3.11 3.13,python$(v) $(HOME)/.pyenv/versions/$(v).*/bin/python) python3; do \
 	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	        echo "Setting up .venv with $$python: takes some minutes, once"; \
-	        $$python -m venv .venv && .venv/bin/python -m pip install --quiet --requirement requirements.txt && touch $@; \
+	        echo "Setting up $(VENV) with $$python, once"; \
+	        $$python -m venv --upgrade-deps $(VENV); \
 	        exit; \
 	    fi; \
 	done; \
 	echo "error: no Python 3.11, 3.12 or 3.13 with venv here: install one, such as python3.12 and python3.12-venv"; exit 1
 
-# The simulator of Managed Spot Training.
-.venv/spot-installed: spot/requirements.txt .venv/installed
-	@echo "Setting up the simulator in .venv: takes a minute, once"
-	@.venv/bin/python -m pip install --quiet --requirement requirements.txt --requirement $< && touch $@ || \
-	    { command -v gcc >/dev/null || echo "error: SageMaker's toolkit is compiled here, which needs gcc: install it"; exit 1; }
+$(VENV)/installed: requirements.txt $(wildcard requirements/*.txt) | $(VENV)/bin/pip
+	$(INSTALL) $<
+	@touch $@
+
+$(VENV)/spot-installed: requirements/spot.txt requirements/versions.txt | $(VENV)/bin/pip
+	@echo "$(INSTALL) $<" && $(INSTALL) $< || { \
+	    command -v gcc >/dev/null || echo "error: SageMaker's toolkit is compiled here, which needs gcc: install it"; exit 1; }
+	@touch $@
+
+$(VENV)/%-installed: requirements/%.txt requirements/versions.txt | $(VENV)/bin/pip
+	$(INSTALL) $<
+	@touch $@
 
 # Versions 2 and 3 of SageMaker's Python SDK, which cannot share an environment, for the launchers.
-.venv-sdk%/installed: launch/requirements-v%.txt | .venv/installed
+.venv-sdk%/installed: launch/requirements-v%.txt | .venv/bin/pip
 	@echo "Setting up .venv-sdk$* for the launchers: takes some minutes, once"
 	@.venv/bin/python -m venv .venv-sdk$* && .venv-sdk$*/bin/python -m pip install --quiet --requirement $< && touch $@
 
 # SageMaker's serving toolkits, which find the frameworks in .venv.
-.venv-serving/installed: tests/requirements-serving.txt tests/requirements-serving-pytorch.txt | .venv/spot-installed
+.venv-serving/installed: tests/requirements-serving.txt tests/requirements-serving-pytorch.txt | .venv/installed .venv/spot-installed
 	@echo "Setting up .venv-serving with SageMaker's serving toolkits: takes a minute, once"
 	@.venv/bin/python -m venv .venv-serving
 	@.venv-serving/bin/python -m pip install --quiet --no-deps --requirement $<

@@ -23,9 +23,7 @@ from pathlib import Path
 from common import errors
 from common.flags import hyperparameters, integer, real
 
-with errors.importing(
-    "what spot/requirements.txt lists", "pip install -r requirements.txt -r spot/requirements.txt"
-):
+with errors.importing("what requirements/spot.txt lists", "pip install -r requirements/spot.txt"):
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -45,8 +43,15 @@ def seconds(text):
 
 
 def moments(text):
-    """Parse `20s,upload,40s`."""
-    return [word if word == "upload" else seconds(word) for word in text.split(",")]
+    """Parse `20s,5epochs,upload`."""
+    return [moment(word) for word in text.split(",")]
+
+
+def moment(word):
+    """Parse `20s`, `5epochs` or `upload`."""
+    if match := re.fullmatch("([1-9][0-9]*)epochs?", word):
+        return service.Epochs(int(match[1]))
+    return word if word == service.UPLOAD else seconds(word)
 
 
 def channel(text):
@@ -88,8 +93,9 @@ def parse_args(argv=None):
         "--interrupt-after",
         type=moments,
         default=[],
-        metavar="20s,upload,...",
-        help="when to interrupt each attempt: so long after its start, or in the middle of its second upload",
+        metavar="20s,5epochs,upload,...",
+        help="when to interrupt each attempt: so long after its start, after so many of its epochs, or "
+        "in the middle of its second upload",
     )
     when.add_argument(
         "--mean-time-between-interruptions", type=seconds, metavar="60s", help="at random moments"

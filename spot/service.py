@@ -18,6 +18,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import boto3
@@ -25,10 +26,17 @@ from botocore.exceptions import ClientError
 
 from common.errors import UserError
 from spot import container
+from spot.report import EPOCH
 from spot.sync import split_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 UPLOAD = "upload"
+
+
+class Epochs(NamedTuple):
+    """An interruption after so many epochs of an attempt, however long they take."""
+
+    count: int
 
 
 @contextlib.contextmanager
@@ -106,8 +114,8 @@ class Job:
         s3: a boto3 client.
         request: a CreateTrainingJob request.
         folder: where the containers' base folders and logs go.
-        interruptions: for each attempt the seconds after which it is interrupted, or UPLOAD: in the middle of
-            its second upload; further attempts are left alone.
+        interruptions: for each attempt the seconds after which it is interrupted, or Epochs, or UPLOAD: in
+            the middle of its second upload; further attempts are left alone.
         grace: seconds from SIGTERM to SIGKILL.
         rate: bytes per second to S3.
         watch: called with each event.
@@ -117,6 +125,7 @@ class Job:
         self.s3, self.request, self.folder, self.interruptions = s3, request, folder, interruptions
         self.grace, self.rate, self.watch = grace, rate, watch
         self.events = []
+        self.num_epochs = 0  # of this attempt
 
     def run(self):
         """Run attempt after attempt; return the base folder of the one that completed.
@@ -137,6 +146,7 @@ class Job:
     def _attempt(self, attempt, folder, interruption):
         """Return the exit code of process 1; None where it was interrupted."""
         container.lay_out(folder, self.request, self.s3)
+        self.num_epochs = 0
 
         def tell(event, **more):
             self.events.append({"time": time.time(), "attempt": attempt, "event": event, **more})
@@ -147,6 +157,7 @@ class Job:
             def tell_line(line):
                 tell("log", line=line)
                 log.write(line + "\n")
+                self.num_epochs += bool(EPOCH.match(line))
 
             copies = _SyncProcess(folder / "checkpoints", self.request, self.rate, interruption, tell)
             try:
@@ -165,7 +176,8 @@ class Job:
         interrupt_at = (
             time.monotonic() + interruption if isinstance(interruption, (int, float)) else float("inf")
         )
-        while not copies.stalled.is_set() and time.monotonic() < interrupt_at:
+        epochs = interruption.count if isinstance(interruption, Epochs) else float("inf")
+        while not (copies.stalled.is_set() or self.num_epochs >= epochs or time.monotonic() >= interrupt_at):
             copies.check()
             code = box.wait(0.02)
             if code is not None:

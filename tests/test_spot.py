@@ -376,6 +376,17 @@ def test_a_simulator_that_is_ended_leaves_no_process(tmp_path, number):
     wait_for(lambda: not processes_below(tmp_path))
 
 
+def test_interruptions_after_epochs_depend_on_no_clock(tmp_path):
+    words = ["--interrupt-after", "5epochs,2epochs", "--grace", "0s", "--", "--epochs", 500]
+    output = simulate(ROOT / "xgboost/train.py", *words, cwd=tmp_path)
+    assert "Only " not in output
+    attempts = json.loads((tmp_path / "output/spot/report.json").read_text())["attempts"]
+    counts = [len(attempt["epochs"]) for attempt in attempts]
+    assert len(counts) == 3
+    assert 5 <= counts[0] < 100
+    assert 2 <= counts[1] < 100
+
+
 def test_plan():
     def planned(*words):
         return plan(parse_args([str(ROOT / "pytorch/train.py"), *words]))
@@ -384,6 +395,7 @@ def test_plan():
     assert planned("--interrupt-after", "20s,upload,2m") == [20, "upload", 120]
     assert planned("--interrupt-after", "20s,upload", "--interruptions", "3") == [20, "upload", 20]
     assert planned("--interrupt-after", "20s", "--interruptions", "0") == []
+    assert planned("--interrupt-after", "5epochs,1epoch") == [service.Epochs(5), service.Epochs(1)]
     random = planned("--mean-time-between-interruptions", "30s", "--interruptions", "1000")
     assert 25 < sum(random) / 1000 < 35
     assert random[:3] == planned("--mean-time-between-interruptions", "30s")
