@@ -253,6 +253,16 @@ class Workers:
                 os._exit(code)
 
 
+# A machine that vanishes closes no connection: probe it every few seconds.
+_TCP_OPTIONS = {
+    "TCP_NODELAY": 1,
+    "TCP_KEEPIDLE": SILENCE // 3,
+    "TCP_KEEPINTVL": SILENCE // 6,
+    "TCP_KEEPCNT": 4,
+    "TCP_USER_TIMEOUT": SILENCE * 1000,
+}
+
+
 class Peer:
     """A connection to another worker, with a thread that reads from it and notices if the worker is gone."""
 
@@ -263,13 +273,10 @@ class Peer:
         self.inbox = queue.Queue()
         self.lock = threading.Lock()
         connection.settimeout(None)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A machine that vanishes closes no connection: probe it every few seconds.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE // 3)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE // 6)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE * 1000)
+        for name, value in _TCP_OPTIONS.items():
+            if hasattr(socket, name):  # macOS has not all of them
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         threading.Thread(target=self._read_all, daemon=True).start()
 
     def send(self, kind, content, patience=-1):

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -91,7 +92,8 @@ class DryRun:
             seconds = row["seconds"] * self.steps_per_epoch / min(STEPS, self.steps_per_epoch)
             unit = f"the {self.steps_per_epoch} steps of an epoch"
         log(f"Dry run: about {seconds:.3g} s for {unit}, {seconds * self.epochs:.3g} s for {self.epochs}")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         log(f"Dry run: {_megabytes(peak)} of memory at most (without that of a GPU)")
         sizes = [path.stat().st_size for path in self.args.checkpoint_path.iterdir() if path.is_file()]
         free = shutil.disk_usage(_existing(folder)).free

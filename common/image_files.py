@@ -4,7 +4,6 @@ import contextlib
 import io
 import math
 import mmap
-import os
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import decoder
+from common import decoder, machine
 from common.errors import DataError, first_line
 from common.report import log
 
@@ -117,7 +116,7 @@ class ImageFiles:
         # Opening a file takes as long as decoding 1,000 pixels, and threads take turns at it.
 
         num_useful = self.size[0] * self.size[1] // 1000
-        count = min(len(os.sched_getaffinity(0)), num_useful, len(indices))
+        count = min(machine.num_cores(), num_useful, len(indices))
         if count < 2:
             work()
             return

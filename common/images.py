@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import decoder, image_archives, memory
+from common import decoder, image_archives, machine
 from common.datasets import ArrayDataset, check_apart, hold_out
 from common.errors import UserError, first_line, read_count
 from common.image_files import ImageFiles, Source
@@ -240,7 +240,7 @@ def _read_arrays(channel, paths):
                 raise UserError(f"{paths[0]} holds {', '.join(archive.files)}: expected arrays named x and y")
             return _check_arrays(channel, paths[0], archive["x"], archive["y"])
     with _readable(paths[0]):
-        fits = paths[0].stat().st_size < memory.available() / 2
+        fits = paths[0].stat().st_size < machine.available_memory() / 2
         mode = None if fits else "r"
         images = np.load(paths[0], mmap_mode=mode, allow_pickle=False)
         labels = np.load(paths[1], allow_pickle=False)
@@ -447,17 +447,18 @@ def _resize(images, size):
 def _allocate(shape, dtype):
     """Return an empty array in memory, or in a temporary file if it does not fit."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    if num_bytes < memory.available() / 2:
+    if num_bytes < machine.available_memory() / 2:
         return np.empty(shape, dtype)
     file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the array
-    os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error now, not a crash later
+    if hasattr(os, "posix_fallocate"):  # not on macOS: a full disk is an error now, not a crash later
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
     return np.memmap(file, dtype, shape=shape)
 
 
 def _memory_for_images():
     """Return the bytes that decoded images may take in this process: half of what is free."""
     num_processes = read_count("LOCAL_WORLD_SIZE", 1)  # torchrun's, on this host
-    return max(0, memory.available() / 2 / max(1, num_processes))
+    return max(0, machine.available_memory() / 2 / max(1, num_processes))
 
 
 @contextlib.contextmanager

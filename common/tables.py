@@ -17,7 +17,7 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
-from common import memory, table_columns, table_files, table_values
+from common import machine, table_columns, table_files, table_values
 from common.datasets import FINGERPRINT_ROWS, check_apart, hold_out, spread
 from common.errors import UserError
 from common.report import log
@@ -426,7 +426,7 @@ def _keep(features, folder):
 def _check_memory(num_columns):
     """Raise UserError if XGBoost needs more memory than is free for the limits of the bins alone."""
     needed = num_columns * BYTES_PER_COLUMN
-    free = memory.available()
+    free = machine.available_memory()
     if needed > free:
         raise UserError(
             f"the table has {num_columns} columns, for which XGBoost needs {needed / 1e9:.1f} GB, but "

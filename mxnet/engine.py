@@ -19,7 +19,7 @@ import zlib
 
 import numpy as np
 
-from common import batches, errors, model_folder, preemption
+from common import batches, errors, machine, model_folder, preemption
 from common.datasets import ArrayDataset
 from common.errors import UserError
 from common.report import log, log_weights
@@ -783,7 +783,7 @@ def read_checkpoint(file):
 def describe_machine(args):
     """Return what changes the bits of the result, but not its quality."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    num_threads = int(threads) if threads.isdigit() and int(threads) else len(os.sched_getaffinity(0))
+    num_threads = int(threads) if threads.isdigit() and int(threads) else machine.num_cores()
     return {
         "CPU threads": num_threads,
         "number of devices": len(_find_devices(args)),

@@ -389,6 +389,7 @@ def load_with_processes(loader, steps, num_processes):
         collate_fn=_as_tensors,
         worker_init_fn=_start_loader,
         generator=torch.Generator(),  # otherwise it would draw from the global one
+        multiprocessing_context="fork",  # the loader has modules in it, which no other method passes on
     )
     return iter(data_loader)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic_io, batches, datasets, errors, model_folder, quiet, self_check
+from common import atomic_io, batches, datasets, errors, machine, model_folder, quiet, self_check
 from common.errors import UserError
 from common.report import log, log_weights
 
@@ -1157,5 +1157,5 @@ def describe_machine(args):
         "TF_NUM_INTRAOP_THREADS"
     )
     wanted = str(wanted or os.environ.get("OMP_NUM_THREADS"))
-    threads = int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
+    threads = int(wanted) if wanted.isdigit() and int(wanted) else machine.num_cores()
     return {"CPU threads": threads, FRAMEWORK: VERSION}

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common import decoder, flags, images, memory
+from common import decoder, flags, images, machine
 from common.errors import UserError
 from helpers import ROOT, environment, save_images, start_command
 
@@ -145,7 +145,7 @@ def test_images_that_do_not_fit_into_memory_are_decoded_again(tmp_path, digits, 
     expected = all_images(load(train=tmp_path))
     assert "decoded when first needed: 0.1 MB\n" in log()
     bytes_of_ten = 10 * 8 * 8 * 3
-    monkeypatch.setattr(memory, "available", lambda: 2 * bytes_of_ten)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2 * bytes_of_ten)
     data = load(train=tmp_path)
     assert "0.1 MB, of which 0.0 MB stay in memory, and the others are decoded in each epoch" in log()
     for _ in range(2):
@@ -467,18 +467,18 @@ def test_each_class_gives_its_share_of_the_held_out_tenth(tmp_path, digits):
 
 
 def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
-    free = memory.available()
+    free = machine.available_memory()
     (tmp_path / "max").write_text("3000000\n")
     (tmp_path / "current").write_text("1000000\n")
-    monkeypatch.setattr(memory, "CONTAINER", [(tmp_path / "max", tmp_path / "current")])
-    assert memory.available() == 2_000_000
+    monkeypatch.setattr(machine, "CONTAINER", [(tmp_path / "max", tmp_path / "current")])
+    assert machine.available_memory() == 2_000_000
     (tmp_path / "max").write_text("max\n")  # no limit
-    assert memory.available() == pytest.approx(free, rel=0.5)
+    assert machine.available_memory() == pytest.approx(free, rel=0.5)
 
 
 def test_processes_of_one_host_share_the_memory(tmp_path, digits, monkeypatch):
     save_images(tmp_path, *digits)
-    monkeypatch.setattr(memory, "available", lambda: 2 * 60 * 8 * 8 * 3)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2 * 60 * 8 * 8 * 3)
     for variable, expected in (("", 60), ("3", 20)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", variable)
         assert load(train=tmp_path)[0].images.num_kept == expected

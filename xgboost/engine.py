@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic_io, errors, memory, tables, train_state
+from common import atomic_io, errors, machine, tables, train_state
 from common.errors import UserError
 from common.preemption import Interrupted
 from common.report import log
@@ -474,7 +474,7 @@ def _try_in_another_process(content):
         raise ValueError(f"XGBoost crashes over it with {signal.Signals(-trial.returncode).name}")
     if trial.returncode:
         lines = trial.stderr.decode(errors="replace").strip().splitlines() or ["unknown"]
-        if "bad_alloc" in lines[-1] and memory.available() > 100 * len(content):
+        if "bad_alloc" in lines[-1] and machine.available_memory() > 100 * len(content):
             raise ValueError("XGBoost asks for more memory than such a file can need")
         raise ValueError(f"XGBoost cannot use it: {lines[-1]}")
 
@@ -515,5 +515,5 @@ def describe_machine(args):
     requested = os.environ.get("OMP_NUM_THREADS", "")
     if not num_threads and requested.isdigit():
         num_threads = int(requested)
-    num_threads = num_threads or len(os.sched_getaffinity(0))
+    num_threads = num_threads or machine.num_cores()
     return {"CPU threads": num_threads, FRAMEWORK: VERSION}

@@ -1,6 +1,7 @@
-"""How much memory is free: of the machine, the container or the process."""
+"""Free memory and cores: of the machine, the container or the process; macOS says less than Linux."""
 
 import contextlib
+import os
 import resource
 from pathlib import Path
 
@@ -11,9 +12,9 @@ CONTAINER = [
 ]
 
 
-def available():
-    """Return the free memory in bytes; inf without a limit."""
-    free = [float("inf")]
+def available_memory():
+    """Return the free memory in bytes; all of the machine's memory where the system does not say."""
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError, KeyError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         fields = dict(line.split(":") for line in lines)
@@ -23,9 +24,17 @@ def available():
             free.append(_read_number(limit) - _read_number(used))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
-        num_pages = _read_number("/proc/self/statm")
-        free.append(limit - num_pages * resource.getpagesize())
+        with contextlib.suppress(OSError):
+            limit -= _read_number("/proc/self/statm") * resource.getpagesize()
+        free.append(limit)
     return min(free)
+
+
+def num_cores():
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _read_number(path):
