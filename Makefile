@@ -11,6 +11,7 @@ FRAMEWORK ?= pytorch
 ARGS ?=
 BENCH ?=
 SPOT ?= --interrupt-after 3epochs,3epochs --forward-sigterm --verify
+PYTHON ?=
 VENV ?= .venv
 
 # What the framework needs; all of it if `make check` or `make test` have installed that.
@@ -59,9 +60,9 @@ update:
 	    diff requirements/versions.txt - || true
 	$(MAKE) VENV=.venv-update check
 
-# The newest supported Python that works and can make virtual environments, on the PATH or of pyenv; else any python3.
+# PYTHON, or the newest supported one that works and can make virtual environments, on the PATH or of pyenv.
 $(VENV)/bin/pip:
-	@for python in $(foreach v,3.12 3.11 3.13,python$(v) $(HOME)/.pyenv/versions/$(v).*/bin/python) python3; do \
+	@for python in $(PYTHON) $(foreach v,3.12 3.11 3.13,python$(v) $(HOME)/.pyenv/versions/$(v).*/bin/python) python3; do \
 	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	        echo "Setting up $(VENV) with $$python, once"; \
 	        $$python -m venv --upgrade-deps $(VENV); \
