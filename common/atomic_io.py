@@ -1,5 +1,7 @@
 """Writing files so that no reader ever sees half of one, and nothing is lost when the disk is full."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import hashlib
@@ -9,6 +11,8 @@ import os
 import re
 import shutil
 import zipfile
+from pathlib import Path
+from typing import BinaryIO, Iterator
 
 from common.errors import UserError, first_line
 
@@ -19,14 +23,14 @@ UNSEALED = f'"sha256": "{NO_CHECKSUM}"'.encode()
 TEMPORARY = ".sagemaker-ignore"  # SageMaker does not copy files with this suffix to S3
 
 
-def write_sealed(content, file):
+def write_sealed(content: bytearray, file: BinaryIO) -> None:
     """Write the bytearray `content` with its SHA-256 in the place of its `NO_CHECKSUM`."""
     end = content.index(UNSEALED) + len(UNSEALED) - 1
     content[end - len(NO_CHECKSUM) : end] = hashlib.sha256(content).hexdigest().encode()
     file.write(content)
 
 
-def check_seal(content):
+def check_seal(content: bytes) -> None:
     """Raise ValueError if `content` has no checksum by `write_sealed`, or a checksum that does not match."""
     found = re.search(rb'"sha256": "([0-9a-f]{64})"', content)
     if not found:
@@ -35,7 +39,7 @@ def check_seal(content):
         raise ValueError("its checksum is wrong: the file is damaged")
 
 
-def check_zip(file):
+def check_zip(file: BinaryIO) -> None:
     """Raise ValueError if the zip archive `file`, such as a .pt file, does not match its own checksums."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -48,7 +52,7 @@ def check_zip(file):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends, and leaves nothing behind when it fails.
 
     The content reaches the disk before the name does, so that a file is complete as soon as it is visible,
@@ -94,7 +98,7 @@ def _warn_of_unflushed(folder, error):
     _unflushed.add(folder)
 
 
-_unflushed = set()  # folders
+_unflushed: set[Path] = set()  # folders
 
 
 class ErrorKeepingReader(io.FileIO):
@@ -147,7 +151,7 @@ class _ErrorKeepingWriter(io.FileIO):
 
 
 @contextlib.contextmanager
-def atomic_export(folder, flag):
+def atomic_export(folder: Path, flag: str) -> Iterator[Path]:
     """Yield an empty folder. When the block ends, its content replaces what has the same names in `folder`.
 
     Nothing in `folder` changes if the block fails. Raises UserError, with the name of the flag, for what a
@@ -180,7 +184,7 @@ def _flush_files(folder):
                 os.fsync(file.fileno())
 
 
-def prepare_folder(folder, flag):
+def prepare_folder(folder: Path, flag: str) -> None:
     """Create a folder and try to write there, before hours of training. Raises UserError if that fails."""
     probe = folder / f"write-test{TEMPORARY}"
     try:

@@ -4,6 +4,8 @@ None of it has a state, so that a checkpoint need not hold any of it, and a trai
 the same bits.
 """
 
+from __future__ import annotations
+
 import math
 import random
 import threading
@@ -41,7 +43,7 @@ class Batch(NamedTuple):
     samples_per_worker: float
 
 
-def batch_sizes(num_samples, batch_size):
+def batch_sizes(num_samples: int, batch_size: int) -> list[int]:
     """Return the number of samples in each batch of an epoch; no sample is left out.
 
     Even parts rather than a small rest: batch normalization learns badly from a few samples, and nothing from

@@ -3,6 +3,8 @@
 A file may be readable and still hold something else: another program has written it, or another version.
 """
 
+from __future__ import annotations
+
 import json
 
 import numpy as np
@@ -21,7 +23,7 @@ PROGRESS = {
 LARGEST = 2**53  # up to which a float has each whole number
 
 
-def check(content):
+def check(content: dict) -> None:
     """Raise ValueError if the plain values in a checkpoint are not such as `Run.save` writes."""
     _expect(isinstance(content, dict) and "progress" in content, "it is not a checkpoint of this script")
     plain = {name: content[name] for name in DICTIONARIES if name in content}

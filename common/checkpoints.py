@@ -5,6 +5,8 @@ hyphen and the number of finished steps: `checkpoint-3.pt`, `checkpoint-3-117.pt
 checkpoints.
 """
 
+from __future__ import annotations
+
 import fcntl
 import io
 import os
@@ -36,7 +38,7 @@ HARMLESS_FLAGS = PER_WORKER_FLAGS | {
 }
 
 
-def find_checkpoints(folder, pattern):
+def find_checkpoints(folder: Path, pattern: str) -> list[tuple[tuple[int, int], str]]:
     """Return the checkpoints in `folder`, found by name, newest first: a list of ((number, step), name)."""
     name = re.compile(re.escape(pattern).replace(r"\{\}", "(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?"))
     with os.scandir(folder) as entries:
@@ -270,7 +272,7 @@ class Checkpoints:
             log(f"Warning: {machine}: the result will be equally good but not bit-identical")
 
 
-def misfit(path, error):
+def misfit(path: Path, error: Exception) -> UserError:
     """Return the UserError for a checkpoint that cannot be loaded into the model because of `error`."""
     if isinstance(error, UserError):
         return error

@@ -8,7 +8,10 @@ sample's weight. A torch or Gluon `Dataset` is one. These are optional:
 - `fingerprint()`, a dictionary of plain values that differs if the data differ.
 """
 
+from __future__ import annotations
+
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -149,7 +152,7 @@ def describe(train, validation, read_samples, statistics=None):
     )
 
 
-def spread(count, wanted):
+def spread(count: int, wanted: int) -> np.ndarray:
     """Return at most `wanted` of the indices below `count`, evenly spread."""
     return np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)
 
@@ -203,7 +206,7 @@ def fingerprint(dataset, read_samples):
     }
 
 
-def hold_out(labels, seed):
+def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of a tenth of the samples, and of the others, both in random order.
 
     Each class gives its share, and at least one sample if there are as many held out as classes.
@@ -224,7 +227,7 @@ def hold_out(labels, seed):
     return order[is_held_out], order[~is_held_out]
 
 
-def check_apart(train, validation):
+def check_apart(train: Path, validation: Path | None) -> None:
     """Raise UserError if the folder `--validation` is inside `--train`."""
     if validation and train.resolve() in validation.resolve().parents:
         raise UserError(

@@ -1,5 +1,7 @@
 """Decodes images: the pixels of whatever Pillow reads, in the size and the colours of the training images."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import io
@@ -20,7 +22,7 @@ FIRST_PAGE = "one of several pages: only the first is read"
 RESIZED = "of another size: resized, and cropped if its shape differs"
 
 
-def decode(content, size):
+def decode(content: bytes, size: tuple[int, int] | None) -> tuple[np.ndarray, list[str]]:
     """Return the pixels of an encoded image, uint8 (height, width, 3), and what was done to it (see above).
 
     Args:

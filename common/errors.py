@@ -1,11 +1,14 @@
 """One clear line instead of a traceback for a mistake that a user can correct."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 import os
 import re
 import sys
 from pathlib import Path
+from typing import Collection, Iterator, NoReturn, TextIO
 
 
 class UserError(Exception):
@@ -17,7 +20,7 @@ class DataError(UserError):
 
 
 @contextlib.contextmanager
-def importing(name, hint):
+def importing(name: str, hint: str) -> Iterator[None]:
     """Import a library inside this block. If it is missing, exit with one line that ends with `hint`."""
     try:
         yield
@@ -25,7 +28,7 @@ def importing(name, hint):
         fail(f"this script needs {name}, which cannot be imported ({error}). {hint}")
 
 
-def read_count(name, default):
+def read_count(name: str, default: int) -> int:
     """Return the whole number in an environment variable. Raises UserError if it has something else."""
     text = os.environ.get(name) or str(default)
     if not text.isascii() or not text.isdigit():
@@ -33,7 +36,7 @@ def read_count(name, default):
     return int(text)
 
 
-def check_choice(flag, value, choices):
+def check_choice(flag: str, value: str, choices: Collection[str]) -> None:
     """Raise UserError if `value` is not one of `choices`; the message names the nearest ones."""
     if value not in choices:
         nearest = ", ".join(difflib.get_close_matches(value, choices, n=3, cutoff=0.0))
@@ -42,7 +45,7 @@ def check_choice(flag, value, choices):
         )
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether memory was short; not every library raises MemoryError."""
     while error:
         if isinstance(error, MemoryError):
@@ -53,7 +56,7 @@ def is_out_of_memory(error):
     return False
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Traceback"):  # then the message itself is at the end
@@ -61,14 +64,14 @@ def first_line(error):
     return lines[0] if lines else type(error).__name__
 
 
-def in_one_line(text):
+def in_one_line(text: str) -> str:
     """Return a text with names from outside in it so that it stays one line: control characters escaped."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def fail(message, code=1):
+def fail(message: str | BaseException, code: int = 1) -> NoReturn:
     """Exit with one line. In a SageMaker container the line is also the FailureReason of the job."""
     message = in_one_line(str(message))
     write_failure_reason(f"error: {message}")
@@ -79,20 +82,20 @@ def fail(message, code=1):
     sys.exit(code)
 
 
-def is_terminal(stream):
+def is_terminal(stream: TextIO | None) -> bool:
     """Return whether an output stream is a terminal. It may be None or closed."""
     with contextlib.suppress(OSError, ValueError):
         return stream is not None and stream.isatty()
     return False
 
 
-def say(line, file=None):
+def say(line: str, file: TextIO | None = None) -> None:
     """Print a line at once, on standard output by default; one that cannot be written ends nothing."""
     with contextlib.suppress(OSError, ValueError):
         print(in_one_line(line), file=file or sys.stdout, flush=True)
 
 
-def write_failure_reason(reason):
+def write_failure_reason(reason: str) -> None:
     """Write `reason` to the file that SageMaker reads; the service shows the first 1,024 characters.
 
     https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo.html

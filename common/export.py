@@ -6,17 +6,20 @@ The script must be the one that has written the checkpoint; its data are not nee
 and `data/`, as --output does at the end of a training. Nothing else changes.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from common import checkpoint_schema, checkpoints, errors, model_folder, report, run
 from common.atomic_io import prepare_folder
 from common.errors import UserError
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Export the model that the command line names."""
     parser = argparse.ArgumentParser(
         prog="python -m common.export",
@@ -48,7 +51,7 @@ def import_script(path):
     return module
 
 
-def export(train, checkpoint, output):
+def export(train: ModuleType, checkpoint: Path, output: Path) -> None:
     """Write the model of a checkpoint, and its metrics.
 
     Args:
@@ -80,7 +83,7 @@ def export(train, checkpoint, output):
         training.saver.close()
 
 
-def read_checkpoint(engine, path):
+def read_checkpoint(engine: ModuleType, path: Path) -> dict:
     """Return the content of a checkpoint. Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:

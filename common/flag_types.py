@@ -1,20 +1,23 @@
 """Parsers of the values of flags, for argparse: numbers in a range, durations, one of some words."""
 
+from __future__ import annotations
+
 import argparse
 import re
+from typing import Callable
 
 
-def integer(minimum, maximum=float("inf")):
+def integer(minimum: float, maximum: float = float("inf")) -> Callable[[str], int]:
     """Return a parser of whole numbers from `minimum` to `maximum`, for argparse."""
     return _number(_whole, "a whole number", minimum, maximum)
 
 
-def real(minimum, maximum=float("inf")):
+def real(minimum: float, maximum: float = float("inf")) -> Callable[[str], float]:
     """Return a parser of numbers from `minimum` to `maximum`, for argparse."""
     return _number(float, "a number", minimum, maximum)
 
 
-def duration(text):
+def duration(text: str) -> float:
     """Parse a duration such as 3h50m, 90m or 45s, or a number of seconds; return seconds, for argparse."""
     parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(text))
     if not text or not parts:
@@ -22,7 +25,7 @@ def duration(text):
     return sum(float(part or 0) * unit for part, unit in zip(parts.groups(), (86400, 3600, 60, 1)))
 
 
-def share(text):
+def share(text: str) -> float:
     """Parse a number above 0 and up to 1, for argparse."""
     value = real(0, 1)(text)
     if value == 0:
@@ -58,7 +61,7 @@ def _whole(text):
         return int(value)
 
 
-def choice(*values):
+def choice(*values: str) -> Callable[[str], str]:
     """Return a parser of one of some words, for argparse."""
 
     def parse(text):

@@ -4,6 +4,8 @@ Defaults come from the environment that SageMaker sets up where there is one
 (https://github.com/aws/sagemaker-training-toolkit/blob/master/ENVIRONMENT_VARIABLES.md).
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import difflib
@@ -41,7 +43,7 @@ GROUPS = ("data", "model", "training", "checkpoints", "output", "several workers
 NO_DATA = {"model", "code"}  # channels with something else; those of version 3 of the SDK begin with sm_
 
 
-def image_flags(framework):
+def image_flags(framework: str) -> argparse.ArgumentParser:
     """Return the parser of an image script; `framework` names its folder below `output/`."""
     parser = _Parser(description="Train an image classifier; run the same command again to resume.")
     _data_flags(parser)
@@ -121,7 +123,7 @@ def image_flags(framework):
     return parser
 
 
-def xgboost_flags():
+def xgboost_flags() -> argparse.ArgumentParser:
     """Return the parser of the XGBoost script; learning flags carry XGBoost's own names and defaults."""
     parser = _XgboostParser(description="Train boosted trees; run the same command again to resume.")
     _data_flags(parser)
@@ -186,7 +188,7 @@ def xgboost_flags():
     return parser
 
 
-def hyperparameters(words):
+def hyperparameters(words: list[str]) -> dict[str, str]:
     """Return flags as SageMaker's hyperparameters: `--epochs 5 --augment` as epochs "5", augment "True".
 
     Raises UserError for a word that belongs to no flag.

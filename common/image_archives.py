@@ -3,10 +3,13 @@
 Formats: https://www.cs.toronto.edu/~kriz/cifar.html, http://yann.lecun.com/exdb/mnist/
 """
 
+from __future__ import annotations
+
 import gzip
 import math
 import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +27,7 @@ CIFAR_NAMES = {
 NUM_LABELS = {"batches.meta.txt": 1, "fine_label_names.txt": 2}  # bytes of labels before those of the pixels
 
 
-def has_data(folder, split):
+def has_data(folder: Path, split: str) -> bool:
     """Return whether a folder contains data of a downloaded data set for a split, "train" or "eval"."""
     return folder.is_dir() and _find(folder, split) is not None
 

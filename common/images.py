@@ -1,5 +1,7 @@
 """Reading images: class folders, records, arrays, downloaded data sets, or the digits of scikit-learn."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -16,7 +18,18 @@ from common.errors import UserError, first_line, read_count
 from common.image_files import ImageFiles, Source
 from common.report import log, log_left_out, shortened
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif")
+EXTENSIONS: tuple[str, ...] = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".apng",
+    ".webp",
+    ".bmp",
+    ".dib",
+    ".gif",
+)
 EXTENSIONS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".avif", ".mpo", ".pcx")
 EXTENSIONS += (".jp2", ".j2k", ".jpx")
 EXPECTED = "expected one folder per class with images, one .npz file, "

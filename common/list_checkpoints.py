@@ -5,6 +5,8 @@
 FOLDER is that of the checkpoints; default: where the script would look for them. Nothing in it changes.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time
@@ -21,7 +23,7 @@ MARKS = {".sagemaker-uploaded": "yes", ".sagemaker-uploading": "running"}  # tha
 COLUMNS = ("checkpoint", "epoch", "step", "MB", "age", "in S3", "state")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Print the table; return the exit code: 1 if there are checkpoints and none can be read."""
     parser = argparse.ArgumentParser(
         prog="python -m common.list_checkpoints",

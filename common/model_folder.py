@@ -3,6 +3,8 @@
 `common.serving` and `common.export` read what this module has written.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import io
@@ -11,6 +13,7 @@ import os
 import re
 import shutil
 import zlib
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ STRUCTURE = "structure of the model"  # the name of `describe_structure` in what
 OTHER_COLUMNS = ("epoch", "seconds", "samples_per_second")  # of the history, beside the metrics
 
 
-def describe_origin(args, job):
+def describe_origin(args: Namespace, job: dict) -> dict:
     """Return which training a model comes from, in plain values.
 
     Args:
@@ -82,7 +85,7 @@ def restore_data(facts):
     )
 
 
-def describe_flags(args):
+def describe_flags(args: Namespace) -> dict:
     """Return what `restore_flags` needs: the flags by name, paths as text, and which of them are paths."""
     flags = {name: _plain(value) for name, value in vars(args).items()}
     paths = [name for name, value in vars(args).items() if isinstance(value, Path)]
@@ -147,12 +150,12 @@ def describe_outputs(outputs, classes):
     return "probabilities" if is_distribution else "logits"
 
 
-def write(path, facts):
+def write(path: Path, facts: dict) -> None:
     """Write `model.json`."""
     path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def copy_code(folder, target, requirements=None):
+def copy_code(folder: Path, target: Path, requirements: list[str] | None = None) -> None:
     """Copy what is needed to predict: the Python files of the training script and the packages beside it.
 
     Args:
@@ -179,7 +182,7 @@ def _not_python(folder, names):
     return other
 
 
-def check_same_job(folder, path, origin):
+def check_same_job(folder: Path, path: Path, origin: dict) -> None:
     """Raise UserError if a folder has the model of another job, which would be lost.
 
     Args:

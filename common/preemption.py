@@ -5,6 +5,8 @@ SageMaker sends SIGTERM two minutes before it reclaims a Spot instance. Slurm se
 SIGALRM.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
@@ -116,13 +118,13 @@ def exit_at_once(number, frame=None):
     os._exit(interrupted.exit_code)
 
 
-def begin_line(number):
+def begin_line(number: int) -> None:
     """Begin a new line on a terminal after Ctrl-C, which shows ^C beside what is there."""
     if number == signal.SIGINT and errors.is_terminal(sys.stdout):
         print_safely("")
 
 
-def print_safely(message):
+def print_safely(message: str) -> None:
     """Print a line where print() is unsafe, as in a signal handler, and ignore a closed stdout."""
     with contextlib.suppress(OSError):
         os.write(1, f"{message}\n".encode())

@@ -1,5 +1,7 @@
 """The log of a training, its progress bar, and the files `metrics.json` and `history.csv`."""
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import io
@@ -10,6 +12,8 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
+from typing import Collection
 
 from common import errors
 from common.atomic_io import atomic_write
@@ -98,20 +102,20 @@ def log_weights(path, num_loaded, missing, unused):
         log(f"Weights: not used: {shortened(sorted(unused))}")
 
 
-def log_left_out(flag, folder, names, kind):
+def log_left_out(flag: str, folder: Path, names: Collection[str], kind: str) -> None:
     """Log which files of a data folder are not read, if there are any; `kind` says what is read."""
     if names:
         log(f"Left out of {flag} {folder}, not {kind} ({len(names)}): {shortened(sorted(names))}")
 
 
-def shortened(names, limit=6):
+def shortened(names: Collection[str], limit: int = 6) -> str:
     """Return the first of some names as text, and how many more there are."""
     names = list(map(str, names))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
-def epoch_line(row):
+def epoch_line(row: dict) -> str:
     """Return the log line of a finished epoch; the keys have the same order in all four scripts."""
     digits = {"epoch": "d", "seconds": ".2f", "samples_per_second": ".0f"}
     return " ".join(f"{key}={value:{digits.get(key, '.4f')}}" for key, value in row.items())
@@ -193,7 +197,7 @@ class ProgressBar:
         self._bar = LogHandler.bar = None
 
 
-def write_results(folder, history, epoch, facts):
+def write_results(folder: Path, history: list[dict], epoch: int, facts: dict) -> None:
     """Write `metrics.json` and `history.csv`.
 
     Args:

@@ -44,7 +44,7 @@ class Feature(NamedTuple):
         values: the texts of a category, sorted; None for numbers.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is not needed
     name: str
     type: str
     values: object

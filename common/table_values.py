@@ -1,11 +1,16 @@
 """What the files of tables share: the values in them, opening them, and explaining errors."""
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import gzip
 import itertools
 import re
 import zlib
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Iterator
 
 from common import errors
 from common.errors import UserError
@@ -30,13 +35,13 @@ class NotNumbersError(UserError):
     """A column that has been taken for numbers contains something else."""
 
 
-def open_bytes(path):
+def open_bytes(path: Path) -> BufferedIOBase:
     """Return a file of bytes, unpacked if its name ends with .gz."""
     return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 @contextlib.contextmanager
-def explain_errors(path):
+def explain_errors(path: Path) -> Iterator[None]:
     """Raise UserError with the file for an error of a reader inside this block."""
     try:
         yield
@@ -57,17 +62,17 @@ def explain_errors(path):
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
-def is_number_or_missing(field):
+def is_number_or_missing(field: str) -> bool:
     """Return whether a field of text is a number or stands for none."""
-    return field in MISSING or is_number(field)
+    return field in MISSING or bool(is_number(field))
 
 
-def with_point(field):
+def with_point(field: str) -> str:
     """Return the text of a number with a decimal point instead of a comma."""
     return field.replace(",", ".") if is_decimal_comma(field) else field
 
 
-def unique_names(fields):
+def unique_names(fields: list[str]) -> list[str]:
     """Return the names in a header; one without a name gets its number, as in pandas."""
     names = {}
     for index, field in enumerate(fields):

@@ -1,5 +1,7 @@
 """The progress of a training: what a checkpoint holds besides the weights and the optimizer's state."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 
@@ -117,7 +119,7 @@ def mean_metrics(sums):
     return metrics
 
 
-def parse_metric(text, flag):
+def parse_metric(text: str, flag: str) -> tuple[str, int]:
     """Return (name, sign) of a metric such as "accuracy", "f1:max" or "validation_loss"; a minimum has -1.
 
     Raises UserError if its direction is neither known nor given.
@@ -135,7 +137,7 @@ def parse_metric(text, flag):
     return name, 1 if direction == "max" else -1
 
 
-def best_epoch(history, name, sign):
+def best_epoch(history: list[dict], name: str, sign: int) -> int:
     """Return the epoch with the best validation metric, the earlier one of equals; 0 before the first epoch.
 
     Raises UserError if the last epoch has no such metric. Values that are not a number do not count.
