@@ -57,7 +57,7 @@ update:
 	.venv-update/bin/python -m pip install --no-compile --requirement .venv-update/names.txt
 	touch .venv-update/installed
 	.venv-update/bin/python -m pip freeze --requirement .venv-update/names.txt | sed '/^## /,$$d' | \
-	    diff requirements/versions.txt - || true
+	    diff --ignore-blank-lines requirements/versions.txt - || true
 	$(MAKE) VENV=.venv-update check
 
 # PYTHON, or the newest supported one that works and can make virtual environments, on the PATH or of pyenv.
