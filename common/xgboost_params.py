@@ -135,6 +135,7 @@ PARAMETERS = {
     "_kfold": Refused("nothing is cross-validated here; call the script with different --validation folders"),
     "_num_cv_round": Refused("nothing is cross-validated here"),
 }
+LOG_NAMES = {"logloss": "loss", "mlogloss": "loss", "error": "accuracy", "merror": "accuracy"}  # of metrics
 VALUES = {  # of flags, which are refused with a reason
     ("booster", "gblinear"): LINEAR.reason,
     ("tree_method", "gpu_hist"): "it is hist on a GPU: use hist, and --device says where",

@@ -355,6 +355,18 @@ SAMPLING = ["--subsample", 0.7, "--colsample-bytree", 0.5, "--colsample-bynode",
 DART = ["--booster", "dart", "--rate-drop", 0.3]
 
 
+def test_in_sagemakers_image_xgboost_also_writes_the_lines_of_this_image(tmp_path):
+    """The console and the tuner look for these, https://github.com/aws/sagemaker-xgboost-container."""
+    env = environment(SAGEMAKER_TRAINING_MODULE="sagemaker_xgboost_container.training:main")
+    first = run("xgboost", "--num-round", 2, cwd=tmp_path, env=env)
+    second = run("xgboost", "--num-round", 3, cwd=tmp_path, env=env)
+    for result, numbers in ((first, ["0", "1"]), (second, ["2"])):
+        found = re.findall(r"^.*\[([0-9]+)\].*#011validation-mlogloss:(\S+)", result.output, re.MULTILINE)
+        assert [number for number, _ in found] == numbers
+        assert abs(float(found[-1][1]) - result.metric("validation_loss")) < 0.0001
+    assert "#011" not in run("xgboost", "--num-round", 4, cwd=tmp_path).output
+
+
 @pytest.mark.parametrize("flags", [SAMPLING, DART, ["--tree-method", "approx"]])
 def test_xgboost_resumes_exactly_also_with_sampling_and_dart(tmp_path, flags):
     if not HAS_EXACT_SAMPLING and flags[0] != "--tree-method":

@@ -19,6 +19,7 @@ from common import atomic_io, errors, machine, tables, train_state
 from common.errors import UserError
 from common.preemption import Interrupted
 from common.report import log
+from common.xgboost_params import LOG_NAMES
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
 
@@ -40,7 +41,6 @@ WEEK = 7 * 24 * 3600  # seconds
 QUANTILE_METHODS = ("auto", "hist")  # these build trees from quantiles of the columns, made in advance
 DEFAULT_METRICS = {"multi": "mlogloss,merror", "binary": "logloss,error", "reg": "rmse"}
 PROBABILITIES = "multi:softprob", "binary:logistic"  # objectives whose predictions are probabilities
-LOG_NAMES = {"logloss": "loss", "mlogloss": "loss", "error": "accuracy", "merror": "accuracy"}
 
 
 def start(args, workers):
@@ -333,6 +333,9 @@ class Rounds(xgb.callback.TrainingCallback):
         self.run = run
         self.state = state
         self._has_warned = False
+        # SageMaker's console and tuner read the metrics of its own XGBoost image from this image's own lines.
+        image = os.environ.get("SAGEMAKER_TRAINING_MODULE", "")  # a variable of the image
+        self.is_in_container = image.startswith("sagemaker_xgboost_container")
         metrics = _as_list(state.params.get("eval_metric") or [])
         self.names = {metric: LOG_NAMES[metric] for metric in metrics if metric in LOG_NAMES}
 
@@ -362,6 +365,10 @@ class Rounds(xgb.callback.TrainingCallback):
                 "Warning: no checkpoint holds the state of xgb.callback.EarlyStopping: it begins anew after "
                 "an interruption; use --patience and --best-metric"
             )
+        if self.is_in_container and not self.run.args.dry_run:
+            for split, values in evals_log.items():
+                for name, history in values.items():  # each in a line; #011 is a tab in CloudWatch
+                    log(f"[{self.run.progress.epoch}]#011{split}-{name}:{history[-1]:.5f}")
         metrics = {name: self._rename(values) for name, values in evals_log.items()}
         if self.run.workers.size > 1:
             metrics = self._average(metrics)
