@@ -7,11 +7,13 @@ checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from common import checkpoint_schema, errors
@@ -22,6 +24,7 @@ from common.model_folder import STRUCTURE
 from common.report import log
 
 DAMAGED = ".damaged"
+UPLOAD_SECONDS = 900  # without a new mark of SageMaker's, while a checkpoint waits, until a warning
 
 # Flags that do not change what is learned, beside those that may differ between workers.
 HARMLESS_FLAGS = PER_WORKER_FLAGS | {
@@ -66,6 +69,7 @@ class Checkpoints:
         self._lock = None
         self._has_checked_room = False
         self._undeletable = set()
+        self._has_checked_uploads = False
         self._from_s3 = set()  # names of the checkpoints that SageMaker has copied from S3 before the start
 
     def name_of(self, epoch, step=0):
@@ -218,6 +222,8 @@ class Checkpoints:
         found = find_checkpoints(self.folder, self.engine.CHECKPOINT)
         entries = set(os.listdir(self.folder))
         uploaded = [position for position, name in found if f"{name}.sagemaker-uploaded" in entries]
+        if uploaded and not self._has_checked_uploads:
+            self._check_uploads([name for position, name in found if position > uploaded[0]])
         available = uploaded or [position for position, _ in found]
         epochs = [position for position in available if position[1] == 0]
         keep = self.args.keep_checkpoints
@@ -228,6 +234,26 @@ class Checkpoints:
             is_safe = f"{name}.sagemaker-uploading" not in entries and (uploaded or name not in self._from_s3)
             if is_replaced and is_safe:
                 self._delete(name)
+
+    def _check_uploads(self, waiting):
+        """Log a warning, once, if SageMaker has marked files as uploaded, but none for a long time.
+
+        Args:
+            waiting: the names of the checkpoints without a mark, newest first.
+        """
+        waiting = [name for name in waiting if name not in self._from_s3]
+        if not waiting:
+            return
+        changes = [Path(self.folder, waiting[-1]), *self.folder.glob("*.sagemaker-upload*")]
+        with contextlib.suppress(FileNotFoundError):  # SageMaker has just changed a mark
+            idle = time.time() - max(path.stat().st_mtime for path in changes)
+            if idle > UPLOAD_SECONDS:
+                self._has_checked_uploads = True
+                log(
+                    f"Warning: for {idle / 60:.0f} minutes SageMaker has copied no checkpoint to S3, where "
+                    f"{len(waiting)} are missing: an interruption would lose them; it is a known fault of "
+                    "the service: https://github.com/aws/sagemaker-python-sdk/issues/3062"
+                )
 
     def _delete(self, name):
         """Delete a checkpoint; one that cannot be deleted stays, which is logged once."""

@@ -338,6 +338,15 @@ def _default_folders(framework_output):
     return checkpoints, model, results
 
 
+def _is_trial():
+    """Return whether this is a job of SageMaker's tuner, whose trials share one checkpoint address."""
+    path = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"), "input/config/hyperparameters.json")
+    try:
+        return "_tuning_objective_metric" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser that accepts `--batch_size` and names the nearest flag to a misspelt one."""
 
@@ -360,6 +369,12 @@ class _Parser(argparse.ArgumentParser):
         self._check_channels(args)
         args.output = args.output or self.get_default("output")
         checkpoints, model, results = _default_folders(args.output)
+        if not args.checkpoint_path and "SM_MODEL_DIR" in os.environ and _is_trial():
+            if not os.environ.get("TRAINING_JOB_NAME"):
+                self.error(
+                    "a trial of a tuning job needs TRAINING_JOB_NAME, or a --checkpoint-path of its own"
+                )
+            checkpoints /= os.environ["TRAINING_JOB_NAME"]
         if str(args.model_dir).startswith("s3://"):
             # SageMaker's TensorFlow estimator adds this hyperparameter by itself.
             errors.say(f"Not used: --model-dir {args.model_dir}; the model is written to {model}")

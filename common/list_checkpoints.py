@@ -1,18 +1,23 @@
 """List the checkpoints of a training: what is in them, whether they are intact, which one a restart takes.
 
     python -m common.list_checkpoints pytorch/train.py [FOLDER]
+    python -m common.list_checkpoints pytorch/train.py s3://bucket/job/checkpoints/
 
-FOLDER is that of the checkpoints; default: where the script would look for them. Nothing in it changes.
+FOLDER is that of the checkpoints; default: where the script would look for them. Nothing in it changes. From
+an address in S3, which needs boto3, one checkpoint after the other is copied to a temporary folder and read.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from common import errors, run
+from common import errors, run, s3
 from common.atomic_io import TEMPORARY
 from common.checkpoints import DAMAGED, Checkpoints, find_checkpoints
 from common.distributed import Workers
@@ -31,24 +36,62 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("script", type=Path, help="train.py")
-    parser.add_argument("folder", type=Path, nargs="?", help="folder of the checkpoints")
+    parser.add_argument("folder", nargs="?", help="folder of the checkpoints, or its address in S3")
     args = parser.parse_args(argv)
     try:
         train = import_script(args.script)
         flags = train.parse_args([])
-        flags.checkpoint_path = args.folder or flags.checkpoint_path
-        return print_table(Checkpoints(flags, train.engine, Workers()))
+        flags.checkpoint_path = Path(args.folder or flags.checkpoint_path)
+        if not (args.folder or "").startswith("s3://"):
+            return print_table(Checkpoints(flags, train.engine, Workers()))
+        address = args.folder.rstrip("/") + "/"
+        with names_in_s3(address) as (flags.checkpoint_path, fetch):
+            return print_table(Checkpoints(flags, train.engine, Workers()), address, fetch)
     except Exception as error:
+        if type(error).__module__.startswith("boto"):
+            error = UserError(f"cannot read {args.folder}: {error}")
         return run.report_error(error)
 
 
-def print_table(checkpoints):
-    """Print what is in the folder of checkpoints, newest first; return the exit code."""
+@contextlib.contextmanager
+def names_in_s3(address):
+    """Yield a temporary folder with the names at an address in S3, and a function that fetches one."""
+    with errors.importing("boto3 for addresses in S3", "Install it with: pip install boto3"):
+        import boto3
+    client, (bucket, prefix) = boto3.client("s3"), s3.split_uri(address)
+    found = s3.list_objects(client, address)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def fetch(path):
+            client.download_file(bucket, prefix + path.name, str(path))
+            os.utime(path, (found[prefix + path.name],) * 2)
+
+        for name in [key[len(prefix) :] for key in found]:
+            if "/" not in name:
+                Path(folder, name).touch()
+                Path(folder, f"{name}.sagemaker-uploaded").touch()
+        yield Path(folder), fetch
+
+
+def print_table(checkpoints, place=None, fetch=None):
+    """Print what is in the folder of checkpoints, newest first; return the exit code.
+
+    Args:
+        place: the name of the folder in the messages.
+        fetch: gives a file its content, which is then removed again.
+    """
+    place = place or checkpoints.folder
     folder, pattern = checkpoints.folder, checkpoints.engine.CHECKPOINT
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: expected checkpoints such as {pattern.format(1)}")
     found = find_checkpoints(folder, pattern)
-    rows = [_describe(checkpoints, name) for _, name in found]
+    rows = []
+    for _, name in found:
+        if fetch:
+            fetch(folder / name)
+        rows.append(_describe(checkpoints, name))
+        if fetch:
+            os.truncate(folder / name, 0)
     metrics = list(dict.fromkeys(name for _, values in rows for name in values))
     titles = [*COLUMNS, *metrics]
     lines = [titles]
@@ -68,7 +111,7 @@ def print_table(checkpoints):
     elif found:
         print("A restart would end with an error: none of the checkpoints can be read")
     else:
-        print(f"A restart would begin at the first epoch: no checkpoints in {folder}")
+        print(f"A restart would begin at the first epoch: no checkpoints in {place}")
     return 1 if found and not intact else 0
 
 

@@ -1,4 +1,4 @@
-r"""Train one of SageMaker's built-in algorithms that save checkpoints, with SDK v2: pip install "sagemaker<3"
+r"""Train one of SageMaker's built-in algorithms with SDK v2: pip install "sagemaker<3"
 
 Look:    python launch/built_in.py xgboost --role arn:aws:iam::123456789012:role/SageMaker \
              --region us-east-1 --train s3://bucket/train/ --dry-run \
@@ -13,7 +13,7 @@ The flags after `--` are the hyperparameters of the algorithm. `--help` lists th
 import job
 from common import errors
 
-# Each algorithm's image, data, and the hyperparameters that it does not start without.
+# The algorithms that save checkpoints: image, data, and the hyperparameters that they do not start without.
 ALGORITHMS = {
     "xgboost": {
         "version": "3.0-5",
@@ -40,6 +40,13 @@ ALGORITHMS = {
         "required": ["num_classes", "num_training_samples"],
     },
 }
+# Those without: https://docs.aws.amazon.com/sagemaker/latest/dg/model-managed-spot-training.html
+OTHERS = ("blazingtext", "factorization-machines", "forecasting-deepar", "ipinsights", "kmeans", "knn", "lda")
+OTHERS += ("linear-learner", "ntm", "object2vec", "pca", "randomcutforest", "seq2seq")
+NO_CHECKPOINTS_MAX_WAIT = 3600
+ALGORITHMS.update(
+    {name: {"version": "1", "content_type": None, "channels": ["train"], "required": []} for name in OTHERS}
+)
 
 
 def parse_args():
@@ -47,12 +54,13 @@ def parse_args():
     parser = job.make_parser(
         "Train a built-in algorithm on SageMaker (SDK v2).", ALGORITHMS, instance_type=None
     )
+    parser.add_argument("--output", type=job.folder, help="address of the model; default: the bucket")
     parser.add_argument(
         "--train-annotation", type=job.address, help="address of the masks (semantic-segmentation)"
     )
     parser.add_argument("--validation-annotation", type=job.address, help="the same for validation")
     parser.add_argument(
-        "--content-type", help="type of the data, such as text/libsvm; default: csv, RecordIO or jpeg"
+        "--content-type", help="type of the data, such as text/libsvm; default: csv, RecordIO, jpeg or none"
     )
     args = job.parse_args(parser)
     algorithm = ALGORITHMS[args.what]
@@ -64,11 +72,19 @@ def parse_args():
     for name in algorithm["required"]:
         if name not in args.hyperparameters:
             parser.error(f"{args.what} needs --{name.replace('_', '-')} behind `--`")
+    args.has_checkpoints = args.what not in OTHERS
+    if not args.has_checkpoints:
+        if args.checkpoints or args.resume_from:
+            parser.error(f"{args.what} saves no checkpoints: leave out --checkpoints and --resume-from")
+        if (args.max_wait or 0) > NO_CHECKPOINTS_MAX_WAIT:
+            parser.error(
+                f"--max-wait {args.max_wait}: {args.what} saves no checkpoints, and then SageMaker waits for "
+                f"{NO_CHECKPOINTS_MAX_WAIT} seconds at most: pass --max-wait {NO_CHECKPOINTS_MAX_WAIT}"
+            )
     if args.what == "semantic-segmentation" and args.instance_count != 1:
         parser.error(f"--instance-count {args.instance_count}: semantic-segmentation trains on one machine")
-    args.instance_type = args.instance_type or (
-        "ml.m5.xlarge" if args.what == "xgboost" else "ml.g4dn.xlarge"
-    )
+    on_gpus = args.what in ("image-classification", "object-detection", "semantic-segmentation", "seq2seq")
+    args.instance_type = args.instance_type or ("ml.g4dn.xlarge" if on_gpus else "ml.m5.xlarge")
     args.content_type = args.content_type or algorithm["content_type"]
     return args
 
@@ -108,7 +124,7 @@ def main(args):
         max_run=args.max_run,
         max_wait=args.max_wait,
         checkpoint_s3_uri=args.checkpoints,
-        checkpoint_local_path=job.CHECKPOINT_PATH,
+        checkpoint_local_path=job.CHECKPOINT_PATH if args.has_checkpoints else None,
         output_path=args.output,
         sagemaker_session=session,
         debugger_hook_config=False,

@@ -21,15 +21,8 @@ from pathlib import Path
 
 import job
 from common import errors
+from common.serving import SUFFIXES
 
-CONTENT_TYPES = {
-    ".json": "application/json",
-    ".csv": "text/csv",
-    ".npy": "application/x-npy",
-    ".jpg": "application/x-image",
-    ".jpeg": "application/x-image",
-    ".png": "application/x-image",
-}
 MODEL_FILES = {
     "pytorch": "model.pth",
     "tensorflow": "1/saved_model.pb",
@@ -59,7 +52,7 @@ def make_parser():
         "--delete", action="store_true", help="delete the endpoint, its configuration and its model"
     )
     add("--endpoint", type=job.name, help="name of the endpoint; default: WHAT, and the time")
-    add("--request", type=_request, help=f"file to send to the endpoint ({', '.join(CONTENT_TYPES)})")
+    add("--request", type=_request, help="file to send to the endpoint: JSON, CSV, .npy or an image")
     add("--instance-type", help=f"machine that serves (default: {INSTANCE_TYPE})")
     add("--serverless", action="store_true", help="no machine of its own: billed for each request")
     add(
@@ -114,8 +107,8 @@ def _problem_of_folder(folder, model_file):
 
 def _request(text):
     path = Path(text)
-    if path.suffix.lower() not in CONTENT_TYPES:
-        raise argparse.ArgumentTypeError(f"expected a {', '.join(CONTENT_TYPES)} file, got {text!r}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"expected a {', '.join(SUFFIXES)} file, got {text!r}")
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"no such file: {text!r}")
     return path
@@ -252,7 +245,7 @@ def ask(args, session):
     """Send the file to the endpoint and print the answer."""
     request = {
         "EndpointName": args.endpoint,
-        "ContentType": CONTENT_TYPES[args.request.suffix.lower()],
+        "ContentType": SUFFIXES[args.request.suffix.lower()],
         "Accept": "application/json",
     }
     body = args.request.read_bytes()

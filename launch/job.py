@@ -5,11 +5,14 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-from common import errors, flags, report
+from common import errors, flags, report, train_state
+from common.s3 import split_uri
+from common.xgboost_params import LOG_NAMES
 
 with errors.importing(
     "SageMaker's Python SDK", 'Install it with: pip install "sagemaker<3" or pip install "sagemaker>=3"'
@@ -25,6 +28,7 @@ CHECKPOINT_PATH = "/opt/ml/checkpoints"  # where the scripts keep them in a Sage
 SET_BY_SAGEMAKER = {"train", "validation", "weights", "output", "checkpoint-path", "model-dir"}
 SET_BY_SAGEMAKER |= {"output-data-dir", "hosts", "current-host"}
 GPU_INSTANCE = r"ml\.[gp]\d.*"
+LOCAL = ("local", "local_gpu")  # instance types of SageMaker's local mode
 
 
 def make_parser(description, choices, instance_type):
@@ -37,13 +41,13 @@ def make_parser(description, choices, instance_type):
     )
     parser.hint += "; those of what trains go behind `--`"
     add = parser.add_argument
-    add("what", choices=choices, metavar="WHAT", help=f"what trains: {', '.join(choices)}")
+    add("what", choices=tuple(choices), metavar="WHAT", help=f"what trains: {', '.join(choices)}")
     add("--role", required=True, type=role, help="ARN of the IAM role that the job runs with")
     add("--region", help="AWS region; default: that of your AWS settings")
     add(
         "--instance-type",
         default=instance_type,
-        help="machine to train on; default: the smallest that makes sense",
+        help="machine to train on, or local for Docker on this one; default: the smallest that makes sense",
     )
     add("--instance-count", type=flags.integer(1), default=1, help="number of machines (default: 1)")
     add("--image-uri", help="training image; default: SageMaker's own")
@@ -61,12 +65,11 @@ def make_parser(description, choices, instance_type):
         help="bucket for all that is written; default: the SDK's own, sagemaker-<region>-<account>",
     )
     add("--job-name", type=_job_name, help="name of the job; default: what trains, and the time")
-    add("--output", type=_folder, help="address of model and metrics; default: the bucket")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--checkpoints", type=_folder, help="address of the checkpoints; default: bucket and job name"
+        "--checkpoints", type=folder, help="address of the checkpoints; default: bucket and job name"
     )
-    where.add_argument("--resume-from", type=_folder, help="go on from the checkpoints of an earlier job")
+    where.add_argument("--resume-from", type=folder, help="go on from the checkpoints of an earlier job")
     add("--no-wait", dest="wait", action="store_false", help="do not wait for the end of the job")
     add(
         "--dry-run", action="store_true", help="print the request instead of sending it; needs no credentials"
@@ -74,9 +77,9 @@ def make_parser(description, choices, instance_type):
     return parser
 
 
-def parse_args(parser):
+def parse_args(parser, words=None):
     """Return the launcher's flags, with those after `--` as `hyperparameters`; a mistake is one line."""
-    words = sys.argv[1:]
+    words = sys.argv[1:] if words is None else words
     end = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:end])
     args.script_flags = words[end + 1 :]
@@ -90,12 +93,34 @@ def parse_args(parser):
         args.max_wait = 2 * args.max_run
     if args.spot and args.max_wait < args.max_run:
         parser.error(f"--max-wait {args.max_wait} is less than --max-run {args.max_run}, which it includes")
+    if args.instance_type in LOCAL:
+        _check_local(parser, args)
     args.job_name = args.job_name or f"{args.what}-{time.strftime('%Y%m%d-%H%M%S')}"
     if args.dry_run:
         prepare_dry_run(args)
     channels = {"train": args.train, "validation": args.validation}
     args.channels = {name: channel for name, channel in channels.items() if channel}
     return args
+
+
+def _check_local(parser, args):
+    """Exit with one line for what local mode does not have; Docker is needed."""
+    mode = f"--instance-type {args.instance_type}"
+    given = {
+        "--spot": args.spot,
+        "--checkpoints": args.checkpoints,
+        "--resume-from": args.resume_from,
+        "--dry-run": args.dry_run,
+    }
+    for flag in filter(given.get, given):
+        parser.error(f"{flag} is for jobs on SageMaker: leave it out with {mode}")
+    try:
+        docker = subprocess.run(["docker", "info"], capture_output=True, text=True)  # noqa: S607
+        reason = docker.returncode and errors.first_line(docker.stderr)
+    except OSError:
+        reason = "there is no command docker"
+    if reason:
+        parser.error(f"{mode} needs Docker on this machine: {reason}")
 
 
 def prepare_dry_run(args):
@@ -107,11 +132,20 @@ def prepare_dry_run(args):
     args.wait = False
 
 
-def parse_script_args(description):
-    """Return the flags of a launcher of our scripts; the script's own parser checks those after `--`."""
+def make_script_parser(description):
+    """Return the parser of a launcher of our scripts and of copies of them."""
     parser = make_parser(description, FRAMEWORKS, instance_type="ml.m5.xlarge")
-    parser.add_argument("--weights", type=address, help="address of weights to start from (not for xgboost)")
-    args = parse_args(parser)
+    parser.hint += "; a copy goes behind --source-dir"
+    add = parser.add_argument
+    add("--weights", type=address, help="address of weights to start from (not for xgboost)")
+    add("--source-dir", type=Path, help="folder of your own copy; default: the one that WHAT names")
+    add("--entry-point", default="train.py", help="script in this folder (default: train.py)")
+    return parser
+
+
+def parse_script_args(parser, words=None):
+    """Return the flags of a launcher of our scripts; the script's own parser checks those after `--`."""
+    args = parse_args(parser, words)
     if args.weights:
         if args.what == "xgboost":
             parser.error("--weights is for image classifiers: xgboost continues from --resume-from")
@@ -119,19 +153,33 @@ def parse_script_args(description):
     for name in args.hyperparameters:
         if name in SET_BY_SAGEMAKER:
             parser.error(f"--{name} cannot be passed after `--`: in the cloud SageMaker sets it")
-    # Nobody should have to pay for a cloud job to find out that a flag is wrong.
-    script = flags.xgboost_flags() if args.what == "xgboost" else flags.image_flags(args.what)
-    script.parse_args(args.script_flags)
-    args.source_dir = str(ROOT / args.what)
+    if args.source_dir is None:
+        # Nobody should have to pay for a cloud job to find out that a flag is wrong.
+        script = flags.xgboost_flags() if args.what == "xgboost" else flags.image_flags(args.what)
+        script.parse_args(args.script_flags)
+    args.source_dir = args.source_dir or ROOT / args.what  # a copy may have flags of its own
+    if not (args.source_dir / args.entry_point).is_file():
+        parser.error(f"there is no script {args.source_dir / args.entry_point}")
     # One process for each GPU; elsewhere the scripts find the other machines by themselves.
-    on_gpus = bool(re.fullmatch(GPU_INSTANCE, args.instance_type))
-    args.torchrun = on_gpus and args.what == "pytorch" and not args.image_uri
+    args.torchrun = args.what == "pytorch" and bool(re.fullmatch(GPU_INSTANCE, args.instance_type))
     # SageMaker takes its own XGBoost image for an algorithm whose metrics are not ours to define, even when
     # it runs a script: https://github.com/aws/sagemaker-xgboost-container/issues/121. A copy in your own
     # registry is free of it.
     fixed_metrics = args.what == "xgboost" and not args.image_uri
-    args.metric_definitions = None if fixed_metrics else report.metric_definitions()
+    args.metric_definitions = None if fixed_metrics else report.metric_definitions(_metrics(parser, args))
     return args
+
+
+def _metrics(parser, args):
+    """Return the names of the metrics that a script logs with these flags."""
+    named = [name.strip() for name in args.hyperparameters.get("eval-metric", "").split(",")]
+    names = [LOG_NAMES.get(name, name) for name in named if name] or ["loss", "accuracy", "rmse"]
+    if args.hyperparameters.get("best-metric"):
+        try:
+            names.append(train_state.parse_metric(args.hyperparameters["best-metric"], "--best-metric")[0])
+        except errors.UserError as error:
+            parser.error(str(error))
+    return tuple(dict.fromkeys(names))
 
 
 def boto_session(args):
@@ -161,22 +209,48 @@ def _answer(args, model, params):
 
 
 def prepare(args, session):
-    """Fill in where checkpoints and model go; `session` is the SDK's."""
+    """Fill in where checkpoints and model go, and check it; `session` is the SDK's."""
     if args.dry_run:  # the SDK's report of its usage does not pass through boto3
         session.sagemaker_config.setdefault("SchemaVersion", "1.0")
         modules = session.sagemaker_config.setdefault("SageMaker", {}).setdefault("PythonSDK", {})
         modules.setdefault("Modules", {})["TelemetryOptOut"] = True
     bucket = session.default_bucket()
-    args.output = args.output or f"s3://{bucket}/"
+    args.output = getattr(args, "output", None) or f"s3://{bucket}/"
+    if args.instance_type in LOCAL or not getattr(args, "has_checkpoints", True):
+        return
     args.checkpoints = args.checkpoints or args.resume_from or f"s3://{bucket}/{args.job_name}/checkpoints/"
+    if not args.dry_run:
+        _check_region(args, session)
     if args.resume_from and not args.dry_run and not has_objects(session, args.resume_from):
         raise ValueError(f"--resume-from {args.resume_from}: no objects found at this address")
     print(f"Checkpoints: {args.checkpoints}", file=sys.stderr)
+    commands = [f"aws s3 ls --recursive {args.checkpoints}"]
+    if hasattr(args, "entry_point"):
+        script = Path(os.path.relpath(args.source_dir / args.entry_point))
+        commands.append(f"python -m common.list_checkpoints {script} {args.checkpoints}")
+    print(f"Browse them: {', or '.join(commands)}", file=sys.stderr)
+
+
+def _check_region(args, session):
+    """Raise ValueError if the bucket of the checkpoints does not exist, or is not in the job's Region."""
+    bucket, _ = split_uri(args.checkpoints)
+    try:
+        answer = session.boto_session.client("s3").head_bucket(Bucket=bucket)
+    except ClientError as error:  # without permission too, the answer names the Region
+        answer = error.response
+    status = answer["ResponseMetadata"]
+    if status["HTTPStatusCode"] == 404:
+        raise ValueError(f"checkpoints at {args.checkpoints}: there is no bucket {bucket}")
+    here = session.boto_region_name
+    region = status["HTTPHeaders"].get("x-amz-bucket-region", here)
+    if region != here:
+        expected = "expected both in the same Region: pass another --checkpoints or --region"
+        raise ValueError(f"the checkpoint bucket {bucket} is in {region} and the job in {here}: {expected}")
 
 
 def has_objects(session, address):
     """Return whether S3 has an object whose address starts with this one; `session` is the SDK's."""
-    bucket, _, prefix = address[len("s3://") :].partition("/")
+    bucket, prefix = split_uri(address)
     s3 = session.boto_session.client("s3")
     return s3.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)["KeyCount"] > 0
 
@@ -186,7 +260,7 @@ def forwarding_sigterm(*command):
 
     Without them the signal, which SageMaker sends two minutes before the end, does not reach the script.
     """
-    lines = Path(__file__).with_name("forward_sigterm.sh").read_text().splitlines()
+    lines = (ROOT / "launch/forward_sigterm/forward_sigterm.sh").read_text().splitlines()
     # As one line: the pattern of these words in SageMaker's API is `.*`. An & ends a command, as a semicolon
     # does.
     return ["bash", "-c", "; ".join(lines).replace("&;", "&"), "forward-sigterm", *command]
@@ -206,7 +280,15 @@ def run(main, args, *sdk_errors):
     """Call `main(args)`; what AWS or the SDK refuses is one line and exit code 1."""
     try:
         main(args)
-    except (ValueError, OSError, BotoCoreError, Boto3Error, ClientError, *sdk_errors) as error:
+    except (
+        errors.UserError,
+        ValueError,
+        OSError,
+        BotoCoreError,
+        Boto3Error,
+        ClientError,
+        *sdk_errors,
+    ) as error:
         errors.fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit("Stopped watching. What SageMaker has started is still running: see its console")
@@ -229,7 +311,8 @@ def address(text):
     return text
 
 
-def _folder(text):
+def folder(text):
+    """Return the address of a folder in S3, with a slash at its end."""
     # S3 has no folders: without the slash .../job-1 is the beginning of .../job-10 too.
     return address(text).rstrip("/") + "/"
 

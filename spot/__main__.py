@@ -22,6 +22,7 @@ from pathlib import Path
 
 from common import errors
 from common.flags import hyperparameters, integer, real
+from common.s3 import list_objects
 
 with errors.importing("what requirements/spot.txt lists", "pip install -r requirements/spot.txt"):
     from boto3.exceptions import Boto3Error
@@ -30,7 +31,6 @@ with errors.importing("what requirements/spot.txt lists", "pip install -r requir
     from launch.job import forwarding_sigterm
     from spot import report, service
     from spot.container import namespace
-    from spot.sync import list_objects
     from verify import compare
 
 
@@ -130,6 +130,12 @@ def parse_args(argv=None):
         "--endpoint-url",
         type=endpoint,
         help="an S3 server; default: one that runs on the loopback address meanwhile",
+    )
+    add("--instance-count", type=integer(1), default=1, help="machines that train together")
+    add(
+        "--stop-sync-after",
+        type=integer(1),
+        help="uploads of an attempt after which nothing reaches S3 any more, a known fault of the service",
     )
     add("--upload-rate", type=real(0.001), default=50, help="megabytes per second to S3")
     add(
@@ -247,8 +253,13 @@ def run(args, s3, name, uri, values, interruptions, watch):
     channels, folder = dict(args.channel), args.output.resolve() / name
     entry_point = forwarding_sigterm("train") if args.forward_sigterm else None
     variables = environment(args.script)
-    request = service.make_request(s3, name, args.script, values, channels, uri, entry_point, variables)
-    job = service.Job(s3, request, folder, interruptions, args.grace, args.upload_rate * 1e6, watch)
+    request = service.make_request(
+        s3, name, args.script, values, channels, uri, entry_point, variables, args.instance_count
+    )
+    sync = [f"--rate={args.upload_rate * 1e6}"]
+    if args.stop_sync_after:
+        sync.append(f"--stop-after={args.stop_sync_after}")
+    job = service.Job(s3, request, folder, interruptions, args.grace, sync, watch)
     return job, job.run()
 
 

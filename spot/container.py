@@ -13,23 +13,33 @@ from pathlib import Path
 
 import psutil
 
-from spot.sync import download
+from common.s3 import download
 
-HOST = "localhost"  # SageMaker's is algo-1, a name that the toolkit must be able to resolve
+ADDRESS = "127.0.0.{}"  # of the instances, counted from 1; all of them are this machine
+# What a shell does in a new namespace before it becomes process 1: names of hosts from a file, and its own.
+NAMING = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
 
 
-def lay_out(folder, request, s3):
+def hosts_of(request):
+    """Return the names of the instances: algo-1, algo-2, ..., or addresses if namespaces are forbidden."""
+    name = "algo-{}" if namespace() else ADDRESS
+    count = request.get("ResourceConfig", {}).get("InstanceCount", 1)
+    return [name.format(number) for number in range(1, count + 1)]
+
+
+def lay_out(folder, request, s3, host=None):
     """Make the base folder of a new container, as the service does it, for a CreateTrainingJob request."""
     for name in ("model", "output/data", "checkpoints", "input/config", "input/data", "code"):
         (folder / name).mkdir(parents=True)
     channels = request.get("InputDataConfig", [])
-    hosts = {"current_host": HOST, "hosts": [HOST], "network_interface_name": "lo"}
+    hosts = hosts_of(request)
+    resources = {"current_host": host or hosts[0], "hosts": hosts, "network_interface_name": "lo"}
     documents = {
         "hyperparameters.json": request["HyperParameters"],
         "inputdataconfig.json": {
             channel["ChannelName"]: {"TrainingInputMode": "File"} for channel in channels
         },
-        "resourceconfig.json": hosts,
+        "resourceconfig.json": resources,
     }
     for name, document in documents.items():
         (folder / "input/config" / name).write_text(json.dumps(document))
@@ -41,18 +51,25 @@ def lay_out(folder, request, s3):
         else:
             path.mkdir()
             download(s3, uri, path)
+    names = [f"{ADDRESS.format(number)} algo-{number}" for number in range(1, len(hosts) + 1)]
+    (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
     download(s3, request["CheckpointConfig"]["S3Uri"], folder / "checkpoints")
 
 
 @functools.cache
 def namespace():
-    """Return the command that makes another one process 1 of a PID namespace, or [] if that is forbidden."""
-    as_root = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    """Return the command that makes another one process 1 of a container, or [] if that is forbidden.
+
+    Its namespaces are those of processes, mounts and names. Two words follow it: a file in place of
+    /etc/hosts, and the name of the host.
+    """
+    as_root = ["unshare", "--pid", "--fork", "--mount-proc", "--uts", "--kill-child"]
     as_user = ["unshare", "--user", "--map-root-user", *as_root[1:]]
     for command in (as_root, as_user):
         with contextlib.suppress(OSError):
-            if subprocess.run([*command, "true"], capture_output=True).returncode == 0:
-                return command
+            whole = [*command, "sh", "-c", NAMING]
+            if subprocess.run([*whole, "/dev/null", "algo-1", "true"], capture_output=True).returncode == 0:
+                return whole
     return []
 
 
@@ -72,8 +89,11 @@ class Container:
         }
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the toolkit's `train` is
         job = {"SAGEMAKER_BASE_DIR": str(folder), "TRAINING_JOB_NAME": request["TrainingJobName"]}
+        if namespace():
+            resources = json.loads((folder / "input/config/resourceconfig.json").read_text())
+            command = [*namespace(), str(folder / "hosts"), resources["current_host"], *command]
         self.process = subprocess.Popen(
-            [*namespace(), *command],
+            command,
             env={**kept, **job, "PATH": path, **request.get("Environment", {})},
             cwd=folder,
             stdin=subprocess.DEVNULL,

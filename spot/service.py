@@ -25,9 +25,9 @@ import boto3
 from botocore.exceptions import ClientError
 
 from common.errors import UserError
+from common.s3 import split_uri
 from spot import container
 from spot.report import EPOCH
-from spot.sync import split_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 UPLOAD = "upload"
@@ -68,7 +68,7 @@ def s3_server(endpoint_url=None):
 
 
 def make_request(
-    s3, name, script, hyperparameters, channels, checkpoint_uri, entry_point=None, environment=None
+    s3, name, script, hyperparameters, channels, checkpoint_uri, entry_point=None, environment=None, count=1
 ):
     """Upload the folder of `script` as SageMaker's SDK does, and return a CreateTrainingJob request for it.
 
@@ -78,6 +78,7 @@ def make_request(
         checkpoint_uri: where the checkpoints go in S3.
         entry_point: the command of process 1; default: the one of SageMaker's own images, `train`.
         environment: variables for the container.
+        count: the number of instances.
     """
     bucket, _ = split_uri(checkpoint_uri)
     with contextlib.suppress(ClientError):  # mostly it exists
@@ -103,6 +104,7 @@ def make_request(
             for channel, folder in channels.items()
         ],
         "CheckpointConfig": {"S3Uri": checkpoint_uri},
+        "ResourceConfig": {"InstanceCount": count},
         "Environment": environment or {},
     }
 
@@ -117,13 +119,22 @@ class Job:
         interruptions: for each attempt the seconds after which it is interrupted, or Epochs, or UPLOAD: in
             the middle of its second upload; further attempts are left alone.
         grace: seconds from SIGTERM to SIGKILL.
-        rate: bytes per second to S3.
+        sync: flags of `spot.sync`.
         watch: called with each event.
     """
 
-    def __init__(self, s3, request, folder, interruptions=(), grace=120, rate=50e6, watch=lambda event: None):
+    def __init__(
+        self,
+        s3,
+        request,
+        folder,
+        interruptions=(),
+        grace=120,
+        sync=("--rate=50e6",),
+        watch=lambda event: None,
+    ):
         self.s3, self.request, self.folder, self.interruptions = s3, request, folder, interruptions
-        self.grace, self.rate, self.watch = grace, rate, watch
+        self.grace, self.sync, self.watch = grace, sync, watch
         self.events = []
         self.num_epochs = 0  # of this attempt
 
@@ -144,67 +155,86 @@ class Job:
                 raise UserError(f"the training job failed: {reason.strip()}; its log is {folder / 'log.txt'}")
 
     def _attempt(self, attempt, folder, interruption):
-        """Return the exit code of process 1; None where it was interrupted."""
-        container.lay_out(folder, self.request, self.s3)
+        """Return the first exit code of a process 1 that is not 0, or 0; None where it was interrupted."""
         self.num_epochs = 0
 
         def tell(event, **more):
             self.events.append({"time": time.time(), "attempt": attempt, "event": event, **more})
             self.watch(self.events[-1])
 
-        with open(folder / "log.txt", "w") as log:
+        with contextlib.ExitStack() as exits:
+            folders, copies, boxes = {}, [], []
+            for host in container.hosts_of(self.request):
+                # Only the first instance writes to the log and saves checkpoints; all of them receive these.
+                folders[host] = folder.with_name(f"{folder.name}-{host}") if folders else folder
+                container.lay_out(folders[host], self.request, self.s3, host)
+            for place in folders.values():
+                stall = interruption == UPLOAD and place == folder
+                sync = _SyncProcess(place / "checkpoints", self.request, self.sync, stall, tell)
+                exits.callback(sync.kill)
+                copies.append(sync)
+            for sync in copies:
+                sync.ready.wait()
+            tell("started")
+            for place in folders.values():
+                box = self._start(place, exits, tell if place == folder else None)
+                exits.callback(box.wait)
+                exits.callback(box.kill)
+                boxes.append(box)
+            return self._watch(boxes, copies, interruption, tell)
 
-            def tell_line(line):
+    def _start(self, folder, exits, tell):
+        log = exits.enter_context(open(folder / "log.txt", "w"))  # noqa: SIM115
+
+        def tell_line(line):
+            if tell:
                 tell("log", line=line)
-                log.write(line + "\n")
                 self.num_epochs += bool(EPOCH.match(line))
+            log.write(line + "\n")
 
-            copies = _SyncProcess(folder / "checkpoints", self.request, self.rate, interruption, tell)
-            try:
-                copies.ready.wait()
-                tell("started")
-                box = container.Container(folder, self.request, tell_line)
-                try:
-                    return self._watch(box, copies, interruption, tell)
-                finally:
-                    box.kill()
-                    box.wait()
-            finally:
-                copies.kill()
+        return container.Container(folder, self.request, tell_line)
 
-    def _watch(self, box, copies, interruption, tell):
+    def _watch(self, boxes, copies, interruption, tell):
         interrupt_at = (
             time.monotonic() + interruption if isinstance(interruption, (int, float)) else float("inf")
         )
         epochs = interruption.count if isinstance(interruption, Epochs) else float("inf")
-        while not (copies.stalled.is_set() or self.num_epochs >= epochs or time.monotonic() >= interrupt_at):
-            copies.check()
-            code = box.wait(0.02)
-            if code is not None:
-                tell("ended", code=code)
-                copies.finish()
-                return code
+        stalled = copies[0].stalled
+        while not (stalled.is_set() or self.num_epochs >= epochs or time.monotonic() >= interrupt_at):
+            for sync in copies:
+                sync.check()
+            codes = [box.wait(0.02) for box in boxes]
+            if None not in codes or any(codes):  # one that fails ends all
+                tell("ended", code=_first_failure(codes))
+                for sync in copies:
+                    sync.finish()
+                return _first_failure(codes)
         tell("sigterm")
-        box.terminate()
+        for box in boxes:
+            box.terminate()
         deadline = time.monotonic() + self.grace
-        code = box.wait(self.grace)
-        if code is not None:
-            tell("ended", code=code)
-            copies.finish(deadline - time.monotonic())
-            return 0 if code == 0 else None
+        codes = [box.wait(max(0, deadline - time.monotonic())) for box in boxes]
+        if None not in codes:
+            tell("ended", code=_first_failure(codes))
+            for sync in copies:
+                sync.finish(deadline - time.monotonic())
+            return None if any(codes) else 0
         tell("killed")
-        copies.kill()
-        box.kill()
-        box.wait()
+        for process in [*copies, *boxes]:
+            process.kill()
         return None
+
+
+def _first_failure(codes):
+    return next((code for code in codes if code), 0)
 
 
 class _SyncProcess:
     """Runs `spot.sync` beside a container."""
 
-    def __init__(self, folder, request, rate, interruption, tell):
+    def __init__(self, folder, request, flags, stall, tell):
         command = [sys.executable, "-m", "spot.sync", str(folder), request["CheckpointConfig"]["S3Uri"]]
-        command += [f"--rate={rate}", f"--stall-upload={2 if interruption == UPLOAD else 0}"]
+        command += [*flags, f"--stall-upload={2 if stall else 0}"]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         self.ready, self.stalled = threading.Event(), threading.Event()
         self.reader = threading.Thread(target=self._read, args=(tell,), daemon=True)

@@ -19,34 +19,12 @@ from pathlib import Path
 import boto3
 from boto3.s3.transfer import TransferConfig
 
+from common.s3 import split_uri
+
 UPLOADING, UPLOADED = ".sagemaker-uploading", ".sagemaker-uploaded"
 NOT_COPIED = (UPLOADING, UPLOADED, ".sagemaker-ignore")
 SCAN_SECONDS = 0.5
 ONE_BY_ONE = TransferConfig(use_threads=False)
-
-
-def split_uri(uri):
-    """Return (bucket, key) of `s3://bucket/key`."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
-def list_objects(s3, uri):
-    """Return the keys of all objects whose address begins with `uri`."""
-    bucket, prefix = split_uri(uri)
-    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-
-
-def download(s3, uri, folder):
-    """Copy all objects whose address begins with `uri` into `folder`; return how many there are."""
-    bucket, prefix = split_uri(uri)
-    keys = list_objects(s3, uri)
-    for key in keys:
-        path = folder / key[len(prefix) :].lstrip("/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        s3.download_file(bucket, key, str(path))
-    return len(keys)
 
 
 class Sync:
@@ -60,12 +38,13 @@ class Sync:
         stall_upload: the number of the upload, counted from 1, that stops half way until `stop` is called;
             0: none.
         tell: called with what happens and the name of the file.
+        stop_after: the number of uploads after which nothing more is copied, a known fault of the service.
     """
 
-    def __init__(self, s3, folder, uri, rate, stall_upload, tell):
+    def __init__(self, s3, folder, uri, rate, stall_upload, tell, stop_after=None):
         self.s3, self.folder, self.stall_upload, self.tell = s3, folder, stall_upload, tell
         self.bucket, self.prefix = split_uri(uri)
-        self.rate = rate
+        self.rate, self.stop_after = rate, stop_after
         self.num_uploads = 0
         self.stopping = False
         self.copied = self.scan()
@@ -80,11 +59,13 @@ class Sync:
         while not ending and os.getppid() == parent:  # not without the simulator
             time.sleep(SCAN_SECONDS)
             ending = self.stopping
+            if self.num_uploads == self.stop_after:
+                continue
             found = self.scan()
             for name in self.copied.keys() - found.keys():
                 self.delete(name)
             for name in sorted(found, key=lambda name: found[name][1]):  # the oldest first
-                if self.copied.get(name) != found[name]:
+                if self.copied.get(name) != found[name] and self.num_uploads != self.stop_after:
                     self.upload(name, found[name])
 
     def scan(self):
@@ -144,12 +125,14 @@ def main():
     parser.add_argument("uri")
     parser.add_argument("--rate", type=float, required=True, help="bytes per second")
     parser.add_argument("--stall-upload", type=int, default=0)
+    parser.add_argument("--stop-after", type=int)
     args = parser.parse_args()
 
     def tell(event, name):
         print(json.dumps({"event": event, "name": name}), flush=True)
 
-    sync = Sync(boto3.client("s3"), args.folder, args.uri, args.rate, args.stall_upload, tell)
+    options = args.rate, args.stall_upload, tell, args.stop_after
+    sync = Sync(boto3.client("s3"), args.folder, args.uri, *options)
     signal.signal(signal.SIGTERM, lambda number, frame: sync.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the simulator, which ends this
     tell("ready", "")

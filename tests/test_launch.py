@@ -3,11 +3,14 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import boto3
 import pytest
@@ -82,8 +85,10 @@ def launch(tmp_path):
 
     def run(launcher, *words, code=0, sdk=None, **variables):
         env = {name: value for name, value in environment().items() if not name.startswith("AWS_")}
-        env.update(HOME=str(tmp_path / "home"), PYTHONPATH=str(tmp_path / "start"), CALLED_HOSTS=str(called))
-        command = [python(sdk or SDK[launcher]), str(ROOT / "launch" / f"{launcher}.py"), *words]
+        env.update(HOME=str(tmp_path / "home"), CALLED_HOSTS=str(called))
+        env["PYTHONPATH"] = f"{tmp_path / 'start'}:{ROOT / 'launch'}"
+        script = launcher if launcher == "-c" else str(ROOT / "launch" / f"{launcher}.py")
+        command = [python(sdk or SDK[launcher]), script, *words]
         finished = subprocess.run(
             command,
             cwd=tmp_path / "here",
@@ -95,7 +100,7 @@ def launch(tmp_path):
         result = Result(finished, finished.stdout, finished.stderr)
         assert result.code == code, f"exit code {result.code}\n{result.output}\n{result.errors}"
         assert not called.exists(), called.read_text()
-        assert not list((tmp_path / "here").iterdir())
+        assert {path.name for path in (tmp_path / "here").iterdir()} <= {"output"}  # that of local mode
         return result
 
     return run
@@ -135,18 +140,22 @@ def aws(tmp_path_factory):
     server.start()
     host, port = server.get_host_and_port()
     aws = AWS(f"http://{host}:{port}", config)
-    create, init = SageMakerResponse.create_training_job, FakeTrainingJob.__init__
+    init = FakeTrainingJob.__init__
 
-    def record(self):
-        aws.requests.append(json.loads(self.body))
-        return create(self)
+    def recording(create):
+        def record(self):
+            aws.requests.append(json.loads(self.body))
+            return create(self)
+
+        return record
 
     def bill(self, *args, **options):
         init(self, *args, **options)
         self.training_time_in_seconds, self.billable_time_in_seconds = 100, 30
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SageMakerResponse, "create_training_job", record)
+        for name in ("create_training_job", "create_hyper_parameter_tuning_job", "create_pipeline"):
+            patch.setattr(SageMakerResponse, name, recording(getattr(SageMakerResponse, name)))
         patch.setattr(FakeTrainingJob, "__init__", bill)
         yield aws
     server.stop()
@@ -214,10 +223,12 @@ def test_without_spot_the_machines_are_on_demand_ones(launch, launcher):
 @pytest.mark.parametrize("launcher", OURS)
 def test_an_image_of_your_own(launch, launcher):
     uri = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/my-xgboost:1"
-    request = printed_request(dry_run(launch, launcher, "xgboost", "--image-uri", uri, region="eu-west-1"))
-    assert request["AlgorithmSpecification"]["TrainingImage"] == uri
-    assert request["AlgorithmSpecification"]["MetricDefinitions"] == job.report.metric_definitions()
-    assert request["AlgorithmSpecification"]["ContainerEntrypoint"][3] == "forward-sigterm"
+    words = flags_of(launcher, "xgboost", "--image-uri", uri, "--region", "eu-west-1", "--dry-run")
+    script = ("--eval-metric", "auc,logloss", "--best-metric", "f1:max")
+    specification = printed_request(launch(launcher, *words, *script))["AlgorithmSpecification"]
+    assert specification["TrainingImage"] == uri
+    assert specification["MetricDefinitions"] == job.report.metric_definitions(("auc", "loss", "f1"))
+    assert specification["ContainerEntrypoint"][3] == "forward-sigterm"
 
 
 @pytest.mark.parametrize("launcher", OURS)
@@ -236,16 +247,17 @@ def test_several_machines_share_the_files_of_xgboost(launch):
 
 @pytest.mark.parametrize("launcher", OURS)
 @pytest.mark.parametrize(
-    ("framework", "instance", "torchrun"),
+    ("framework", "instance", "torchrun", "image"),
     [
-        ("pytorch", "ml.g5.12xlarge", True),
-        ("pytorch", "ml.m5.xlarge", False),
-        ("mxnet", "ml.g5.xlarge", False),
+        ("pytorch", "ml.g5.12xlarge", True, ()),
+        ("pytorch", "ml.p4d.24xlarge", True, ("--image-uri", "my.registry/my-pytorch:1")),
+        ("pytorch", "ml.m5.xlarge", False, ()),
+        ("mxnet", "ml.g5.xlarge", False, ()),
     ],
 )
-def test_several_machines_train_together(launch, launcher, framework, instance, torchrun):
+def test_several_machines_train_together(launch, launcher, framework, instance, torchrun, image):
     """On GPUs torchrun starts a process for each in PyTorch; otherwise the scripts need no launcher."""
-    flags = ("--instance-count", "2", "--instance-type", instance)
+    flags = ("--instance-count", "2", "--instance-type", instance, *image)
     request = printed_request(dry_run(launch, launcher, framework, *flags))
     assert request["ResourceConfig"]["InstanceCount"] == 2
     assert request["AlgorithmSpecification"]["ContainerEntrypoint"][3] == "forward-sigterm"
@@ -258,7 +270,17 @@ def test_several_machines_train_together(launch, launcher, framework, instance, 
 @pytest.mark.parametrize("launcher", OURS)
 @pytest.mark.parametrize("framework", ["pytorch", "xgboost"])
 def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, launcher, framework):
-    flags = ("--bucket", "my-bucket", "--spot", "--no-wait", *DATA)
+    """The script of XGBoost is a copy, with another name and a flag of its own."""
+    flags, script = ("--bucket", "my-bucket", "--spot", "--no-wait", *DATA), ROOT / framework / "train.py"
+    own = ()
+    if framework == "xgboost":
+        code = script.read_text().replace(
+            "return parser.parse", 'parser.add_argument("--own")\n    return parser.parse'
+        )
+        script = Path(shutil.copytree(ROOT / "xgboost", tmp_path / "my-job"), "main.py")
+        script.write_text(code)
+        own = ("--own", "x")
+        flags += ("--source-dir", str(script.parent), "--entry-point", script.name)
     result = launch(
         launcher,
         *flags_of(launcher, framework, *flags),
@@ -266,6 +288,7 @@ def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, l
         "--resume_anyway",
         "--seed",
         "7",
+        *own,
         **aws.variables,
     )
     assert not [secret for secret in SECRETS.values() if secret in result.output + result.errors]
@@ -278,6 +301,8 @@ def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, l
     assert checkpoints["S3Uri"].startswith(f"s3://my-bucket/{framework}-")
     assert checkpoints["S3Uri"].endswith("/checkpoints/")
     assert f"Checkpoints: {checkpoints['S3Uri']}\n" in result.errors
+    listing = f"{os.path.relpath(script, tmp_path / 'here')} {checkpoints['S3Uri']}\n"
+    assert f", or python -m common.list_checkpoints {listing}" in result.errors
     specification = request["AlgorithmSpecification"]
     assert specification.get("MetricDefinitions") == (
         None if framework == "xgboost" else job.report.metric_definitions()
@@ -294,7 +319,7 @@ def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, l
     source, values = tmp_path / "source", request["HyperParameters"]
     if launcher == "estimator":
         values = {name: json.loads(value) for name, value in values.items()}
-        assert values["sagemaker_program"] == "train.py"
+        assert values["sagemaker_program"] == script.name
         aws.download(values["sagemaker_submit_directory"], tmp_path / "archive")
         with tarfile.open(tmp_path / "archive/file") as archive:
             archive.extractall(source, filter="data")
@@ -303,10 +328,10 @@ def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, l
         aws.download(channels["code"], source)
         aws.download(channels["sm_drivers"], tmp_path / "drivers")
         assert (tmp_path / "drivers/sm_train.sh").exists()
-    assert values == {"epochs": "1", "resume-anyway": "True", "seed": "7"}
+    assert values == {"epochs": "1", "resume-anyway": "True", "seed": "7", **({"own": "x"} if own else {})}
     assert not (source / "common").is_symlink()
     words = [word for name in values for word in (f"--{name}", values[name])]
-    command = [sys.executable, "train.py", *words, "--checkpoint-path", str(tmp_path / "checkpoints")]
+    command = [sys.executable, script.name, *words, "--checkpoint-path", str(tmp_path / "checkpoints")]
     finished = subprocess.run(
         command, cwd=source, env=environment(), capture_output=True, text=True, timeout=300
     )
@@ -360,6 +385,196 @@ def test_a_job_that_never_started_has_no_savings(capsys):
     assert capsys.readouterr().out.splitlines() == ["Training seconds: 50"] * 2 + ["Billable seconds: 50"]
 
 
+SETTINGS = ("volume_size_in_gb=200", "keep_alive_period_in_seconds=600", "enable_network_isolation=true")
+SETTINGS += ("kms_key_id=0123", "environment.A=1", "environment.B=b=c", "maximum_retry_attempts=3")
+SETTINGS += ("s3_output_path=s3://my-bucket/models/", "ignore_patterns=a,b")
+
+
+def test_the_other_settings_arrive_too(launch, aws):
+    flags = [
+        "--bucket",
+        "my-bucket",
+        "--no-wait",
+        "--tags",
+        "team=vision",
+        "cost=a=b",
+        "--vpc",
+        "sg-1",
+        "subnet-2",
+    ]
+    for setting in SETTINGS:
+        flags += ["--set", setting]
+    launch("model_trainer", *flags_of("model_trainer", "mxnet", *flags), **aws.variables)
+    request = aws.requests[-1]
+    assert request["Tags"] == [{"Key": "team", "Value": "vision"}, {"Key": "cost", "Value": "a=b"}]
+    assert request["VpcConfig"] == {"SecurityGroupIds": ["sg-1"], "Subnets": ["subnet-2"]}
+    assert request["ResourceConfig"]["VolumeSizeInGB"] == 200
+    assert request["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 600
+    assert request["EnableNetworkIsolation"] is True
+    assert request["OutputDataConfig"]["KmsKeyId"] == "0123"
+    assert request["OutputDataConfig"]["S3OutputPath"] == "s3://my-bucket/models/"
+    assert request["Environment"] == {"A": "1", "B": "b=c"}
+    assert request["RetryStrategy"] == {"MaximumRetryAttempts": 3}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "volum_size=2",
+            "--set volum_size is unknown: expected one of 51 names, the nearest are volume_size_in",
+        ),
+        ("volume_size_in_gb=big", "--set volume_size_in_gb=big: input should be a valid integer"),
+        ("instance_type=ml.m5.large", "--set instance_type: the launcher sets it; --help lists its flags"),
+        ("environment=1", "--set environment=1: input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(launch, setting, message):
+    assert message in dry_run(launch, "model_trainer", "pytorch", "--set", setting, code=1).error_line
+
+
+@pytest.mark.parametrize("launcher", SDK)
+def test_a_launcher_has_at_most_22_flags(launch, launcher):
+    names = re.findall("^  (--[a-z-]+)", launch(launcher, "--help").output, re.MULTILINE)
+    assert {"--role", "--dry-run"} < set(names)
+    assert len(names) <= 22
+
+
+@pytest.mark.parametrize("launcher", SDK)
+def test_a_checkpoint_bucket_in_another_region_is_refused(launch, aws, launcher):
+    with contextlib.suppress(aws.s3.exceptions.BucketAlreadyOwnedByYou):
+        aws.s3.create_bucket(Bucket="far", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    num_requests = len(aws.requests)
+    for address, reason in (
+        (
+            "s3://far/1/",
+            "the checkpoint bucket far is in eu-west-1 and the job in us-east-1: expected both in",
+        ),
+        ("s3://never-made/1/", "checkpoints at s3://never-made/1/: there is no bucket never-made"),
+    ):
+        words = flags_of(launcher, "xgboost", "--bucket", "my-bucket", "--checkpoints", address)
+        assert launch(launcher, *words, code=1, **aws.variables).error_line.startswith(f"error: {reason}")
+    assert len(aws.requests) == num_requests
+
+
+def test_an_algorithm_without_checkpoints_has_no_address_for_them(launch):
+    flags = ("--role", ROLE, "--region", "us-east-1", "--dry-run", *DATA, "--spot", "--max-wait", "3600")
+    request = printed_request(launch("built_in", "kmeans", *flags, "--", "--k", "10"))
+    assert "CheckpointConfig" not in request
+    assert request["StoppingCondition"]["MaxWaitTimeInSeconds"] == 3600
+    assert "/kmeans:1" in request["AlgorithmSpecification"]["TrainingImage"]
+
+
+# In Python: local mode, a pipeline, a tuner -----------------------------------------------------------------
+
+DOCKER = """#!{python}
+import pathlib, sys
+if sys.argv[1:3] == ["compose", "version"]:
+    print("Docker Compose version v2.30.0")
+elif sys.argv[1] == "compose":
+    print(pathlib.Path(sys.argv[sys.argv.index("-f") + 1]).read_text())
+"""
+
+
+@pytest.mark.parametrize("launcher", OURS)
+def test_local_mode_needs_docker_and_no_address(launch, aws, tmp_path, launcher):
+    (tmp_path / "bin").mkdir()
+    words = flags_of(launcher, "pytorch", "--bucket", "my-bucket", "--instance-type", "local")
+    image = ("--image-uri", "my-image:1")
+    words = (*words[:-1], *image, "--", "--epochs", "1")
+    env = {**aws.variables, "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    docker = tmp_path / "bin/docker"
+    docker.write_text("#!/bin/sh\necho The daemon is not running >&2; exit 1\n")
+    docker.chmod(0o755)
+    expected = "error: --instance-type local needs Docker on this machine: The daemon is not running (--help"
+    assert launch(launcher, *words, code=2, **env).error_line.startswith(expected)
+    docker.write_text(DOCKER.format(python=sys.executable))
+    num_requests = len(aws.requests)
+    result = launch(launcher, *words, **env)
+    assert "image: my-image:1" in result.output + result.errors
+    assert "forward-sigterm" in result.output + result.errors
+    assert len(aws.requests) == num_requests
+
+
+PIPELINES = {
+    "estimator": """
+from sagemaker.workflow.pipeline import Pipeline
+from sagemaker.workflow.pipeline_context import PipelineSession
+from sagemaker.workflow.steps import TrainingStep
+import estimator
+args = estimator.parse_args(FLAGS)
+session = PipelineSession(default_bucket="my-bucket")
+step = TrainingStep("train", step_args=estimator.make_estimator(args, session).fit(args.channels))
+Pipeline("PIPELINE", steps=[step], sagemaker_session=session).create(args.role)
+""",
+    "model_trainer": """
+from sagemaker.core.workflow.pipeline_context import PipelineSession
+from sagemaker.mlops.workflow.pipeline import Pipeline
+from sagemaker.mlops.workflow.steps import TrainingStep
+import model_trainer
+args = model_trainer.parse_args(FLAGS)
+session = PipelineSession(default_bucket="my-bucket")
+step = TrainingStep("train", step_args=model_trainer.make_trainer(args, session).train())
+Pipeline("PIPELINE", steps=[step], sagemaker_session=session).create(args.role)
+""",
+}
+
+
+@pytest.mark.parametrize("launcher", OURS)
+def test_a_step_of_a_pipeline(launch, aws, launcher):
+    flags = ["pytorch", "--role", ROLE, "--spot", *DATA, "--", "--epochs", "3"]
+    name = launcher.replace("_", "-")
+    code = PIPELINES[launcher].replace("FLAGS", str(flags)).replace("PIPELINE", name)
+    launch("-c", code, sdk=SDK[launcher], **aws.variables)
+    [step] = json.loads(aws.requests[-1]["PipelineDefinition"])["Steps"]
+    request = step["Arguments"]
+    assert request["AlgorithmSpecification"]["ContainerEntrypoint"][3] == "forward-sigterm"
+    assert request["CheckpointConfig"]["S3Uri"].startswith("s3://my-bucket/pytorch-")
+    assert request["EnableManagedSpotTraining"] is True
+    channels = {channel["ChannelName"] for channel in request["InputDataConfig"]}
+    assert {"train", "validation"} <= channels
+
+
+TUNER = """
+from sagemaker.core.parameter import ContinuousParameter
+import model_trainer, tuner
+args = model_trainer.parse_args(FLAGS)
+ranges = {"learning-rate": ContinuousParameter(0.001, 0.1)}
+tuner.make_tuner(args, "OBJECTIVE", ranges, max_jobs=8, max_parallel_jobs=2).tune(wait=False)
+"""
+
+
+def test_a_tuner_forwards_sigterm_and_uploads_all_files(launch, aws, tmp_path):
+    flags = ["pytorch", "--role", ROLE, "--spot", "--bucket", "my-bucket", *DATA]
+    flags += ["--instance-type", "ml.p4d.24xlarge", "--set", "environment.A=1", "--", "--epochs", "3"]
+    code = TUNER.replace("FLAGS", str(flags)).replace("OBJECTIVE", "loss")
+    launch("-c", code, sdk=3, **aws.variables)
+    request = aws.requests[-1]
+    config, definition = request["HyperParameterTuningJobConfig"], request["TrainingJobDefinition"]
+    objective = config["HyperParameterTuningJobObjective"]
+    assert objective == {"Type": "Minimize", "MetricName": "validation:loss"}
+    assert config["ParameterRanges"]["ContinuousParameterRanges"][0]["Name"] == "learning-rate"
+    specification = definition["AlgorithmSpecification"]
+    assert specification["MetricDefinitions"] == job.report.metric_definitions()
+    assert definition["CheckpointConfig"]["LocalPath"] == "/opt/ml/checkpoints"
+    assert definition["EnableManagedSpotTraining"] is True
+    channels = {
+        each["ChannelName"]: each["DataSource"]["S3DataSource"] for each in definition["InputDataConfig"]
+    }
+    assert channels["train"]["S3Uri"] == "s3://data/train/"
+    folder = "/opt/ml/input/data/sm_forward_sigterm"
+    assert definition["Environment"] == {"A": "1", "PYTHONPATH": folder, "BASH_ENV": f"{folder}/bash_env.sh"}
+    aws.download(channels["sm_forward_sigterm"]["S3Uri"], tmp_path / "files")
+    uploaded = {path.name for path in (tmp_path / "files").iterdir()}
+    assert uploaded >= {"sitecustomize.py", "bash_env.sh", "forward_sigterm.sh"}
+    values = definition["StaticHyperParameters"]
+    assert (values["epochs"], values["sagemaker_program"]) == ("3", "train.py")
+    assert json.loads(values["sagemaker_torch_distributed_enabled"].lower()) is True
+    aws.download(values["sagemaker_submit_directory"], tmp_path / "archive")
+    with tarfile.open(tmp_path / "archive/file") as archive:
+        assert {"train.py", "engine.py", "common/run.py"} <= set(archive.getnames())
+
+
 # What is refused, before anything is sent -------------------------------------------------------------------
 
 
@@ -382,13 +597,19 @@ def test_a_job_that_never_started_has_no_savings(capsys):
             ["--", "--weights", "here"],
             "--weights cannot be passed after `--`: in the cloud SageMaker sets it",
         ),
+        (["--source-dir", "nowhere"], "there is no script nowhere/train.py"),
+        (["--instance-type", "local", "--spot"], "--spot is for jobs on SageMaker: leave it out with --ins"),
+        (
+            ["--", "--best-metric", "f"],
+            "--best-metric: is more of f better or less? Pass --best-metric f:max",
+        ),
         (["--", "--output=here"], "--output cannot be passed after `--`: in the cloud SageMaker sets it"),
     ],
 )
 def test_a_mistake_is_one_line(monkeypatch, capsys, words, message):
     monkeypatch.setattr(sys, "argv", ["estimator.py", "pytorch", "--role", ROLE, *words])
     with pytest.raises(SystemExit) as exit:
-        job.parse_script_args("")
+        job.parse_script_args(job.make_script_parser(""))
     assert exit.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
@@ -416,6 +637,11 @@ def test_a_wrong_flag_is_found_before_anything_is_sent(launch, aws, launcher):
         (["image-classification"], "image-classification needs --train"),
         (["image-classification", *DATA], "image-classification needs --num-classes behind `--`"),
         (["semantic-segmentation", *DATA], "semantic-segmentation needs --train-annotation"),
+        (
+            ["kmeans", *DATA, "--spot"],
+            "--max-wait 7200: kmeans saves no checkpoints, and then SageMaker waits",
+        ),
+        (["kmeans", *DATA, "--resume-from", "s3://abc/1"], "kmeans saves no checkpoints: leave out --checkp"),
         (
             ["semantic-segmentation", "--instance-count", "2", *BUILT_IN["semantic-segmentation"]],
             "--instance-count 2: semantic-segmentation trains on one machine",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import boto3
 import pytest
 
 from common import checkpoints, distributed, report
+from common.s3 import download, list_objects, split_uri
 from helpers import CHECKPOINTS, LATER, ROOT, checkpoint_name, choose, environment
 from launch.job import forwarding_sigterm
 from spot import container, service, sync
@@ -59,7 +61,7 @@ def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
         assert (base / "output/data/metrics.json").exists()
         assert list((base / "model").iterdir())
         assert not (base / "output/failure").exists()
-        names = [key.rpartition("/")[2] for key in sync.list_objects(s3, f"s3://bucket/{name}/checkpoints/")]
+        names = [key.rpartition("/")[2] for key in list_objects(s3, f"s3://bucket/{name}/checkpoints/")]
         return log_of(job), names
 
     log, names = run(5, tmp_path / "first")
@@ -70,6 +72,68 @@ def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
     assert "Starting training from epoch: 6" in log
     assert sorted(names) == sorted(checkpoint_name(framework, epoch) for epoch in range(1, 11))
     assert_each_metric_is_extracted([line for line in log if line.startswith("epoch=")])
+    # What the launchers print; the checkpoints are copied from S3 one after the other.
+    command = [
+        sys.executable,
+        "-m",
+        "common.list_checkpoints",
+        f"{framework}/train.py",
+        f"s3://bucket/{name}/checkpoints",
+    ]
+    listed = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
+    lines = listed.stdout.splitlines()
+    assert lines[-1] == f"A restart takes {checkpoint_name(framework, 10)}"
+    assert len([line for line in lines if re.search(r" yes +intact", line)]) == 10
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"S3": "s3://bucket/empty/"},
+            "A restart would begin at the first epoch: no checkpoints in s3://bucket/em",
+        ),
+        (
+            {"S3": "s3://not-there/1/"},
+            "error: cannot read s3://not-there/1/: An error occurred (NoSuchBucket)",
+        ),
+        (
+            {"S3": "s3://bucket/1/", "PYTHONPATH": "no-boto3"},
+            "error: this script needs boto3 for addresses in S3, ",
+        ),
+    ],
+)
+def test_what_cannot_be_listed_in_s3_is_one_line(s3, tmp_path, variables, message):
+    (tmp_path / "no-boto3").mkdir()
+    (tmp_path / "no-boto3/boto3.py").write_text("raise ImportError('not here')")
+    paths = f"{ROOT}:{tmp_path / variables.get('PYTHONPATH', '')}"
+    code = (
+        "import sys; sys.path[:0] = sys.argv[3].split(':')[::-1]; from common.list_checkpoints import main; "
+    )
+    code += "sys.exit(main(sys.argv[1:3]))"
+    command = [sys.executable, "-c", code, ROOT / "xgboost/train.py", variables["S3"], paths]
+    listed = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert (listed.stdout + listed.stderr).startswith(message)
+    assert (listed.stdout + listed.stderr).count("\n") == 1
+
+
+def test_the_trials_of_a_tuner_share_an_address_and_not_their_checkpoints(s3, tmp_path):
+    def run(trial, attempt):
+        values = {"num-round": "3", "_tuning_objective_metric": "validation:loss"}
+        request = request_for(s3, "xgboost", "tuner", values)
+        job = service.Job(s3, {**request, "TrainingJobName": trial}, tmp_path / f"{trial}-{attempt}")
+        job.run()
+        return log_of(job)
+
+    for trial in ("trial-1", "trial-2"):
+        assert "Starting training from epoch: 1" in run(trial, 1)
+    assert "Resuming training from xgboost-checkpoint.2" in run("trial-2", 2)
+    files = {
+        key.removeprefix("tuner/checkpoints/") for key in list_objects(s3, "s3://bucket/tuner/checkpoints/")
+    }
+    trials = ("trial-1", "trial-2")
+    assert files == {f"{trial}/xgboost-checkpoint.{number}" for trial in trials for number in range(3)}
 
 
 def assert_each_metric_is_extracted(lines):
@@ -251,6 +315,40 @@ def test_three_interruptions_end_with_the_same_bits(framework, tmp_path):
     assert not processes_below(tmp_path)
 
 
+@pytest.mark.parametrize("framework", ["xgboost", pytest.param("pytorch", marks=LATER)])
+def test_two_instances_that_are_interrupted_end_with_the_same_bits(framework, tmp_path):
+    choose(framework)
+    flags = ["--num-round=300", "--checkpoint-steps=25"] if framework == "xgboost" else JOBS[framework][1]
+    words = [
+        ROOT / framework / "train.py",
+        "--instance-count",
+        2,
+        "--interrupt-after",
+        "upload,upload",
+        "--verify",
+    ]
+    output = simulate(*words, "--forward-sigterm", "--", *flags, cwd=tmp_path)
+    numbers = json.loads((tmp_path / "output/spot/report.json").read_text())["figures"]
+    assert (numbers["attempts"], numbers["steps_lost"], numbers["bit-identical"]) == (3, 0, True)
+    hosts = "algo-1, algo-2" if container.namespace() else "127.0.0.1, 127.0.0.2"
+    assert f"2 workers: {hosts}; each gets " in output
+    first, second = (tmp_path / f"output/spot/job/attempt-3{host}/checkpoints" for host in ("", "-algo-2"))
+    if container.namespace():
+        assert set(os.listdir(second)) < set(os.listdir(first))  # what was in S3 at the start
+    assert not processes_below(tmp_path)
+
+
+def test_the_script_notices_that_nothing_reaches_s3_any_more(tmp_path):
+    """The sync of the first attempt ceases after two uploads."""
+    folder = shutil.copytree(ROOT / "xgboost", tmp_path / "my-job")
+    module = folder / "common/checkpoints.py"
+    module.write_text(module.read_text().replace("UPLOAD_SECONDS = 900", "UPLOAD_SECONDS = 4"))
+    flags = ("--num-round", 2000, "--checkpoint-steps", 25, "--max-depth", 3)
+    output = simulate(folder / "train.py", "--stop-sync-after", 2, "--", *flags, cwd=tmp_path)
+    assert output.count(" is in S3\n") == 2
+    assert output.count("] Warning: for 0 minutes SageMaker has copied no checkpoint to S3, where ") == 1
+
+
 def processes_below(folder):
     """Return the command lines of processes that have to do with a folder."""
     found = subprocess.run(["pgrep", "-af", str(folder)], capture_output=True, text=True).stdout
@@ -265,8 +363,16 @@ def test_what_reaches_the_script_and_what_comes_back(s3, tmp_path, monkeypatch, 
     elif not container.namespace():
         pytest.skip("this machine does not permit PID namespaces")
     values = {"num-round": "3000", "checkpoint-steps": "1000"}
-    for name, entry_point in (("stock", None), ("forwarding", forwarding_sigterm("train"))):
+    (tmp_path / "start.sh").write_text("train")  # as the entry point of most of SageMaker's images
+    entry_points = {"stock": None, "forwarding": forwarding_sigterm("train")}
+    if namespaces:
+        entry_points.update(python=None, bash=["bash", "-m", str(tmp_path / "start.sh"), "train"])
+    for name, entry_point in entry_points.items():
         request = request_for(s3, "xgboost", f"{name}-{namespaces}", values, entry_point=entry_point)
+        if name in ("python", "bash"):  # as in a trial of a tuner
+            files = ROOT / "launch/forward_sigterm"
+            request["Environment"]["PYTHONPATH"] += f":{files}"
+            request["Environment"]["BASH_ENV"] = f"{files}/bash_env.sh"
         folder = tmp_path / name
         container.lay_out(folder, request, s3)
         lines, training = [], threading.Event()
@@ -428,10 +534,10 @@ def wait_for(condition):
 
 
 def content(s3, uri):
-    bucket, prefix = sync.split_uri(uri)
+    bucket, prefix = split_uri(uri)
     return {
         key[len(prefix) :]: s3.get_object(Bucket=bucket, Key=key)["Body"].read()
-        for key in sync.list_objects(s3, uri)
+        for key in list_objects(s3, uri)
     }
 
 
@@ -465,10 +571,10 @@ def test_what_is_left_is_copied_at_the_end(s3, copies):
 def test_all_under_the_prefix_is_restored_and_not_uploaded_again(s3, tmp_path):
     for key in ("job-1/a", "job-1/part/b", "job-10/c"):
         s3.put_object(Bucket="bucket", Key=f"restore/{key}", Body=key.encode())
-    assert sync.download(s3, "s3://bucket/restore/job-1/", tmp_path / "exact") == 2
+    assert download(s3, "s3://bucket/restore/job-1/", tmp_path / "exact") == 2
     assert (tmp_path / "exact/part/b").read_text() == "job-1/part/b"
     without_slash = "s3://bucket/restore/job-1"
-    assert sync.download(s3, without_slash, tmp_path / "prefix") == 3
+    assert download(s3, without_slash, tmp_path / "prefix") == 3
     told = []
     copies = sync.Sync(
         s3, tmp_path / "exact", "s3://bucket/restore/job-1/", 1e9, 0, lambda *event: told.append(event)
@@ -593,6 +699,37 @@ def test_the_figures_follow_from_the_events():
         "seconds_to_start": 3.0,
         "checkpoints_in_s3": 2,
     }
+
+
+def test_missing_marks_are_a_warning_once_and_only_after_others(tmp_path, monkeypatch):
+    pattern = CHECKPOINTS["pytorch"]
+    args = SimpleNamespace(checkpoint_path=tmp_path, keep_checkpoints=0)
+    logged = []
+    monkeypatch.setattr(checkpoints, "log", logged.append)
+
+    def warnings(ages, from_s3=()):
+        """Return the number of warnings for files of so many minutes, some of them copied at the start."""
+        for path in tmp_path.iterdir():
+            path.unlink()
+        engine = SimpleNamespace(CHECKPOINT=pattern, FIRST_NUMBER=1)
+        folder = checkpoints.Checkpoints(args, engine, distributed.Workers())
+        folder._from_s3.update(from_s3)
+        for name, minutes in ages.items():
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, (time.time() - 60 * minutes,) * 2)
+        logged.clear()
+        folder.remove_old()
+        folder.remove_old()
+        return len(logged)
+
+    stopped = {"checkpoint-1.pt": 50, "checkpoint-1.pt.sagemaker-uploaded": 49, "checkpoint-2.pt": 20}
+    assert warnings(stopped) == 1
+    assert warnings({**stopped, "checkpoint-3.pt": 0}) == 1
+    assert warnings({**stopped, "checkpoint-2.pt": 10}) == 0  # it was saved a short time ago
+    assert warnings({**stopped, "checkpoint-2.pt.sagemaker-uploading": 5}) == 0  # it is under way
+    assert warnings({**stopped, "checkpoint-2.pt.sagemaker-uploaded": 19}) == 0
+    assert warnings(stopped, from_s3=["checkpoint-2.pt"]) == 0
+    assert warnings({"checkpoint-1.pt": 50, "checkpoint-2.pt": 20}) == 0  # nobody copies anything here
 
 
 def test_differences_are_found(tmp_path):

@@ -1,0 +1,35 @@
+"""Addresses in S3 such as `s3://bucket/folder/`; a client of boto3 is an argument, so that none is needed."""
+
+import os
+
+
+def split_uri(uri):
+    """Return (bucket, key) of `s3://bucket/key`."""
+    bucket, _, key = uri[len("s3://") :].partition("/")
+    return bucket, key
+
+
+def list_objects(s3, uri):
+    """Return the time of change of all objects whose address begins with `uri`, by key."""
+    bucket, prefix = split_uri(uri)
+    lister = s3.get_paginator("list_objects_v2")
+    changes = {}
+    for page in lister.paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page.get("Contents", []):
+            key = entry["Key"]
+            changed = entry["LastModified"]
+            changes[key] = changed.timestamp()
+    return changes
+
+
+def download(s3, uri, folder):
+    """Copy all objects whose address begins with `uri` into `folder`; return how many there are."""
+    bucket, prefix = split_uri(uri)
+    changes = list_objects(s3, uri)
+    for key, changed in changes.items():
+        name = key[len(prefix) :]
+        path = folder / name.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file(bucket, key, str(path))
+        os.utime(path, (changed, changed))
+    return len(changes)
