@@ -138,7 +138,7 @@ def test_make_train_twice_leaves_nothing_to_train(clone):
 
 
 def test_the_python_on_the_pages_is_python():
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 4
     for block in blocks("python"):
         compile(block, "README.md", "exec")
 
