@@ -124,7 +124,7 @@ def main(args):
         max_run=args.max_run,
         max_wait=args.max_wait,
         checkpoint_s3_uri=args.checkpoints,
-        checkpoint_local_path=job.CHECKPOINT_PATH if args.has_checkpoints else None,
+        checkpoint_local_path=job.CHECKPOINT_PATH,
         output_path=args.output,
         sagemaker_session=session,
         debugger_hook_config=False,
