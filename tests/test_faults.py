@@ -1,8 +1,9 @@
 """An error of the disk, or a signal, at each file operation of a run: nothing that is saved is ever lost.
 
-strace makes one system call of a resumed training fail, or sends a signal when it begins. Four words describe
-a fault, as in "fsync EIO 1 checkpoints/xgboost-checkpoint.3.sagemaker-ignore": the call, what happens, at
-which one of the calls with this path, and the path below --output.
+strace makes one system call of a training fail, or sends a signal when it begins. The training is a new one,
+in an empty folder, or it resumes from checkpoints. Four words describe a fault, as in "fsync EIO 1
+checkpoints/xgboost-checkpoint.3.sagemaker-ignore": the call, what happens, at which one of the calls with
+this path, and the path below --output.
 
     make integration                                    (all for XGBoost, a sample for the other scripts)
     FAULTS=all make integration                         (all: hours)
@@ -67,7 +68,8 @@ ENDING = set(ERRORS) - {"newfstatat", "close", "flock"}  # calls that signals co
 CODES = {"SIGTERM": (0, 143), "SIGKILL": (-9,)}  # 0: the training was over
 SECONDS = 120  # after which a run counts as hanging; one takes two to ten
 
-# The first run ends half-way, and the second one, which meets the fault, continues it.
+BEGINNINGS = ("new", "resumed")
+# The fault meets the first run, or the second one, which continues the first.
 FIRST = {"xgboost": ("--num-round", 3)}
 SECOND = {"xgboost": ("--num-round", 6)}
 ALWAYS = {"xgboost": ("--checkpoint-steps", 1, "--keep-checkpoints", 2)}
@@ -133,9 +135,15 @@ while line := requests.readline():
 
 
 class Faults:
-    """The faults of one script: prepares a half-finished training, and continues it with each of them."""
+    """The faults of one script: prepares a folder, and trains there with each of them.
 
-    def __init__(self, framework, folder):
+    Args:
+        framework: the script.
+        folder: for the trainings.
+        begin: "new" for an empty folder, or "resumed" for that of a half-finished training.
+    """
+
+    def __init__(self, framework, folder, begin):
         self.framework = choose(framework)
         self.first = folder / "first"
         self.undisturbed = folder / "undisturbed"
@@ -143,12 +151,13 @@ class Faults:
         self.trace = folder / "trace"
         first, second = FIRST.get(framework, FIRST_EPOCH), SECOND.get(framework, SECOND_EPOCH)
         always = ALWAYS.get(framework, IN_EPOCH)
-        self.flags = [*second, *always]
+        self.flags = [*(second if begin == "resumed" else first), *always]
         command = [sys.executable, "-c", SERVER, str(script_of(framework))]
         env = environment(OMP_NUM_THREADS="1")
         self.server = start_command(command, folder, env, stdin=subprocess.PIPE, text=False, bufsize=0)
         self.first.mkdir()
-        assert self.train(self.first, first, always).code == 0
+        if begin == "resumed":
+            assert self.train(self.first, first, always).code == 0
         self.before = self.good_checkpoints(self.first)
         self.calls = self.record()
 
@@ -180,19 +189,20 @@ class Faults:
         outputs = [(folder / name).read_text() for name in ("stdout", "stderr")]
         return Result(SimpleNamespace(returncode=code), *outputs)
 
-    def continue_training(self, *options):
-        """Continue the first run's training in a new folder; return the Result."""
+    def train_again(self, *options):
+        """Train in a new copy of the prepared folder; return the Result."""
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(self.first, self.folder)
         return self.train(self.folder, self.flags, options=options)
 
     def record(self):
         """Return the calls of an undisturbed run, in order: (thread, call, path below --output)."""
-        result = self.continue_training("--decode-fds=path", "--trace", ",".join(ERRORS))
+        result = self.train_again("--decode-fds=path", "--trace", ",".join(ERRORS))
         assert result.code == 0, result.errors
         shutil.copytree(self.folder, self.undisturbed)
-        path = re.compile(rf'(\d+) +(\w+)\(.*?[<"]{re.escape(str(self.output))}/([^">]+)[">]')
-        return [found.groups() for found in map(path.match, self.trace.read_text().splitlines()) if found]
+        path = re.compile(rf'(\d+) +(\w+)\(.*?[<"]{re.escape(str(self.output))}(?:/([^">]+))?[">]')
+        calls = [found.groups(".") for found in map(path.match, self.trace.read_text().splitlines()) if found]
+        return calls
 
     def find(self):
         """Return the descriptions of all faults."""
@@ -210,6 +220,8 @@ class Faults:
     def good_checkpoints(self, folder):
         """Return the checkpoints in the run's folder; fail if there is half a file, or a damaged one."""
         folder = checkpoint_folder(folder, self.framework)
+        if not folder.is_dir():  # nothing has been saved
+            return []
         assert not list(folder.glob("*" + checkpoints.DAMAGED))
         found = checkpoints.find_checkpoints(folder, CHECKPOINTS[self.framework])
         for _, name in found:
@@ -224,15 +236,15 @@ class Faults:
         return [f"--trace={call}", f"--trace-path={self.output / path}", inject]
 
     def inject(self, fault):
-        """Continue the training with a fault and check the rules; return what has happened in a word."""
+        """Train with a fault and check the rules; return what has happened in a word."""
         effect = fault.split()[1]
-        result = self.continue_training(*self.options_of(fault))
+        result = self.train_again(*self.options_of(fault))
         assert result.code in CODES.get(effect, (0, 1)), f"exit code {result.code}"
         if result.code == 1:
             assert result.error_line
         assert "Traceback" not in result.errors, "a traceback"
         found = self.good_checkpoints(self.folder)
-        assert found[0] >= self.before[0], "the newest checkpoint is lost"
+        assert found[:1] >= self.before[:1], "the newest checkpoint is lost"
         assert len(found) >= len(self.before), "too many checkpoints are deleted"
         if result.code:
             again = self.train(self.folder, self.flags)
@@ -281,23 +293,25 @@ def choose_faults(framework, found):
     return sample(different, LATER_SAMPLES.get(framework, len(different)))
 
 
+@pytest.mark.parametrize("begin", BEGINNINGS)
 @pytest.mark.parametrize("framework", SAMPLES)
-def test_a_sample_of_faults_loses_nothing(framework, tmp_path, strace):
-    with contextlib.closing(Faults(framework, tmp_path)) as faults:
+def test_a_sample_of_faults_loses_nothing(framework, begin, tmp_path, strace):
+    with contextlib.closing(Faults(framework, tmp_path, begin)) as faults:
         found = faults.find()
         chosen = sample(without_copies(found), SAMPLES[framework])
         faults.inject_all([*chosen, *(fault for fault in FOUND if fault in found)])
 
 
 @LATER
+@pytest.mark.parametrize("begin", BEGINNINGS)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_no_fault_loses_anything(framework, tmp_path, strace):
-    with contextlib.closing(Faults(framework, tmp_path)) as faults:
+def test_no_fault_loses_anything(framework, begin, tmp_path, strace):
+    with contextlib.closing(Faults(framework, tmp_path, begin)) as faults:
         faults.inject_all(choose_faults(framework, faults.find()))
 
 
 def test_a_checkpoint_reaches_the_disk_before_its_name(tmp_path, strace):
-    with contextlib.closing(Faults("xgboost", tmp_path)) as faults:
+    with contextlib.closing(Faults("xgboost", tmp_path, "resumed")) as faults:
         recorded = faults.calls
     name = "checkpoints/xgboost-checkpoint.3" + atomic_io.TEMPORARY
     saver = next(thread for thread, call, path in recorded if (call, path) == ("rename", name))
