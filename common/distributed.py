@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import queue
+import select
 import socket
 import struct
 import sys
@@ -22,6 +23,9 @@ from common.errors import UserError, read_count, say, write_failure_reason
 PORT = 29400  # where the workers meet, at the address of the main process
 RUN_AGAIN = "To resume, run the same command on all hosts again"
 SILENCE = 30  # seconds without an answer after which a machine counts as gone
+MIN_PATIENCE = 2  # seconds for the first message of the last worker that joins
+MAX_HELLO = 1 << 16  # bytes of a message before both sides know each other
+MAX_STRANGERS = 100  # connections that may wait at the port
 
 # Flags that may differ between the workers.
 PER_WORKER_FLAGS = {
@@ -69,9 +73,9 @@ class Workers:
         self.is_main_process = rank == 0
         self.address = self.main_address = "127.0.0.1"
         self._peers = {}  # by rank: all other workers in the main process, only rank 0 in the others
-        self._ending = (
-            threading.Lock()
-        )  # held by the thread that ends this process: only the first reason is reported
+        self._patience = None  # seconds that the main process waits for a message; None: for ever
+        # Held by the thread that ends this process: only the first reason is reported.
+        self._ending = threading.Lock()
 
     def shard(self, count):
         """Return the slice of this worker if `count` items are split as evenly as possible."""
@@ -94,13 +98,21 @@ class Workers:
             return [value]
         content = json.dumps(value).encode()
         if self.is_main_process:
-            received = [self._peers[rank].inbox.get() for rank in range(1, self.size)]
+            received = [self._next_message(rank) for rank in range(1, self.size)]
             content = b"[%s]" % b",".join([content, *received])
             self._send_all(_VALUE, content)
         else:
             self._peers[0].send(_VALUE, content)
             content = self._peers[0].inbox.get()
         return json.loads(content)
+
+    def _next_message(self, rank):
+        try:
+            return self._peers[rank].inbox.get(timeout=self._patience)
+        except queue.Empty as error:
+            raise UserError(
+                f"{self.names[rank]} has joined, but then sent nothing: see its log, or raise --join-seconds"
+            ) from error
 
     def broadcast(self, content=b""):
         """Return the bytes of the main process on every worker; the argument of the others is ignored."""
@@ -165,9 +177,8 @@ class Workers:
         """Connect all workers with the main process. Raises UserError with the names of missing workers."""
         deadline = time.monotonic() + seconds
         if self.is_main_process:
-            host = (
-                socket.gethostbyname(main_host) if local else ""
-            )  # on one machine no other needs to see the port
+            # On one machine no other needs to see the port.
+            host = socket.gethostbyname(main_host) if local else ""
             self._wait_for_workers(host, port, seconds, deadline)
         else:
             self._find_main_process(main_host, port, seconds, deadline)
@@ -176,27 +187,46 @@ class Workers:
         self.main_address = self.address if self.is_main_process else connection.getpeername()[0]
 
     def _wait_for_workers(self, host, port, seconds, deadline):
+        """Accept all workers. Whatever strangers do at the port, this ends at the deadline."""
+        hellos = {}  # what each connection has sent that is not accepted yet, the oldest first
         with _listen(host, port, deadline) as server:
-            while len(self._peers) < self.size - 1:
-                missing = [rank for rank in range(1, self.size) if rank not in self._peers]
-                server.settimeout(max(0.001, deadline - time.monotonic()))
-                try:
-                    connection, _ = server.accept()
-                except (socket.timeout, BlockingIOError) as error:
+            server.setblocking(False)
+            while missing := [rank for rank in range(1, self.size) if rank not in self._peers]:
+                wait = max(0, deadline - time.monotonic())
+                ready, _, _ = select.select([server, *hellos], [], [], wait)
+                if time.monotonic() > deadline:
                     absent = ", ".join(self.names[rank] for rank in missing)
                     raise UserError(
                         f"waited {seconds:g} seconds for {absent}: "
                         f"only {len(self._peers) + 1} of {self.size} workers have joined. "
                         "See their logs, or raise --join-seconds"
-                    ) from error
-                self._admit(connection, missing)
+                    )
+                for connection in ready:
+                    if connection is not server:
+                        self._read_hello(connection, hellos)
+                        continue
+                    with contextlib.suppress(OSError):  # it may be gone already
+                        connection, _ = server.accept()
+                        connection.setblocking(False)
+                        hellos[connection] = b""
+                for connection in list(hellos)[:-MAX_STRANGERS]:
+                    del hellos[connection]
+                    connection.close()
+        for connection in hellos:
+            connection.close()
+        self._patience = max(MIN_PATIENCE, deadline - time.monotonic())
 
-    def _admit(self, connection, missing):
-        """Accept the connection as one of the missing workers, or reject it."""
+    def _read_hello(self, connection, hellos):
+        """Read from a connection. A whole hello is that of a missing worker, or the connection is closed."""
         try:
-            connection.settimeout(2)
-            _, length = _HEADER.unpack(_receive(connection, _HEADER.size))
-            hello = json.loads(_receive(connection, min(length, 1 << 16)))
+            received = connection.recv(MAX_HELLO)
+            content = hellos.pop(connection, b"") + received
+            length = int.from_bytes(content[1 : _HEADER.size].ljust(_HEADER.size - 1, b"\0"), "big")
+            if received and len(content) < _HEADER.size + length < MAX_HELLO:
+                hellos[connection] = content
+                return
+            hello = json.loads(content[_HEADER.size :])
+            missing = [rank for rank in range(1, self.size) if rank not in self._peers]
             if hello["names"] == self.names and hello["rank"] in missing:
                 peer = self._peers[hello["rank"]] = Peer(self, hello["rank"], connection)
                 peer.send(_VALUE, b"")
@@ -210,22 +240,31 @@ class Workers:
         connection.close()
 
     def _find_main_process(self, host, port, seconds, deadline):
-        """Connect to the main process, which may start later."""
+        """Connect to the main process, which may start later; another program may have its port before."""
+        hello = json.dumps({"rank": self.rank, "names": self.names}).encode()
         while True:
+            connection = None
             try:
                 connection = socket.create_connection((host, port), max(0.1, deadline - time.monotonic()))
                 if (
                     connection.getsockname() == connection.getpeername()
                 ):  # TCP can connect to itself by chance
-                    connection.close()
                     raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-                peer = self._peers[0] = Peer(self, 0, connection)
-                peer.send(_VALUE, json.dumps({"rank": self.rank, "names": self.names}).encode())
-                peer.inbox.get(timeout=max(0.1, deadline - time.monotonic()))
+                connection.sendall(_HEADER.pack(_VALUE, len(hello)) + hello)
+                kind, length = _HEADER.unpack(_receive(connection, _HEADER.size, deadline))
+                if kind not in (_VALUE, _END) or length > MAX_HELLO:
+                    raise ValueError("another program answers")
+                answer = _receive(connection, length, deadline)
+                if kind == _END:
+                    code, reason = json.loads(answer)
+                    self.end(code, reason)
+                self._peers[0] = Peer(self, 0, connection)
                 return
-            except (OSError, queue.Empty) as error:
+            except (OSError, EOFError, ValueError, TypeError, RecursionError) as error:
+                if connection:
+                    connection.close()
                 if time.monotonic() > deadline:
-                    reason = getattr(error, "strerror", None) or "no answer"
+                    reason = getattr(error, "strerror", None) or str(error) or "no answer"
                     raise UserError(
                         f"waited {seconds:g} seconds for {self.names[0]}, "
                         f"the main process of {self.size} workers, at {host} port {port}: {reason}. "
@@ -325,9 +364,9 @@ def join(args):
         if rank >= len(names):
             raise UserError(f"the variable RANK is {rank}: expected less than WORLD_SIZE, {len(names)}")
         workers = Workers(rank, names)
-        main_host = env["MASTER_ADDR"]
-        port = args.port or read_count("MASTER_PORT", PORT - 1) + 1
         local = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+        main_host = "127.0.0.1" if local else env["MASTER_ADDR"]
+        port = args.port or read_count("MASTER_PORT", PORT - 1) + 1
     else:
         names = sorted(args.hosts)
         if len(set(names)) < len(names) or args.current_host not in names:
@@ -344,6 +383,7 @@ def join(args):
         try:
             workers.connect(main_host, port, args.join_seconds, local)
             workers.check_same(shared)  # also a barrier: no worker starts before all have joined
+            workers._patience = None
         except UserError as error:
             workers.fail(str(error))
             raise
@@ -374,11 +414,13 @@ def _listen(host, port, deadline):
             time.sleep(0.2)
 
 
-def _receive(connection, length):
-    """Return `length` bytes from a connection. Raises EOFError if it ends before."""
+def _receive(connection, length, deadline=None):
+    """Return `length` bytes from a connection. Raises EOFError if it ends before, OSError at the deadline."""
     content = bytearray(length)
     view = memoryview(content)
     while len(view):
+        if deadline:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
         count = connection.recv_into(view)
         if not count:
             raise EOFError

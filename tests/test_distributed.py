@@ -1,5 +1,6 @@
 """Several workers that train one model: processes on loopback addresses, as on several hosts."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -433,6 +435,98 @@ def test_strangers_at_the_port_do_not_matter(tmp_path):
     assert workers.finish()[0].epochs == [1, 2]
 
 
+# The main process, or the other worker, and how the join ended.
+JOIN = """
+import os, sys
+from common.distributed import Workers
+from common.errors import UserError
+workers = Workers(int(sys.argv[1]), ["main", "other"])
+try:
+    workers.connect("127.0.0.1", int(sys.argv[2]), float(sys.argv[3]), True)
+    workers.check_same({})
+    print("joined", flush=True)
+except UserError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+HEADER = struct.Struct(">cQ")  # of a message
+
+
+def join(rank, port, seconds):
+    """Start a process that joins the other one; return it."""
+    return start_command([sys.executable, "-c", JOIN, *map(str, (rank, port, seconds))], ROOT)
+
+
+def drip(connection):
+    """Send a byte now and then, as slow as a person types."""
+    with contextlib.suppress(OSError):
+        for byte in HEADER.pack(b"V", 40) + b"[" * 40:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.3)
+
+
+def say_hello(connection):
+    hello = json.dumps({"rank": 1, "names": ["main", "other"]}).encode()
+    connection.sendall(HEADER.pack(b"V", len(hello)) + hello)
+
+
+STRANGERS = {  # how many do what, and the reason of the main process
+    "drip": (1, drip, "waited 3 seconds for other: only 1 of 2 workers have joined"),
+    "idle": (30, lambda connection: None, "waited 3 seconds for other: only 1 of 2 workers have joined"),
+    "hello": (1, say_hello, "other has joined, but then sent nothing"),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_no_stranger_makes_the_main_process_wait_longer(stranger):
+    count, behave, reason = STRANGERS[stranger]
+    port = free_port()
+    main_process = join(0, port, 3)
+    connections = []
+    while len(connections) < count:
+        with contextlib.suppress(ConnectionRefusedError):
+            connections.append(socket.create_connection(("127.0.0.1", port)))
+            begun = time.monotonic()
+    threads = [threading.Thread(target=behave, args=(connection,)) for connection in connections]
+    for thread in threads:
+        thread.start()
+    output, errors = main_process.communicate(timeout=30)
+    assert output.startswith(reason), errors
+    assert time.monotonic() - begun < 5
+    for thread in threads:
+        thread.join()
+
+
+def test_a_worker_that_reaches_another_program_tries_again():
+    answers = [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"E" + bytes(8), HEADER.pack(b"E", 2) + b"{}"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        worker = join(1, server.getsockname()[1], 60)
+        for answer in [*answers, HEADER.pack(b"V", 0)]:
+            connection, _ = server.accept()
+            with connection:
+                length = HEADER.unpack(connection.recv(HEADER.size))[1]
+                assert json.loads(connection.recv(length))["rank"] == 1
+                connection.sendall(answer)
+                if answer == HEADER.pack(b"V", 0):  # that is the main process
+                    assert HEADER.unpack(connection.recv(HEADER.size)) == (b"V", 2)
+                    assert connection.recv(2) == b"{}"
+                    connection.sendall(HEADER.pack(b"V", 8) + b"[{}, {}]")
+                    assert worker.communicate(timeout=30)[0] == "joined\n"
+
+
+def test_a_worker_names_what_answers_at_the_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        worker = join(1, server.getsockname()[1], 2)
+        while worker.poll() is None:
+            server.settimeout(5)
+            with contextlib.suppress(TimeoutError), server.accept()[0] as connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                time.sleep(0.1)
+        assert "at 127.0.0.1 port " in (line := worker.communicate()[0])
+        assert ": another program answers. " in line
+
+
 def test_there_must_be_a_sample_for_each_worker(image_framework, tmp_path):
     for result in Workers(image_framework, 2, "--batch-size", 1, folder=tmp_path).finish(1):
         assert "2 workers" in result.error_line
@@ -455,22 +549,21 @@ workers.all_gather("x" * 20_000_000)
 
 
 def test_a_signal_in_the_middle_of_a_message_lets_it_be_finished():
-    header = struct.Struct(">cQ")
     with socket.create_server(("127.0.0.1", 0)) as server:
         command = [sys.executable, "-c", STOPPED, str(server.getsockname()[1])]
         process = start_command(command, ROOT, stdin=subprocess.PIPE)
         connection, _ = server.accept()
         connection.settimeout(30)
-        kind, length = header.unpack(connection.recv(header.size))
+        kind, length = HEADER.unpack(connection.recv(HEADER.size))
         hello = json.loads(connection.recv(length))
         assert (kind, hello) == (b"V", {"rank": 1, "names": ["main", "other"]})
-        connection.sendall(header.pack(b"V", 0))
+        connection.sendall(HEADER.pack(b"V", 0))
         received = connection.recv(1)  # the message has begun
         print(file=process.stdin, flush=True)
         assert process.stdout.readline().startswith("stopping")
         received += b"".join(iter(lambda: connection.recv(2**20), b""))
     message, end = json.dumps("x" * 20_000_000).encode(), json.dumps([143, "Interrupted"]).encode()
-    expected = header.pack(b"V", len(message)) + message + header.pack(b"E", len(end)) + end
+    expected = HEADER.pack(b"V", len(message)) + message + HEADER.pack(b"E", len(end)) + end
     assert received == expected
     assert process.wait(timeout=30) == 143
 
