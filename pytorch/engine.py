@@ -6,6 +6,7 @@
 import copy
 import os
 import signal
+import socket
 import warnings
 
 import numpy as np
@@ -62,12 +63,19 @@ def _connect(device, workers):
     """Start PyTorch's own engine, which sums gradients: NCCL between GPUs, otherwise Gloo."""
     workers.check_same({"device": device.type})
     interface = os.environ.get("SM_NETWORK_INTERFACE_NAME")
+    if workers.address.startswith("127."):
+        interface = "lo"
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     store = None
     if workers.is_main_process:
-        store = distributed.TCPStore(workers.address, 0, is_master=True)
+        # A store that listens by itself does so at all addresses.
+        listener = socket.create_server((workers.address, 0))
+        port = listener.getsockname()[1]
+        store = distributed.TCPStore(
+            workers.address, port, is_master=True, master_listen_fd=listener.detach()
+        )
     port = workers.all_gather(store and store.port)[0]
     if store is None:
         store = distributed.TCPStore(workers.main_address, port)

@@ -57,27 +57,41 @@ def flags_of(framework):
     return TREES if framework == "xgboost" else IMAGES
 
 
+def started_processes():
+    """Return the processes that this test has started, and theirs."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == os.environ[MARK] and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def assert_only_this_machine_can_connect(framework):
+    """Except to the port that each worker of these two engines opens at all addresses."""
+    addresses = [
+        connection.laddr.ip
+        for process in started_processes()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    elsewhere = [address for address in addresses if not address.startswith("127.")]
+    assert len(addresses) >= 2
+    assert len(elsewhere) == (2 if framework in ("tensorflow", "xgboost") else 0), addresses
+
+
 @pytest.fixture(autouse=True)
 def _no_process_stays(monkeypatch):
     """Fail if a test leaves one of its processes behind, or of theirs."""
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv(MARK, mark)
+    monkeypatch.setenv(MARK, uuid.uuid4().hex)
     yield
 
-    def remaining():
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return [process for process in found if process.pid != os.getpid()]
-
     deadline = time.monotonic() + 10
-    while remaining() and time.monotonic() < deadline:
+    while started_processes() and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = remaining()
+    left = started_processes()
     for process in left:
         process.kill()
     assert not left
@@ -185,6 +199,7 @@ def test_when_one_worker_is_killed_all_stop_and_a_restart_ends_with_the_same_bit
     flags = [*flags_of(framework), *([] if framework == "xgboost" else OFTEN[victim])]
     workers = Workers(framework, 2, *flags, folder=tmp_path)
     workers.wait_for("epoch=3 " if framework == "xgboost" else "epoch=2 ")  # the first has been saved
+    assert_only_this_machine_can_connect(framework)
     workers.processes[victim].kill()
     killed = time.monotonic()
     results = workers.finish(-signal.SIGKILL, 1, seconds=60)
