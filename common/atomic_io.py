@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -10,6 +11,8 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import BinaryIO, Iterator
@@ -21,6 +24,7 @@ log = logging.getLogger("train").info  # as in `report.py`, which needs this mod
 NO_CHECKSUM = "0" * 64  # the value of "sha256" in a JSON text until `write_sealed` puts the checksum there
 UNSEALED = f'"sha256": "{NO_CHECKSUM}"'.encode()
 TEMPORARY = ".sagemaker-ignore"  # SageMaker does not copy files with this suffix to S3
+EXPORT = f"export{TEMPORARY}"  # the folder in which a model is written
 
 
 def write_sealed(content: bytearray, file: BinaryIO) -> None:
@@ -42,7 +46,10 @@ def check_seal(content: bytes) -> None:
 def check_zip(file: BinaryIO) -> None:
     """Raise ValueError if the zip archive `file`, such as a .pt file, does not match its own checksums."""
     try:
+        num_bytes = file.seek(0, os.SEEK_END)
         with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > num_bytes:
+                raise ValueError("it contains more bytes than it has")  # which might fill the memory
             damaged = archive.testzip()
     except Exception as error:  # zipfile raises many types for a damaged archive
         raise ValueError(f"the file is damaged: {error}") from error
@@ -73,8 +80,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         try:
             os.fsync(folder)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
             _warn_of_unflushed(path.parent, error)
         finally:
             os.close(folder)
@@ -90,10 +95,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def _warn_of_unflushed(folder, error):
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        raise error
     if folder not in _unflushed:
         log(
-            f"Warning: the file system of {folder} cannot flush folders ({error.strerror}): after a power "
-            "loss the newest file may be missing"
+            f"Warning: the file system of {folder} cannot flush folders ({error.strerror}): after a "
+            "power loss the newest file may be missing"
         )
     _unflushed.add(folder)
 
@@ -157,31 +164,60 @@ def atomic_export(folder: Path, flag: str) -> Iterator[Path]:
     Nothing in `folder` changes if the block fails. Raises UserError, with the name of the flag, for what a
     framework raises when it cannot write.
     """
-    temporary = folder / f"export{TEMPORARY}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed in this place
+    temporary = folder / EXPORT
+    remove_export(folder)
     try:
         temporary.mkdir()
         yield temporary
-        _flush_files(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
         for path in temporary.iterdir():
             if (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)
             os.replace(path, folder / path.name)
+        _flush(folder)
     except UserError:
         raise
     except Exception as error:  # each framework has its own types
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write the model to {flag} {folder}: {reason}") from error
+        raise UserError(
+            f"cannot write the model to {flag} {folder}: {reason}. The checkpoints are intact: fix this, or "
+            f"pass another {flag}, and run the same command again"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_export(folder)
 
 
-def _flush_files(folder):
-    """Let the content of all files below a folder reach the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+def remove_export(folder: Path) -> None:
+    """Delete what an export into this folder has left that was killed."""
+    shutil.rmtree(folder / EXPORT, ignore_errors=True)
+
+
+def _flush(path):
+    """Let a file, or the names in a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        _warn_of_unflushed(path, error)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_folder(prefix: str) -> Path:
+    """Return a new folder that is removed when this process ends, even if it is killed."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    # The shell waits until no process holds the other end of the pipe. No Ctrl-C reaches its own session.
+    command = ["/bin/sh", "-c", 'read -r _; rm -rf "$0"', folder]
+    remover = subprocess.Popen(  # noqa: S603 - nothing in it is from outside
+        command,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    atexit.register(remover.communicate)
+    return Path(folder)
 
 
 def prepare_folder(folder: Path, flag: str) -> None:

@@ -187,8 +187,25 @@ class Checkpoints:
             )
         return content
 
-    def write(self, name, content, best_epoch):
-        """Write a checkpoint, then delete those that it replaces; see `remove_old`."""
+    def write(self, name, content, best_epoch, origin=(None, "")):
+        """Write a checkpoint, then delete those that it replaces; see `remove_old`.
+
+        Args:
+            name: of the file.
+            content: what `copy_to_host` has returned.
+            best_epoch: to keep, or None.
+            origin: the training state, and after which epoch and step it has been copied.
+
+        Raises UserError if some weights are infinite or not a number: they must not replace better ones.
+        """
+        state, place = origin
+        if hasattr(state, "has_finite_weights") and not state.has_finite_weights(content):
+            found = find_checkpoints(self.folder, self.engine.CHECKPOINT)
+            last = f"the last finite checkpoint is {found[0][1]}" if found else "there is no checkpoint"
+            raise UserError(
+                f"after {place} some weights are infinite or not a number: they are not saved, {last}. "
+                "Try a lower --learning-rate or some --warmup-epochs, with another --output"
+            )
         with atomic_write(Path(self.folder, name)) as file:
             self.engine.write_checkpoint(content, file)
         self.remove_old(best_epoch)

@@ -14,8 +14,10 @@ import os
 import sys
 from pathlib import Path
 
-from common import __version__, errors, xgboost_params
+from common import __version__, errors, machine, xgboost_params
 from common.flag_types import duration, integer, real, share
+
+machine.check_threads()  # a script imports this module first; NumPy, which comes next, needs threads too
 
 FRAMEWORKS = ("torch", "torchvision", "tensorflow", "keras", "mxnet", "xgboost")
 CHANNEL = "SM_CHANNEL_"  # the beginning of the names of variables with the folders of SageMaker's channels

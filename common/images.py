@@ -238,7 +238,7 @@ def _has_validation_data(channel):
 
 def _find_arrays(folder, stem):
     """Return the .npz file of a folder, or its two .npy files, as a list; empty without them."""
-    archives = [path for path in folder.glob("*.npz") if not path.name.startswith(".")]
+    archives = [path for path in folder.glob("*.npz") if path.name[0] != "." and path.is_file()]
     if len(archives) == 1:
         return archives
     pair = [folder / f"{stem}_data.npy", folder / f"{stem}_labels.npy"]
@@ -251,6 +251,8 @@ def _read_arrays(channel, paths):
         with _readable(paths[0]), np.load(paths[0], allow_pickle=False) as archive:
             if not {"x", "y"} <= set(archive.files):
                 raise UserError(f"{paths[0]} holds {', '.join(archive.files)}: expected arrays named x and y")
+            if sum(member.file_size for member in archive.zip.infolist()) > machine.available_memory():
+                raise MemoryError  # a small file may hold many equal pixels
             return _check_arrays(channel, paths[0], archive["x"], archive["y"])
     with _readable(paths[0]):
         fits = paths[0].stat().st_size < machine.available_memory() / 2

@@ -1,11 +1,15 @@
-"""Free memory and cores: of the machine, the container or the process; macOS says less than Linux."""
+"""Free memory, cores and threads: of machine, container or process; macOS says less than Linux."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import resource
+import threading
+import time
 from pathlib import Path
+
+from common.errors import fail
 
 # Limit and use of the memory of a container, for both versions of Linux's control groups.
 CONTAINER = [
@@ -37,6 +41,39 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_threads() -> None:
+    """Exit with one line if only few threads can be started: libraries crash or hang then.
+
+    Another process tries it, as memory that threads have reserved is never given back.
+    """
+    if threading.active_count() > 1:  # Python is not to be forked then; and there are threads
+        return
+    num_needed = 8 + 2 * num_cores()
+    try:
+        child = os.fork()
+        if child == 0:
+            _start_threads(num_needed)
+        _, status = os.waitpid(child, 0)
+    except BlockingIOError:
+        status = 1
+    if status:
+        fail(
+            f"{num_needed} threads cannot be started: raise the limit of processes (ulimit -u, or that of "
+            "the container), or end other processes"
+        )
+
+
+def _start_threads(number):
+    """End this process; the exit code is 0 if it could start so many threads."""
+    threading.stack_size(1 << 16)
+    try:
+        for _ in range(number):
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def _read_number(path):

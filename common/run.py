@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -30,7 +29,7 @@ from common import (
     tables,
     train_state,
 )
-from common.atomic_io import atomic_export, prepare_folder
+from common.atomic_io import atomic_export, prepare_folder, remove_export, temporary_folder
 from common.errors import (
     DataError,
     UserError,
@@ -145,9 +144,9 @@ class Run:
             self._read_newest = self.checkpoints.read_newest if is_alone else self.checkpoints.share_newest
             if self.is_main_process:
                 prepare_folder(args.checkpoint_path, "--checkpoint-path")
-                prepare_folder(args.model_dir, "--model-dir")
-                prepare_folder(args.output_data_dir, "--output-data-dir")
+                self._prepare_folders()
                 self.checkpoints.open()
+                remove_export(args.model_dir)
             self.device = self.engine.start(args, self.workers)
             self.signals.install()  # again: a framework may have taken them over
             machine = {"number of workers": self.workers.size, **self.engine.describe_machine(args)}
@@ -187,6 +186,10 @@ class Run:
             if self._dry_run:
                 self._dry_run.close()
             self.signals.restore()
+
+    def _prepare_folders(self):
+        prepare_folder(self.args.model_dir, "--model-dir")
+        prepare_folder(self.args.output_data_dir, "--output-data-dir")
 
     def _fail_together(self, error):
         """End this process and the other workers: the engine's threads may be waiting for them for ever."""
@@ -380,19 +383,13 @@ class Run:
             content["export"] = self._export_facts
             content = self.engine.copy_to_host(content, self.saver.memory)
             best = self._best_epoch() if self.args.best_metric else None
-            self.saver.in_flight = self.saver.thread.submit(self.checkpoints.write, name, content, best)
+            place = f"epoch {self.progress.epoch}"
+            if self.progress.step:
+                place = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
+            write = self.checkpoints.write
+            self.saver.in_flight = self.saver.thread.submit(write, name, content, best, (self.state, place))
         self._last_save = time.monotonic()
         return name
-
-    def _check_weights(self):
-        """Raise UserError if some weights are infinite or not a number: they must not replace better ones."""
-        if self.state.has_finite_weights():
-            return
-        raise UserError(
-            f"after epoch {self.progress.epoch + 1} some weights are infinite or not a number: they are not "
-            f"saved, and the checkpoints of {self.progress.epoch} epochs stay. Try a lower --learning-rate "
-            "or some --warmup-epochs, with another --output"
-        )
 
     def _refuse_metric(self, metrics):
         names = ", ".join(metrics)
@@ -552,8 +549,6 @@ class Run:
             metrics, validation_metrics: by name; default: the means of what `finish_step` and
                 `finish_validation_step` have added up.
         """
-        if self.is_main_process:
-            self._check_weights()
         if metrics is None:
             metrics = self._mean_metrics(self.progress.sums)
             validation_metrics = self._mean_metrics(self._validation_sums)
@@ -654,13 +649,13 @@ class Run:
         its folder; that of the main process counts. `model.json` and `code/` are added.
         """
         if not self.workers.is_main_process:
-            with tempfile.TemporaryDirectory() as folder:
-                yield Path(folder)
+            yield temporary_folder("export-")
             self._is_exported = True
             return
         self.saver.wait()
         epoch = self._load_best()
         args = self.args
+        self._prepare_folders()  # again: they may have been deleted since the start
         with atomic_export(args.model_dir, "--model-dir") as folder:
             yield folder
             self._describe_model(folder, epoch)

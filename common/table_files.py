@@ -119,7 +119,9 @@ class ParquetFile:
 
         self.path = path
         with explain_errors(path):
-            schema = parquet.read_schema(path)
+            metadata = parquet.read_metadata(path)
+            schema = metadata.schema.to_arrow_schema()
+        self.num_rows = metadata.num_rows
         self.names = unique_names(schema.names)
         self._has_unique_names = len(set(schema.names)) == len(schema.names)
         if len(self.names) < 2:

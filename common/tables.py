@@ -4,12 +4,10 @@ Files are read in parts of bounded size, see `common/table_files.py`. The parts 
 files on disk with `--external-memory`.
 """
 
-import atexit
 import collections
 import functools
 import json
 import shutil
-import subprocess
 import tempfile
 import zlib
 from pathlib import Path
@@ -17,12 +15,13 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
-from common import machine, table_columns, table_files, table_values
+from common import atomic_io, machine, table_columns, table_files, table_values
 from common.datasets import FINGERPRINT_ROWS, check_apart, hold_out, spread
 from common.errors import UserError
 from common.report import log
 from common.table_columns import MAX_CLASSES
 
+BYTES_PER_ROW = 70  # beside the features: labels, gradients and predictions, as measured
 BYTES_PER_COLUMN = 450  # of XGBoost for an almost empty column, as measured
 
 
@@ -203,7 +202,7 @@ def load_tables(args):
     """
     folder = None
     if args.external_memory:
-        folder = _temporary_folder()
+        folder = atomic_io.temporary_folder("training-data-")
     facts = {}
     if args.train is None:
         channels = [_digits(folder)]
@@ -272,6 +271,7 @@ def _read_channels(args, folder):
         channels["--validation"] = files[num_training:]
     if isinstance(files[0], table_files.LibsvmFile):
         return _read_libsvm(args, channels, folder)
+    _check_rows(files, args.external_memory)
     try:
         layout = table_columns.find_layout(channels["--train"], args)
         return _read_columns(args, channels, layout, folder)
@@ -279,6 +279,24 @@ def _read_channels(args, folder):
         _remove_parts(folder)
     layout = table_columns.find_layout(channels["--train"], args, careful=True)
     return _read_columns(args, channels, layout, folder)
+
+
+def _check_rows(files, is_external):
+    """Raise UserError if memory is too small for the rows, whose number Parquet files say in advance.
+
+    Equal rows take next to nothing in such a file.
+    """
+    num_rows = sum(getattr(file, "num_rows", 0) for file in files)
+    num_columns = len(files[0].names)
+    needed = num_rows * (BYTES_PER_ROW + (0 if is_external else 4 * num_columns))
+    free = machine.available_memory()
+    if needed > free:
+        hint = "" if is_external else ", or pass --external-memory"
+        others = f" and {len(files) - 1} other files have" if len(files) > 1 else " has"
+        raise UserError(
+            f"{files[0].path}{others} {num_rows} rows, for which {needed / 1e9:.2f} GB are needed, but "
+            f"{free / 1e9:.2f} GB are free: use fewer{hint}"
+        )
 
 
 def _read_columns(args, channels, layout, folder):
@@ -454,19 +472,3 @@ def _no_room(folder, reason):
         f"--external-memory: cannot write to {folder}: {reason}. It needs twice the size of the table, as "
         "numbers of 4 bytes: make room, or name another folder in the environment variable TMPDIR"
     )
-
-
-def _temporary_folder():
-    """Return a new folder that is removed when this process ends, even if it is killed."""
-    folder = tempfile.mkdtemp(prefix="training-data-")
-    # The shell waits until no process holds the other end of the pipe. No Ctrl-C reaches its own session.
-    command = ["/bin/sh", "-c", 'read -r _; rm -rf "$0"', folder]
-    remover = subprocess.Popen(  # noqa: S603 - nothing in it is from outside
-        command,
-        start_new_session=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    atexit.register(remover.communicate)
-    return Path(folder)

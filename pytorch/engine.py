@@ -32,6 +32,7 @@ CHECKPOINT = "checkpoint-{}.pt"
 FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
 FRAMEWORK = "torch"
 VERSION = str(torch.__version__)
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)  # beside tensors, in a checkpoint
 
 
 def start(args, workers):
@@ -64,7 +65,7 @@ def _connect(device, workers):
     workers.check_same({"device": device.type})
     interface = os.environ.get("SM_NETWORK_INTERFACE_NAME")
     if workers.address.startswith("127."):
-        interface = "lo"
+        interface = socket.if_indextoname(1)  # loopback
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -218,10 +219,11 @@ class State:
             images = normalize(images.float(), *self._statistics, eps=0)
         return images, labels, weights
 
-    def has_finite_weights(self):
-        """Return whether all weights are finite."""
-        are_finite = [weight.isfinite().all() for weight in self.model.parameters()]
-        return not are_finite or bool(torch.stack(are_finite).all())  # the GPU is waited for once
+    def has_finite_weights(self, content):
+        """Return whether the weights in the copied content of a checkpoint are finite."""
+        saved = content.get("model", {})
+        trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+        return all(bool(saved[name].isfinite().all()) for name in trained if name in saved)
 
     def load_optimizer(self, saved):
         """Load an optimizer's state.
@@ -416,29 +418,24 @@ def _start_loader(number):
 
 
 def copy_to_host(state, memory, name=()):
-    """Return `state` with copies of its tensors in `memory`, which is used again for the next save."""
+    """Return `state` with copies of its tensors in `memory`, which is used again for the next save.
+
+    Raises UserError for a type that torch.load refuses.
+    """
     if isinstance(state, dict):
         return {key: copy_to_host(value, memory, (*name, key)) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return [copy_to_host(value, memory, (*name, index)) for index, value in enumerate(state)]
-    if not isinstance(state, torch.Tensor):
-        return _check_plain(state, name)
-    if name not in memory:
-        memory[name] = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
-    return memory[name].copy_(state)
-
-
-def _check_plain(value, name):
-    """Return a plain value, a NumPy number as Python's.
-
-    Raises UserError for a type that torch.load refuses.
-    """
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return value
+    if isinstance(state, torch.Tensor):
+        if name not in memory:
+            memory[name] = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+        return memory[name].copy_(state)
+    if isinstance(state, np.generic):
+        return state.item()
+    if state is None or isinstance(state, PLAIN):
+        return state
     raise UserError(
-        f"state_dict() returns a {type(value).__name__} as {'/'.join(map(str, name))}: expected tensors, "
+        f"state_dict() returns a {type(state).__name__} as {'/'.join(map(str, name))}: expected tensors, "
         "numbers, text, lists and dictionaries, as reading a checkpoint must execute nothing"
     )
 

@@ -10,7 +10,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import tempfile
+import time
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -26,6 +28,7 @@ from common.distributed import Workers
 from common.errors import UserError
 from common.model_folder import STRUCTURE, describe_metrics, describe_structure
 from common.train_state import Progress, add_up, best_epoch, mean_metrics
+from helpers import ROOT, environment, run_python
 
 pytestmark = pytest.mark.quick
 
@@ -192,7 +195,8 @@ def test_the_newest_readable_checkpoint_is_used_and_damaged_ones_never_count_aga
                 assert find_checkpoints(folder, PATTERN)[0] == (max(good), expected[0])
                 for position in damaged:  # kept for inspection
                     assert Path(folder, name(position) + ".damaged").read_bytes() == contents[position]
-            assert len(os.listdir(folder)) == len(before)
+            marks = {f"{name(position)}.sagemaker-uploaded" for position in damaged}
+            assert len(os.listdir(folder)) == len(set(before) - marks)
 
 
 def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, log):
@@ -457,7 +461,36 @@ def test_a_model_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     with atomic_io.atomic_export(tmp_path, "--model-dir") as folder:
         (folder / "1").mkdir()
         (folder / "1/weights").write_bytes(b"weights")
-    assert flushed == [str(tmp_path / "export.sagemaker-ignore/1/weights")]
+        assert not flushed
+    written = [
+        "export.sagemaker-ignore/1",
+        "export.sagemaker-ignore/1/weights",
+        "export.sagemaker-ignore",
+        "",
+    ]
+    assert flushed == [str(tmp_path / path) for path in written]
+    assert os.listdir(tmp_path) == ["1"]
+
+
+# A worker that is not the main process exports its model, and is killed.
+KILLED = """
+import os, signal, sys
+from common.distributed import Workers
+from common.run import Run
+run = Run.__new__(Run)
+run.workers = Workers(1, ["main", "other"])
+with run.export() as folder:
+    (folder / "model").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_is_killed_leaves_no_model_behind(tmp_path):
+    run_python(KILLED, cwd=ROOT, env=environment(TMPDIR=str(tmp_path)), exit_code=-signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while os.listdir(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not os.listdir(tmp_path)
 
 
 def test_the_mark_of_a_damaged_checkpoint_does_not_count_for_its_successor(tmp_path, log):
@@ -518,7 +551,7 @@ def test_an_export_replaces_what_was_there_when_all_of_it_is_written(tmp_path):
                 raise RuntimeError("no space\nand more")
 
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"^cannot write the model to --model-dir .*: no space$"):
+    with pytest.raises(UserError, match=r"^cannot write the model to --model-dir .*: no space\. The "):
         export(fail=True)
     assert sorted(tmp_path.rglob("*")) == before
     export(fail=False)
@@ -708,6 +741,14 @@ def flip_a_bit(content, data):
     damaged = bytearray(content)
     damaged[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     return bytes(damaged)
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_damaged():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("weights", bytes(10**6))
+    with pytest.raises(ValueError, match="more bytes than it has"):
+        atomic_io.check_zip(file)
 
 
 @given(

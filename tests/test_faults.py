@@ -81,7 +81,7 @@ FOUND = [  # these have once made a good checkpoint count as damaged
     "close EIO 1 checkpoints/xgboost-checkpoint.2",
 ]
 SAMPLES = {"xgboost": 10, "pytorch": 2}  # in `make test`
-LATER_SAMPLES = {"pytorch": 30, "tensorflow": 12, "mxnet": 30}  # in `make integration`; all for XGBoost
+LATER_SAMPLES = {"pytorch": 20, "tensorflow": 8, "mxnet": 20}  # in `make integration`; all for XGBoost
 SEED = 1
 MXNET_CHECKSUM = "CRC-32: {:08x}"  # at the end of its checkpoints
 

@@ -330,6 +330,23 @@ def test_a_mistake_in_the_data_is_told_with_its_place(tmp_path, digits, name):
     assert "\n" not in message
 
 
+def test_an_archive_that_unpacks_to_more_than_memory_is_refused(tmp_path, digits, monkeypatch):
+    np.savez_compressed(tmp_path / "data.npz", x=np.zeros((300, 200, 200), np.uint8), y=digits[1])
+    monkeypatch.setattr(machine, "available_memory", lambda: 10e6)
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", None)
+    with pytest.raises(UserError, match="does not fit into memory"):
+        load(train=tmp_path)
+
+
+def test_a_pipe_among_the_images_is_left_out(tmp_path, digits, log):
+    save_images(tmp_path, *digits)
+    os.mkfifo(tmp_path / "data.npz")
+    os.mkfifo(tmp_path / "class-0/pipe.png")
+    training, validation = load(train=tmp_path)
+    assert len(training) + len(validation) == 300
+    assert "not images (2): data.npz, pipe.png" in log()
+
+
 def test_wrong_names_in_an_archive(tmp_path, digits):
     np.savez(tmp_path / "data.npz", images=digits[0], labels=digits[1])
     with pytest.raises(UserError, match="holds images, labels: expected arrays named x and y"):

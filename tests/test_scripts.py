@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from helpers import (
+    CHECKPOINTS,
     EPOCHS,
     HAS_EXACT_SAMPLING,
     LATER,
@@ -31,6 +32,7 @@ from helpers import (
     copy_script,
     environment,
     files,
+    finish,
     history,
     metrics,
     model_bytes,
@@ -42,6 +44,7 @@ from helpers import (
     save_images,
     script_of,
     start,
+    start_command,
     write_csv,
 )
 
@@ -530,8 +533,6 @@ def test_image_scripts_say_in_one_line_what_cannot_work_before_training(image_fr
         ),
         (["--weights", "nowhere"], ["--weights nowhere"]),
     ]
-    diverging = ["--learning-rate", 1e30, "--epochs", 1]
-    mistakes.append((diverging, ["weights are infinite or not a number", "the checkpoints of 0 epochs stay"]))
     if image_framework == "tensorflow":
         mistakes.append((["--image-size", 4], ["4x4x1 (Computed output size would be zero or negative"]))
     if image_framework == "pytorch":
@@ -545,6 +546,22 @@ def test_image_scripts_say_in_one_line_what_cannot_work_before_training(image_fr
         make(folder, digits)
         mistakes.append((["--train", folder], [make.__name__, part]))
     expect_mistakes(image_framework, mistakes, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(image_framework, tmp_path):
+    """Neither at the end of an epoch nor inside."""
+    diverging = ["--learning-rate", 1e30, "--epochs", 1, "--output"]
+    jobs = [(tmp_path, [*diverging, "whole"]), (tmp_path, [*diverging, "parts", "--checkpoint-steps", 3])]
+    whole, parts = run_many(image_framework, jobs, tmp_path)
+    assert (whole.code, parts.code) == (1, 1)
+    reason = "some weights are infinite or not a number: they are not saved, "
+    assert f"after epoch 1 {reason}there is no checkpoint. Try a lower --learning-rate" in whole.error_line
+    saved = os.listdir(tmp_path / "parts/checkpoints")
+    last = f"the last finite checkpoint is {saved[0]}" if saved else "there is no checkpoint"
+    step = re.search(rf"after epoch 1, step (\d+) {reason}{re.escape(last)}\. Try", parts.error_line)[1]
+    assert int(step) < 10  # it does not go on for the rest of the epoch
+    assert saved in ([], [CHECKPOINTS[image_framework].format("0-3")])
+    assert not os.listdir(tmp_path / "whole/checkpoints")
 
 
 TABLE_MISTAKES = {
@@ -654,6 +671,72 @@ def test_xgboost_takes_a_number_of_classes_and_another_metric_after_a_restart(tm
     assert "objective=multi:softprob num_class=12" in first.output
     rows = history(tmp_path, "xgboost")
     assert [bool(row["validation_auc"]) for row in rows] == [False, False, True]
+
+
+DELETED = """
+at_call(Run, "export", 1, lambda: [shutil.rmtree("run/" + name) for name in ("model", "data")])
+"""
+BLOCKED = """
+def block():
+    shutil.rmtree("run/NAME")
+    open("run/NAME", "w").close()
+at_call(Run, "export", 1, block)
+"""
+LEFT_BEHIND = """
+for name in ("model", "data"):
+    if os.path.isfile("run/" + name):
+        os.remove("run/" + name)
+os.makedirs("run/model/export.sagemaker-ignore/1")
+at_call(Run, "restore", 1, lambda: print("at the start:", os.listdir("run/model")))
+"""
+
+
+def test_a_folder_that_is_lost_while_training_costs_no_model(framework, tmp_path):
+    """It is made again, or one line names it, and the same command exports when it can be written again.
+
+    What an export that was killed has left there is gone at the next start.
+    """
+    flags = ["--output", "run", "--epochs", 1]
+    blocked = BLOCKED.replace("NAME", "data") if framework == "xgboost" else BLOCKED.replace("NAME", "model")
+    jobs = [(tmp_path, flags, "import shutil" + event) for event in (DELETED, blocked, LEFT_BEHIND)]
+    deleted, error, again = run_many(framework, jobs, tmp_path)
+    assert (deleted.code, again.code) == (0, 0), deleted.errors + again.errors
+    assert deleted.epochs == [1]
+    flag = "--output-data-dir run/data" if framework == "xgboost" else "--model-dir run/model"
+    assert f"{flag} cannot be written" in error.error_line
+    assert "at the start: [" in again.output
+    assert "export." not in again.output
+    assert "Model: run/model (" in again.output
+    assert (tmp_path / "run/data/metrics.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "framework", ["mxnet", "xgboost"]
+)  # the others' are zip archives: their end is read first
+def test_a_checkpoint_of_a_terabyte_without_content_is_damaged(framework, tmp_path, uninterrupted):
+    choose(framework)
+    copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
+    name = checkpoint_name(framework, 2)
+    with open(checkpoint_folder(tmp_path, framework) / name, "wb") as file:
+        file.truncate(10**12)
+    result = run(framework, "--epochs", 2, cwd=tmp_path)
+    assert f"Cannot read {name}, trying the one before: " in result.output
+    assert f"Resuming training from {checkpoint_name(framework, 1)}\n" in result.output
+
+
+@pytest.mark.quick
+def test_too_few_threads_are_one_line(framework, tmp_path):
+    """The limit counts no process of root: it needs another user, who may still read all files."""
+    limit = ["prlimit", "--nproc=4"]
+    if os.geteuid() == 0:
+        read_all = "+dac_override,+dac_read_search"
+        capabilities = ["--inh-caps", read_all, "--ambient-caps", read_all]
+        limit = ["setpriv", "--reuid=60001", "--regid=60001", "--clear-groups", *capabilities, *limit]
+    if not shutil.which(limit[0]):
+        pytest.skip(f"this machine has no {limit[0]}")
+    script = str(ROOT / framework / "train.py")
+    line = finish(start_command([*limit, sys.executable, script], tmp_path), 1).error_line
+    assert re.fullmatch(r"error: \d+ threads cannot be started: raise the limit of processes .*", line)
 
 
 def test_a_full_disk_harms_no_earlier_model(framework, tmp_path, uninterrupted):

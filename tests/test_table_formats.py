@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from common import flags, table_csv, table_values, tables
+from common import flags, machine, table_csv, table_files, table_values, tables
 from common.errors import UserError
 
 pytestmark = pytest.mark.quick
@@ -239,6 +239,17 @@ def test_dates_are_refused_by_the_name_of_their_column(load, date):
     line = refuse(load, {"a.csv": "y,when,a\n" + f"0,{date},1\n1,NA,2\n" * 5})
     assert "the column when has dates or times" in line
     assert "year, month" in line
+
+
+@pytest.mark.parametrize("external_memory", [False, True])
+def test_more_rows_than_memory_are_refused_before_they_are_read(load, monkeypatch, external_memory):
+    """Equal rows take next to nothing in a Parquet file."""
+    table = pyarrow.table({"y": np.arange(200_000) % 2, "a": np.zeros(200_000), "b": np.zeros(200_000)})
+    monkeypatch.setattr(table_files.ParquetFile, "batches", None)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10e6)
+    line = refuse(load, {"a.parquet": table}, external_memory=external_memory)
+    assert "a.parquet and 1 other files have 400000 rows, for which 0.0" in line
+    assert ("pass --external-memory" in line) is not external_memory
 
 
 def test_columns_of_parquet_of_any_type(load):

@@ -419,9 +419,11 @@ write_checkpoint = atomic_io.write_sealed  # a function of (content, file)
 
 def read_checkpoint(file):
     """Return what `write_checkpoint` or SageMaker's own container has written; nothing in it is executed."""
-    content = file.read()
-    if not content.endswith(b"}"):
+    file.seek(-1, os.SEEK_END)
+    if file.read() != b"}":  # before the rest is read: it may be of any size
         raise ValueError("it is truncated")
+    file.seek(0)
+    content = file.read()
     # A program that continued from a checkpoint of ours has copied the attribute with our checksum. A file
     # without a name comes from the main process, which has checked it.
     saved = re.search(rb'"progress": {"epoch": (\d+),', content)
