@@ -218,9 +218,10 @@ class Workers:
 
     def _read_hello(self, connection, hellos):
         """Read from a connection. A whole hello is that of a missing worker, or the connection is closed."""
+        content = hellos.pop(connection)
         try:
             received = connection.recv(MAX_HELLO)
-            content = hellos.pop(connection, b"") + received
+            content += received
             length = int.from_bytes(content[1 : _HEADER.size].ljust(_HEADER.size - 1, b"\0"), "big")
             if received and len(content) < _HEADER.size + length < MAX_HELLO:
                 hellos[connection] = content
@@ -246,9 +247,8 @@ class Workers:
             connection = None
             try:
                 connection = socket.create_connection((host, port), max(0.1, deadline - time.monotonic()))
-                if (
-                    connection.getsockname() == connection.getpeername()
-                ):  # TCP can connect to itself by chance
+                # TCP can connect to itself by chance.
+                if connection.getsockname() == connection.getpeername():
                     raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
                 connection.sendall(_HEADER.pack(_VALUE, len(hello)) + hello)
                 kind, length = _HEADER.unpack(_receive(connection, _HEADER.size, deadline))

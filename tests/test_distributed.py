@@ -480,6 +480,13 @@ def drip(connection):
             time.sleep(0.3)
 
 
+def reset(connection):
+    """Send something, and end the connection as a crash does."""
+    connection.sendall(b"V")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
 def say_hello(connection):
     hello = json.dumps({"rank": 1, "names": ["main", "other"]}).encode()
     connection.sendall(HEADER.pack(b"V", len(hello)) + hello)
@@ -488,6 +495,7 @@ def say_hello(connection):
 STRANGERS = {  # how many do what, and the reason of the main process
     "drip": (1, drip, "waited 3 seconds for other: only 1 of 2 workers have joined"),
     "idle": (30, lambda connection: None, "waited 3 seconds for other: only 1 of 2 workers have joined"),
+    "reset": (3, reset, "waited 3 seconds for other: only 1 of 2 workers have joined"),
     "hello": (1, say_hello, "other has joined, but then sent nothing"),
 }
 
