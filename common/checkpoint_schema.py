@@ -35,6 +35,8 @@ def check(content: dict) -> None:
         raise ValueError(f"it holds something else than plain values: {error}") from error
     _check_progress(content["progress"])
     _check_step(content["progress"]["step"], content.get("job", {}))
+    resumed = content.get("resumed", [])
+    _expect(isinstance(resumed, list) and all(map(_is_number, resumed)), "resumed is no list of numbers")
     if "export" in content:
         _check_export(content["export"])
 

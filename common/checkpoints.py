@@ -35,6 +35,7 @@ HARMLESS_FLAGS = PER_WORKER_FLAGS | {
     "--best-metric",
     "--patience",
     "--stop-after",
+    "--tensorboard",
     "--resume-anyway",
     "--port",
     "--external-memory",

@@ -303,6 +303,12 @@ def _output_flags(parser, framework):
         help="folder of metrics.json and history.csv; default: OUTPUT/data",
     )
     add(
+        "--tensorboard",
+        action=_Switch,
+        default=False,
+        help="write TensorBoard's event files to OUTPUT/tensorboard (SageMaker: /opt/ml/output/tensorboard)",
+    )
+    add(
         "--dry-run",
         action=_Switch,
         default=False,

@@ -23,10 +23,12 @@ from common import (
     distributed,
     dry_run,
     model_folder,
+    pictures,
     preemption,
     report,
     self_check,
     tables,
+    tracking,
     train_state,
 )
 from common.atomic_io import atomic_export, prepare_folder, remove_export, temporary_folder
@@ -112,6 +114,8 @@ class Run:
         self.checkpoints = None
         self._newest = None  # (name, content) of the newest checkpoint between `load_data` and `restore`
         self.steps_per_epoch = 0
+        self.resumed = []  # where runs have resumed, in epochs; also in each checkpoint
+        self._tracker = None
         self._exits = contextlib.ExitStack()
         self._started = time.monotonic()
         self._initial_epoch = 0
@@ -138,6 +142,7 @@ class Run:
         try:
             self.workers = distributed.join(args)
             self._exits.callback(report.start_logging(self.is_main_process))
+            tracking.check(args)
             self.checkpoints = checkpoints.Checkpoints(args, self.engine, self.workers)
             self._bar = report.ProgressBar(args.epochs, self.is_main_process)
             is_alone = self.workers.size == 1
@@ -170,6 +175,7 @@ class Run:
                 if not self._is_exported:  # otherwise all files are written, and a signal is too late
                     self._check_signals()
                 self.workers.leave()
+                self._finish()
             elif isinstance(error, Interrupted):
                 self.workers.leave()
             elif self.workers.size > 1:
@@ -179,6 +185,8 @@ class Run:
                 self.saver.wait()
         finally:
             self._bar.close()
+            if self._tracker:
+                self._tracker.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
             self.saver.close()
             if self.checkpoints:
                 self.checkpoints.close()
@@ -190,6 +198,15 @@ class Run:
     def _prepare_folders(self):
         prepare_folder(self.args.model_dir, "--model-dir")
         prepare_folder(self.args.output_data_dir, "--output-data-dir")
+
+    def _finish(self):
+        """Wait for what is tracked, and draw the pictures: all that matters is written, also for a signal."""
+        if self._tracker:
+            self._tracker.close("FINISHED", self.signals)
+            self._tracker = None
+        self.signals.restore()
+        if self._is_exported and self.is_main_process:
+            pictures.draw(self)
 
     def _fail_together(self, error):
         """End this process and the other workers: the engine's threads may be waiting for them for ever."""
@@ -322,6 +339,7 @@ class Run:
             for name, pair in progress.sums.items():
                 progress.sums[name] = tuple(map(self.engine.to_device, pair))
             self.progress = progress
+            self.resumed = [*content.get("resumed", []), pictures.position(progress, self.data)]
         elif getattr(args, "weights", None):
             state.load_weights(args.weights)
         epoch, step = self.progress.epoch, self.progress.step
@@ -339,6 +357,8 @@ class Run:
             log(f"Starting training from epoch: {epoch + 1}" + (f", step: {step + 1}" if step else ""))
         if epoch >= args.epochs:
             self.defer_signals()  # the export comes next, and finishes first
+        if self.is_main_process and not self._dry_run:
+            self._tracker = tracking.start(args, self.progress.history)
         self._last_save = self._clock = time.monotonic()
         return epoch
 
@@ -380,7 +400,7 @@ class Run:
         is_saved = path.is_file() and not path.is_symlink()
         if self.workers.is_main_process and not is_saved:
             content = {**self.state.state_dict(), "progress": progress, **self._description}
-            content["export"] = self._export_facts
+            content["export"], content["resumed"] = self._export_facts, self.resumed
             content = self.engine.copy_to_host(content, self.saver.memory)
             best = self._best_epoch() if self.args.best_metric else None
             place = f"epoch {self.progress.epoch}"
@@ -598,6 +618,8 @@ class Run:
     def _log_epoch(self, row):
         if not self._dry_run:  # whose metrics mean nothing
             log(report.epoch_line(row))
+        if self._tracker:
+            self._tracker.add(row)
 
     def should_stop(self):
         """Return whether the training is over before `--epochs`: a function of what checkpoints hold.

@@ -213,12 +213,8 @@ def answers(outputs, facts):
             named = {f"output_{index}": array for index, array in enumerate(outputs)}
         rows = zip(*(array.tolist() for array in named.values()))
         return [dict(zip(named, row)) for row in rows]
-    probabilities = outputs.astype(np.float64)
-    if facts["outputs"] == "logits":
-        exponentials = np.exp(probabilities - probabilities.max(1, keepdims=True))
-        probabilities = exponentials / exponentials.sum(1, keepdims=True)
     found = []
-    for best, row in zip(outputs.argmax(1), probabilities):
+    for best, row in zip(outputs.argmax(1), to_probabilities(outputs, facts)):
         found.append(
             {
                 "class": int(best),
@@ -228,6 +224,15 @@ def answers(outputs, facts):
             }
         )
     return found
+
+
+def to_probabilities(outputs, facts):
+    """Return the outputs of a classifier, an array (n, classes), as probabilities in float64."""
+    probabilities = outputs.astype(np.float64)
+    if facts["outputs"] == "logits":
+        exponentials = np.exp(probabilities - probabilities.max(1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(1, keepdims=True)
+    return probabilities
 
 
 def encode(predictions, accept):
