@@ -23,6 +23,8 @@ from common.run import Run
 IMAGES, ROWS = (5_000, 15_000, 45_000), (50_000, 150_000, 450_000)
 WIDTHS, ROUNDS = (1024, 1536, 2048), (24, 48, 96)  # of three dense layers; of deep trees
 EPOCHS = (100, 1_000, 10_000)
+LIMIT = 1.2
+COLOURS = "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#555555"  # that colour-blind readers can distinguish
 SAMPLES, STATE, BEFORE = "samples", "MB of training state", "epochs before"
 
 
@@ -49,14 +51,16 @@ def measure(repetitions):
             _add(curves, framework, BEFORE, ("seconds per epoch", "seconds per save"), rows)
     rows = [(number, _find(number, repetitions)) for number in EPOCHS]
     _add(curves, "all", BEFORE, ("ms to find the newest",), rows)
-    _draw(curves)
+    all_exponents = {}
     for (title, size), scripts in curves.items():
         exponents = {name: _exponent(*curve) for name, curve in scripts.items()}
+        all_exponents[title, size] = exponents
         steepest = max(exponents, key=exponents.get)
         points = ", ".join(f"{value:.3g} at {at:,.0f}" for at, value in zip(*scripts[steepest]))
         detail = ", ".join(f"{name} {exponent:.2f}" for name, exponent in exponents.items())
         detail += f"; {steepest}: {points}"
-        yield harness.Figure(f"exponent of {title} over {size}", exponents[steepest], "<= 1.2", detail)
+        yield harness.Figure(f"exponent of {title} over {size}", exponents[steepest], f"<= {LIMIT}", detail)
+    _draw(all_exponents)
 
 
 def _add(curves, script, size, titles, rows):
@@ -81,24 +85,39 @@ def _find(number, repetitions):
     return statistics.median(times)
 
 
-def _draw(curves):
-    import matplotlib
+def _draw(exponents):
+    """Draw the exponents of each script, of a dictionary by title and size."""
+    from matplotlib.figure import Figure as Drawing
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawing, grid = pyplot.subplots(2, 4, figsize=(14, 6.5), layout="constrained")
-    colours = {name: f"C{number}" for number, name in enumerate((*harness.FRAMEWORKS, "all"))}
-    for axes, ((title, size), scripts) in zip(grid.flat, curves.items()):
-        for name, (sizes, values) in scripts.items():
-            axes.plot(sizes, values, marker="o", color=colours[name], label=name)
-        low = min(values[0] for _, values in scripts.values())
-        first, *_, last = next(iter(scripts.values()))[0]
-        axes.plot([first, last], [low, low * last / first], "k:", linewidth=1, label="linear")
-        axes.set(xscale="log", yscale="log", title=title, xlabel=size)
-        axes.legend(fontsize=7)
-    drawing.savefig(harness.RESULTS / "growth.png", dpi=110)
-    pyplot.close(drawing)
+    drawing = Drawing(figsize=(9, 0.8 + 0.8 * len(exponents)))
+    axes = drawing.subplots()
+    colours = dict(zip((*harness.FRAMEWORKS, "all"), COLOURS))
+    for row, scripts in enumerate(exponents.values()):
+        for lane, (name, exponent) in enumerate(scripts.items()):
+            place = row + 0.21 * (lane - (len(scripts) - 1) / 2)
+            axes.plot([0, exponent], [place, place], color=colours[name], linewidth=1.5, alpha=0.5)
+            axes.plot(exponent, place, "o", color=colours[name], markersize=7)
+            label = name if row == 0 or name == "all" else f"{exponent:.2f}" if exponent > LIMIT else ""
+            axes.text(exponent + 0.03, place, label, color=colours[name], va="center", fontsize=9)
+    rows = [f"{title}\nover {size}" for title, size in exponents]
+    axes.set_yticks(range(len(rows)), rows, fontsize=10)
+    lowest, highest = axes.get_xlim()
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(lowest, max(2.4, highest)))
+    axes.set_xticks(
+        [0, 1, 2],
+        ["0: does not grow", "1: twice the size,\ntwice the cost", "2: twice the size,\nfour times the cost"],
+    )
+    axes.axvspan(LIMIT, 9, color="#d55e00", alpha=0.08, linewidth=0)
+    axes.text(LIMIT + 0.02, len(rows) - 0.6, f"above the limit of {LIMIT}", color="#666666", fontsize=9)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.7)
+    for row in range(1, len(rows)):
+        axes.axhline(row - 0.5, color="#dddddd", linewidth=0.7)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_axisbelow(True)
+    axes.set_title("How costs grow: exponents at the two larger sizes", loc="left", fontsize=12, pad=10)
+    drawing.savefig(harness.RESULTS / "growth.png", dpi=100, bbox_inches="tight")
 
 
 def samples(framework, data):

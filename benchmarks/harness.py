@@ -25,6 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 NAMES = ("input", "first_step", "step", "checkpoint", "rounds", "restart", "memory", "growth", "predecessor")
 FRAMEWORKS = ("pytorch", "tensorflow", "mxnet", "xgboost")
 IMAGES = FRAMEWORKS[:3]
+ROW_INCHES, LARGEST = 0.22, 8  # of the picture of all figures
 PACKAGES = (
     "torch",
     "torchvision",
@@ -290,34 +291,50 @@ def _read(path):
 
 
 def _draw(figures):
-    """Draw how far each figure is on the good side of its limit, the right one, on a logarithmic scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Draw how many times better or worse than its limit each figure is, on a logarithmic scale."""
+    from matplotlib.figure import Figure as Drawing
 
     limited = [(name, figure) for name, figure in figures if figure.limit]
-    better = []
-    for _, figure in limited:
-        sign, bound = figure.limit.split()
-        value = max(figure.value, 1e-3)
-        better.append(float(bound) / value if sign == "<=" else value / float(bound))
-    drawing, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(limited)), layout="constrained")
-    colours = ["tab:green" if figure.reached else "tab:red" for _, figure in limited]
-    shown = [min(max(value, 0.25), 8) for value in better]
-    axes.barh(range(len(limited)), [value - 1 for value in shown], left=1, color=colours)
-    axes.set_yticks(range(len(limited)), [f"{name}: {figure.what}" for name, figure in limited], fontsize=7)
-    for place, (_, figure) in enumerate(limited):
-        axes.annotate(
-            f" {figure.value:.3g} ({figure.limit})", (max(shown[place], 1), place), va="center", fontsize=7
-        )
+    rows = []  # the name of each benchmark, and below it its figures
+    for name, figure in limited:
+        if name not in rows:
+            rows.append(name)
+        rows.append(figure)
+    drawing = Drawing(figsize=(9, 1 + ROW_INCHES * len(rows)))
+    axes = drawing.add_axes((0.45, 0.7 / drawing.get_figheight(), 0.37, 1 - 1 / drawing.get_figheight()))
+
+    def write(x, place, text, **options):
+        axes.text(x, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=10, **options)
+
+    for place, row in enumerate(rows):
+        if isinstance(row, str):
+            write(-1.24, place, row.replace("_", " "), weight="bold")
+            continue
+        better = _times_better(row)
+        shown = min(max(better, 1 / LARGEST), LARGEST)
+        colour = "#0072b2" if row.reached else "#d55e00"  # that colour-blind readers can distinguish
+        axes.plot([1, shown], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
+        axes.plot(shown, place, ">" if better > LARGEST else "o", color=colour, markersize=7)
+        write(-1.2, place, row.what)
+        limit = row.limit.replace("<=", "≤").replace(">=", "≥")
+        weight = "normal" if row.reached else "bold"
+        write(1.03, place, f"{row.value:.3g}", color=colour, weight=weight)
+        write(1.29, place, limit)
+    for title, x in (("figure", 1.03), ("limit", 1.29)):
+        write(x, -1, title, color="#666666")
     axes.axvline(1, color="black", linewidth=1)
-    axes.axvspan(0.25, 1, color="tab:red", alpha=0.08)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(0.25, 24)
-    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "limit", "2", "4", "8"])
-    axes.set_xlabel("times better than the limit (bars end at 8)")
-    axes.set_title("missed < limit > reached", fontsize=9)
-    axes.invert_yaxis()
-    drawing.savefig(RESULTS / "figures.png", dpi=110)
-    pyplot.close(drawing)
+    ticks = {0.5: "2 times\nworse", 1: "limit", 2: "2 times\nbetter", 4: "4 times", 8: "8 times"}
+    axes.set_xticks(list(ticks), ticks.values(), fontsize=10)
+    axes.set(xlim=(0.45, LARGEST * 1.1), ylim=(len(rows) - 0.3, -0.7), yticks=[])
+    axes.grid(axis="x", color="#dddddd", linewidth=0.7)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    drawing.savefig(RESULTS / "figures.png", dpi=100, bbox_inches="tight")
+
+
+def _times_better(figure):
+    """Return how many times better than its limit a figure is."""
+    sign, bound = figure.limit.split()
+    value = max(figure.value, 1e-3)
+    return float(bound) / value if sign == "<=" else value / float(bound)
