@@ -40,7 +40,7 @@ check: lint
 test: lint $(VENV)/spot-installed .venv-sdk2/installed .venv-sdk3/installed
 	$(VENV)/bin/python -m pytest
 
-integration: $(VENV)/installed .venv-serving/installed
+integration: $(VENV)/installed .venv-serving/installed .venv-mlflow/installed
 	$(VENV)/bin/python -m pytest -m integration --numprocesses 0 --capture no
 
 examples: $(VENV)/installed
@@ -88,6 +88,13 @@ $(VENV)/%-installed: requirements/%.txt requirements/versions.txt | $(VENV)/bin/
 .venv-sdk%/installed: launch/requirements-v%.txt | .venv/bin/pip
 	@echo "Setting up .venv-sdk$* for the launchers: takes some minutes, once"
 	@.venv/bin/python -m venv .venv-sdk$* && .venv-sdk$*/bin/python -m pip install --quiet --requirement $< && touch $@
+
+# An MLflow server, and its client with the frameworks of .venv.
+.venv-mlflow/installed: tests/requirements-mlflow.txt | .venv/spot-installed
+	@echo "Setting up .venv-mlflow: takes some minutes, once"
+	@.venv/bin/python -m venv .venv-mlflow && .venv-mlflow/bin/python -m pip install --quiet --requirement $<
+	@packages='import site; print(site.getsitepackages()[0])'; \
+	    .venv/bin/python -c "$$packages" > "$$(.venv-mlflow/bin/python -c "$$packages")/frameworks.pth" && touch $@
 
 # SageMaker's serving toolkits, which find the frameworks in .venv.
 .venv-serving/installed: tests/requirements-serving.txt tests/requirements-serving-pytorch.txt | .venv/installed .venv/spot-installed

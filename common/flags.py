@@ -300,7 +300,7 @@ def _output_flags(parser, framework):
     add(
         "--output-data-dir",
         type=_local_path,
-        help="folder of metrics.json and history.csv; default: OUTPUT/data",
+        help="folder of metrics.json, history.csv and pictures; default: OUTPUT/data",
     )
     add(
         "--tensorboard",

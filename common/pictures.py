@@ -36,8 +36,8 @@ STYLE = {
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "figure.titlesize": TITLE,
-    "figure.dpi": 110,
-    "savefig.dpi": 110,
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
     "savefig.bbox": "tight",
     "savefig.pad_inches": 0.15,
 }

@@ -263,7 +263,8 @@ def _write_mlflow(inbox, run):
                 return
         except Exception as error:  # each way to a server has its own
             if not has_failed:
-                inbox.say(f"{errors.first_line(error)}; the training continues, and the rows are sent later")
+                reason = errors.first_line(error)[:150]
+                inbox.say(f"{reason}; the training continues, and the rows are sent later")
             has_failed = True
             next_try = time.monotonic() + RETRY_SECONDS
 

@@ -66,9 +66,13 @@ SECONDS = 300  # after which a run counts as hanging
 
 
 def environment(**variables):
-    """Return this process's environment without what SageMaker might have set, and with `variables`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))}
-    return {**kept, **variables}
+    """Return this process's environment without what SageMaker might have set, and with `variables`.
+
+    Unless PYTHONPATH is one of them, there is no matplotlib: most tests look at no picture.
+    """
+    unwanted = ("SM_", "SAGEMAKER_", "MLFLOW_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    return {**kept, "PYTHONPATH": str(ROOT / "tests/data/without_matplotlib"), **variables}
 
 
 def choose(framework):
