@@ -36,7 +36,10 @@ def check(content: dict) -> None:
     _check_progress(content["progress"])
     _check_step(content["progress"]["step"], content.get("job", {}))
     resumed = content.get("resumed", [])
-    _expect(isinstance(resumed, list) and all(map(_is_number, resumed)), "resumed is no list of numbers")
+    is_list = isinstance(resumed, list)
+    _expect(is_list, "resumed is no list")
+    are_numbers = all(map(_is_number, resumed))
+    _expect(are_numbers, "resumed has something else than numbers")
     if "export" in content:
         _check_export(content["export"])
 

@@ -25,9 +25,12 @@ NUM_MISTAKES = 15
 NUM_FEATURES = 20
 MAX_COUNTED = 20  # classes; the cells of a matrix of more have no numbers
 MAX_NAMED = 100  # classes; the axes of a matrix of more have no names
-BLUE, ORANGE, GREY, LIGHT = "#0072b2", "#d55e00", "#666666", "#dddddd"  # also for colour-blind readers
+BLUE = "#0072b2"  # a pair that colour-blind readers can distinguish
+ORANGE = "#d55e00"
+GREY = "#666666"
+LIGHT = "#dddddd"
 COLOURS = {"train": ORANGE, "validation": BLUE}
-LABEL_PIXELS = 18  # from line to line
+LABEL_POINTS = 12  # from line to line
 TITLE = 13
 STYLE = {
     "font.size": 10,
@@ -47,8 +50,11 @@ def position(progress, data):
     """Return how far a training has come, in epochs."""
     if not progress.step:
         return progress.epoch
-    done = progress.step if getattr(data.train, "unit", "samples") == "batches" else progress.samples
-    return progress.epoch + min(1, done / len(data.train))
+    done = progress.samples
+    if hasattr(data.train, "unit"):  # it counts batches
+        done = progress.step
+    share = done / len(data.train)
+    return progress.epoch + min(1, share)
 
 
 def draw(run):
@@ -67,7 +73,9 @@ def draw(run):
                     figure.savefig(file, format="png")
                 drawn.append(name)
     except Exception as error:  # of matplotlib, of a user's model, of the disk
-        reason = "they need matplotlib" if isinstance(error, ImportError) else first_line(error)
+        reason = first_line(error)
+        if isinstance(error, ImportError):
+            reason = "they need matplotlib"
         log(f"Pictures: {', '.join(drawn) or 'none'}; the others are left out: {reason}")
         return
     if drawn:
@@ -93,9 +101,13 @@ def _figures(run):
 
 def _metrics(run):
     """Return the names of one or two validation metrics: the loss, and what decides or comes first."""
-    names = [key[len("validation_") :] for key in run.progress.history[-1] if key.startswith("validation_")]
-    if run.args.best_metric:
-        names.sort(key=lambda name: name != run.args.best_metric.split(":")[0])
+    names = []
+    for key in run.progress.history[-1]:
+        split, _, name = key.partition("_")
+        if split == "validation":
+            names.append(name)
+    best, _, _ = (run.args.best_metric or "").partition(":")
+    names.sort(key=lambda name: name != best)
     names.sort(key=lambda name: name != "loss")
     return names[:2]
 
@@ -112,71 +124,106 @@ def draw_curve(history, metrics, resumed):
         resumed: numbers of epochs.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
     marks = sorted({place for place in resumed if place < epochs[-1]})
-    title = "1 epoch" if epochs[-1] == 1 else f"{epochs[-1]:,} epochs"
+    title = "1 epoch" if len(epochs) == 1 else f"{len(epochs):,} epochs"
     if marks:
-        times = {1: "once", 2: "twice"}.get(len(marks), f"{len(marks)} times")
-        title += f", interrupted {times}"
-    figure = Figure(figsize=(6 * len(metrics), 4))
-    figure.suptitle(title, x=0.125, ha="left", y=1.03)
-    grid = figure.subplots(1, len(metrics), squeeze=False, gridspec_kw={"wspace": 0.55})
-    for axes, metric in zip(grid[0], metrics):
+        often = {1: "once", 2: "twice"}
+        times = often.get(len(marks), f"{len(marks)} times")
+        title = f"{title}, interrupted {times}"
+    width = 6 * len(metrics)
+    figure = Figure(figsize=(width, 4))
+    figure.suptitle(title, x=0.125, y=1.03, ha="left")
+    panels = figure.subplots(1, len(metrics), squeeze=False)
+    figure.subplots_adjust(wspace=0.55)
+    for axes, metric in zip(panels[0], metrics):
         curves = {}
-        for split in ("train", "validation"):
-            curves[split] = [row.get(f"{split}_{metric}", np.nan) for row in history]
+        for split in COLOURS:
+            key = f"{split}_{metric}"
+            curves[split] = [row.get(key, np.nan) for row in history]
+        _draw_curves(axes, epochs, curves)
         axes.set(title=metric, xlabel="epoch")
-        axes.set_xlim(min(epochs[0], *marks, epochs[-1] - 1), epochs[-1])
-        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-        axes.grid(axis="y", color=LIGHT, linewidth=0.6)
-        style = {"linewidth": 1.8, "marker": "o" if len(epochs) <= 30 else "", "markersize": 4}
-        for split, values in curves.items():
-            axes.plot(epochs, values, color=COLOURS[split], clip_on=False, **style)
+        first = min([epochs[-1] - 1, epochs[0], *marks])
+        axes.set_xlim(first, epochs[-1])
         if metric == "loss":
             _choose_scale(axes, curves)
         for mark in marks:
-            axes.axvline(mark, color=GREY, linewidth=1, linestyle=(0, (2, 2)), zorder=0)
-        if marks and axes.get_subplotspec().is_first_col():
-            place = {"xytext": (3, -2), "textcoords": "offset points", "va": "top"}
-            axes.annotate("interrupted", (marks[0], 1), xycoords=_MARK, color=GREY, fontsize=9, **place)
+            axes.axvline(mark, color=GREY, linewidth=1, linestyle=":", zorder=0)
         _label_ends(axes, curves)
+    if marks:
+        _label_mark(panels[0][0], marks[0])
     return figure
 
 
-_MARK = ("data", "axes fraction")
+def _draw_curves(axes, epochs, curves):
+    from matplotlib.ticker import MaxNLocator
+
+    marker = "o" if len(epochs) <= 30 else ""
+    for split, values in curves.items():
+        axes.plot(
+            epochs,
+            values,
+            color=COLOURS[split],
+            linewidth=1.8,
+            marker=marker,
+            markersize=4,
+            clip_on=False,
+        )
+    locator = MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+    axes.xaxis.set_major_locator(locator)
+    axes.grid(axis="y", color=LIGHT, linewidth=0.6)
+
+
+def _label_mark(axes, mark):
+    axes.annotate(
+        "interrupted",
+        (mark, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -2),
+        textcoords="offset points",
+        va="top",
+        color=GREY,
+        fontsize=9,
+    )
 
 
 def _choose_scale(axes, curves):
     """Use a logarithmic scale for a loss that falls so far that its end could not be seen otherwise."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    values = np.concatenate(list(curves.values()))
+    values = np.array([*curves.values()])
     values = values[np.isfinite(values)]
-    if len(values) and values.min() > 0 and values.max() > 20 * values.min():
+    lowest = values.min(initial=np.inf)
+    highest = values.max(initial=0)
+    if lowest > 0 and highest > 20 * lowest:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        locator = LogLocator(subs=(1, 2, 5))
+        axes.yaxis.set_major_locator(locator)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label_ends(axes, curves):
     """Write name and last value behind each curve, the labels apart from each other."""
-    points = {}
+    heights = {}  # in points
     for split, values in curves.items():
         if np.isfinite(values[-1]):
-            points[split] = axes.transData.transform((0, values[-1]))[1]
-    order = sorted(points, key=points.get)
+            _, pixels = axes.transData.transform((0, values[-1]))
+            heights[split] = pixels * 72 / axes.figure.dpi
+    order = sorted(heights, key=heights.get)
     shift = 0
     if len(order) == 2:
-        shift = max(0, LABEL_PIXELS - (points[order[1]] - points[order[0]])) / 2
+        distance = heights[order[1]] - heights[order[0]]
+        shift = max(0, LABEL_POINTS - distance) / 2
+    _, last = axes.get_xlim()
     for split, change in zip(order, (-shift, shift)):
+        value = curves[split][-1]
         name = "training" if split == "train" else split
         axes.annotate(
-            f"{name} {curves[split][-1]:.3g}",
-            (axes.get_xlim()[1], curves[split][-1]),
-            xytext=(7, change * 72 / axes.figure.dpi),
+            f"{name} {value:.3g}",
+            (last, value),
+            xytext=(7, change),
             textcoords="offset points",
             color=COLOURS[split],
             va="center",
@@ -201,56 +248,76 @@ class _Predictions:
     def __init__(self, run):
         from common import serving  # which needs Pillow
 
-        self.labels, self.classes, self.mistakes = [], [], []
-        sys.modules.setdefault("train", sys.modules[type(run.state).__module__])  # inference.py imports it
+        self.labels = []
+        self.classes = []
+        self.mistakes = []
         facts = serving.read_facts(run.args.model_dir)
         self.names = facts["class_names"]
         if facts["outputs"] == "values" or not self.names:
             return
+        script = type(run.state).__module__
+        sys.modules.setdefault("train", sys.modules[script])  # which inference.py imports
         model = importlib.import_module("inference").Model(run.args.model_dir)
         is_table = not isinstance(run.data, datasets.Data)
+        read = _read_table if is_table else _read_images
         deadline = time.monotonic() + MAX_SECONDS
-        for samples, labels in _read_table(run.data) if is_table else _read_images(run):
-            if labels.ndim > 1 or not np.isin(labels, np.arange(len(self.names))).all():
+        for samples, labels in read(run):
+            if labels.ndim > 1 or not np.isin(labels, range(len(self.names))).all():
                 self.labels = []
                 return
-            images = samples.astype(np.float32) if samples.dtype == np.uint8 else samples
-            probabilities = serving.to_probabilities(model(images), facts)
-            self._add(None if is_table else samples, labels.astype(int), probabilities)
+            inputs = samples
+            if samples.dtype == np.uint8:
+                inputs = samples.astype(np.float32)
+            outputs = model(inputs)
+            probabilities = serving.to_probabilities(outputs, facts)
+            self._add(labels.astype(int), probabilities)
+            if not is_table:
+                self._add_mistakes(samples, labels.astype(int), probabilities)
             if time.monotonic() > deadline:
                 break
-        size = len(run.data.validation.labels if is_table else run.data.validation)
+        validation = run.data.validation
+        size = len(validation.labels if is_table else validation)
         kind = "rows" if is_table else "images"
-        some = f"{len(self.labels):,} of {size:,} validation {kind}"
-        self.title = f"{size:,} validation {kind}" if size <= len(self.labels) else some
+        self.title = f"{size:,} validation {kind}"
+        if len(self.labels) < size:
+            self.title = f"{len(self.labels):,} of {self.title}"
 
-    def _add(self, images, labels, probabilities):
-        classes = probabilities.argmax(1)
+    def _add(self, labels, probabilities):
         self.labels += labels.tolist()
-        self.classes += classes.tolist()
-        if images is None or images.ndim != 4 or images.shape[3] not in (1, 3):
+        self.classes += probabilities.argmax(1).tolist()
+
+    def _add_mistakes(self, images, labels, probabilities):
+        if images.ndim != 4 or images.shape[3] not in (1, 3):
             return
+        classes = probabilities.argmax(1)
         for index in np.flatnonzero(classes != labels):
-            row, label, predicted = probabilities[index], labels[index], classes[index]
-            self.mistakes.append((row[label], row[predicted], label, predicted, images[index]))
-        self.mistakes.sort(key=lambda mistake: mistake[:1])
+            label = labels[index]
+            predicted = classes[index]
+            right, wrong = probabilities[index, [label, predicted]]
+            self.mistakes.append((right, wrong, label, predicted, images[index]))
+        self.mistakes.sort(key=lambda mistake: mistake[0])
         del self.mistakes[NUM_MISTAKES:]
 
 
 def _read_images(run):
     """Yield (images, labels), evenly spread over the validation data and in random order."""
     dataset = run.data.validation
-    indices = np.random.default_rng(0).permutation(datasets.spread(len(dataset), MAX_SAMPLES))
+    indices = datasets.spread(len(dataset), MAX_SAMPLES)
+    indices = np.random.default_rng(0).permutation(indices)
     if hasattr(dataset, "batches"):
         indices = np.arange(2)  # it returns its first samples for them
-    for part in np.array_split(indices, -(-len(indices) // PART)):
-        yield batches.read_samples(dataset, part, run.engine, (run.args.seed,))[:2]
+    num_parts = -(-len(indices) // PART)
+    for part in np.array_split(indices, num_parts):
+        key = (run.args.seed,)
+        samples, labels, _ = batches.read_samples(dataset, part, run.engine, key)
+        yield samples, labels
 
 
-def _read_table(tables):
-    """Yield (features, labels)."""
-    table = tables.validation.rows(datasets.spread(len(tables.validation.labels), MAX_SAMPLES))
-    for part in table.parts():
+def _read_table(run):
+    """Yield (features, labels), evenly spread over the validation rows."""
+    table = run.data.validation
+    indices = datasets.spread(len(table.labels), MAX_SAMPLES)
+    for part in table.rows(indices).parts():
         yield part.features, part.labels
 
 
@@ -263,47 +330,72 @@ def draw_confusion(predictions):
     size = len(names)
     counts = np.zeros((size, size), int)
     np.add.at(counts, (predictions.labels, predictions.classes), 1)
-    shares = np.sqrt(counts / np.maximum(counts.sum(1, keepdims=True), 1))[..., np.newaxis]
-    is_right = np.eye(size, dtype=bool)[..., np.newaxis]
-    pixels = 1 - shares * (1 - np.where(is_right, to_rgb(BLUE), to_rgb(ORANGE)))
+    of_class = counts.sum(1, keepdims=True)
+    shades = np.sqrt(counts / np.maximum(of_class, 1))
+    pixels = np.empty((size, size, 3))
+    pixels[:] = to_rgb(ORANGE)
+    pixels[np.eye(size, dtype=bool)] = to_rgb(BLUE)
+    pixels = 1 - (1 - pixels) * shades[..., np.newaxis]
     is_small = size <= MAX_COUNTED
-    inches = np.clip(0.45 * size, 3.6, 8) if is_small else np.clip(0.12 * size, 6, 12)
-    figure = Figure(figsize=(inches + 1, inches + 1))
-    accuracy = np.trace(counts) / counts.sum()
+    inches = 1 + np.clip(0.45 * size, 3.6, 8)
+    if not is_small:
+        inches = 1 + np.clip(0.12 * size, 6, 12)
+    figure = Figure(figsize=(inches, inches))
     axes = figure.subplots()
-    axes.set_title(f"Confusion matrix, {predictions.title}: {accuracy:.1%} right", fontsize=TITLE, pad=12)
+    accuracy = np.trace(counts) / counts.sum()
+    title = f"Confusion matrix, {predictions.title}: {accuracy:.1%} right"
+    axes.set_title(title, fontsize=TITLE, pad=12)
     axes.imshow(pixels, interpolation="nearest")
     axes.set(xlabel="predicted class", ylabel="true class")
-    if size <= MAX_NAMED:
-        letters = 10 if is_small else 6
-        rotation = 90 if max(map(len, names)) > 2 else 0
-        axes.set_xticks(range(size), names, rotation=rotation, fontsize=letters)
-        axes.set_yticks(range(size), names, fontsize=letters)
-    for line in np.arange(0, size + 1, 1 if is_small else 10) - 0.5:
-        axes.axvline(line, color=LIGHT, linewidth=0.8)
-        axes.axhline(line, color=LIGHT, linewidth=0.8)
     axes.tick_params(length=0)
-    axes.spines[:].set_color(LIGHT)
-    axes.spines[:].set_visible(True)
-    if not is_small:
+    if size <= MAX_NAMED:
+        _name_classes(axes, names)
+    _draw_grid(axes, size)
+    if is_small:
+        _write_counts(axes, counts, shades)
+    else:
         text = _list_confusions(counts, names)
         axes.text(1.02, 1, text, transform=axes.transAxes, va="top", fontsize=9, linespacing=1.5)
-        return figure
-    for row, column in zip(*counts.nonzero()):
-        colour = "white" if shares[row, column] > 0.7 else "black"
-        axes.text(column, row, counts[row, column], color=colour, ha="center", va="center")
     return figure
+
+
+def _name_classes(axes, names):
+    letters = 10 if len(names) <= MAX_COUNTED else 6
+    longest = max(map(len, names))
+    places = range(len(names))
+    axes.set_xticks(places, names, fontsize=letters)
+    axes.set_yticks(places, names, fontsize=letters)
+    if longest > 2:
+        axes.tick_params(axis="x", labelrotation=90)
+
+
+def _draw_grid(axes, size):
+    step = 1 if size <= MAX_COUNTED else 10
+    for line in range(0, size + 1, step):
+        axes.axvline(line - 0.5, color=LIGHT, linewidth=0.8)
+        axes.axhline(line - 0.5, color=LIGHT, linewidth=0.8)
+    axes.spines[:].set_color(LIGHT)
+    axes.spines[:].set_visible(True)
+
+
+def _write_counts(axes, counts, shades):
+    for row, column in np.argwhere(counts):
+        colour = "white" if shades[row, column] > 0.7 else "black"
+        count = counts[row, column]
+        axes.text(column, row, count, color=colour, ha="center", va="center")
 
 
 def _list_confusions(counts, names):
     """Return a line for each of the most frequent mistakes."""
-    mistakes = counts * (1 - np.eye(len(names), dtype=int))
+    mistakes = counts.copy()
+    np.fill_diagonal(mistakes, 0)
     lines = ["Most frequent mistakes"]
-    for place in np.argsort(-mistakes, axis=None, kind="stable")[:NUM_MISTAKES]:
+    order = np.argsort(-mistakes, axis=None, kind="stable")
+    for place in order[:NUM_MISTAKES]:
         label, predicted = np.unravel_index(place, counts.shape)
-        if mistakes[label, predicted]:
-            some = f"{counts[label, predicted]} of {counts[label].sum()}"
-            lines.append(f"{names[label]} as {names[predicted]}: {some}")
+        count = mistakes[label, predicted]
+        if count:
+            lines.append(f"{names[label]} as {names[predicted]}: {count} of {counts[label].sum()}")
     return "\n".join(lines)
 
 
@@ -314,7 +406,8 @@ def draw_mistakes(predictions):
     mistakes = predictions.mistakes
     num_columns = min(5, len(mistakes))
     num_rows = -(-len(mistakes) // num_columns)
-    figure = Figure(figsize=(max(2 * num_columns, 5), 2.5 * num_rows), layout="constrained")
+    size = max(2 * num_columns, 5), 2.5 * num_rows
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(f"Worst mistakes among {predictions.title}", x=0.01, ha="left")
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for axes in grid.flat:
@@ -333,10 +426,12 @@ def _shorten(name, letters=18):
 
 def _to_pixels(image):
     """Return an image of any range as matplotlib shows it."""
-    image = image[..., 0] if image.shape[2] == 1 else image
+    if image.shape[2] == 1:
+        image = image[..., 0]
     if image.dtype == np.uint8:
         return image
-    low, high = np.nanmin(image), np.nanmax(image)
+    low = np.nanmin(image)
+    high = np.nanmax(image)
     return (image - low) / (high - low or 1)
 
 
@@ -347,14 +442,21 @@ def draw_importance(gains):
     """Return a figure of the mean gain of the splits by each feature, the largest ones."""
     from matplotlib.figure import Figure
 
-    names = sorted(gains, key=gains.get, reverse=True)[:NUM_FEATURES]
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(names)))
-    some = f"{len(names)} of {len(gains)} features" if len(names) < len(gains) else f"{len(names)} features"
+    order = sorted(gains, key=gains.get, reverse=True)
+    names = order[:NUM_FEATURES]
+    some = f"{len(names)} features"
+    if len(names) < len(gains):
+        some = f"{len(names)} of {len(gains)} features"
+    height = 1.2 + 0.28 * len(names)
+    figure = Figure(figsize=(8, height))
     axes = figure.subplots()
     axes.set_title(f"Feature importance, {some}: mean gain of a split", fontsize=TITLE, pad=12)
-    bars = axes.barh(names, [gains[name] for name in names], color=BLUE, height=0.7)
-    axes.bar_label(bars, [f"{gains[name]:.3g}" for name in names], padding=4)
-    axes.set_yticks(range(len(names)), [_shorten(name, 30) for name in names])
+    values = [gains[name] for name in names]
+    places = range(len(names))
+    bars = axes.barh(places, values, color=BLUE, height=0.7)
+    axes.bar_label(bars, fmt="{:.3g}", padding=4)
+    labels = [_shorten(name, 30) for name in names]
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.02)
     axes.set_xticks([])
