@@ -26,7 +26,7 @@ SUFFIX = ".history"  # of the names of our event files
 LAST_SECONDS = 60  # for the last rows and the model, when the training is over
 PAUSE_SECONDS = 1  # between two requests to MLflow, which collects the rows of short epochs
 RETRY_SECONDS = 30  # after a request that has failed
-MAX_METRICS = 1000  # in a request
+MAX_ROWS = 50  # in a request, which has room for 1,000 numbers
 MAX_LETTERS = 500  # of the value of a parameter
 
 _PROCESS = """
@@ -227,7 +227,7 @@ def _write_events(inbox, folder):
 
 def write_mlflow(inbox):
     """Write parameters, metrics and the model to an MLflow server, into one run over all restarts."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the loop below tries again
     try:
         import mlflow
@@ -253,6 +253,7 @@ def _write_mlflow(inbox, run):
         if has_failed and inbox.status:
             inbox.say("the run on the server is not complete: run the same command again to complete it")
             return
+        num_sent = run.num_sent
         try:
             run.send(rows)
             rows = []
@@ -262,6 +263,8 @@ def _write_mlflow(inbox, run):
                 run.finish(inbox.status)
                 return
         except Exception as error:  # each way to a server has its own
+            if run.num_sent > num_sent:  # the server is slow
+                continue
             if not has_failed:
                 reason = errors.first_line(error)[:150]
                 inbox.say(f"{reason}; the training continues, and the rows are sent later")
@@ -276,6 +279,9 @@ class _MlflowRun:
         mlflow: the package.
         facts: see `start`.
         file: open for reading and writing.
+
+    Attributes:
+        num_sent: the number of rows that the server has taken.
     """
 
     def __init__(self, mlflow, facts, file):
@@ -285,6 +291,7 @@ class _MlflowRun:
         self._file = file
         self._id = None
         self._epochs = set()  # that the server has
+        self.num_sent = 0  # rows
 
     def send(self, rows):
         """Send the rows that the server does not have."""
@@ -292,20 +299,22 @@ class _MlflowRun:
             run_id = self._find() or self._begin()
             self._epochs = {metric.step for metric in self._client.get_metric_history(run_id, "seconds")}
             self._id = run_id
-        metrics = []
-        for row in rows:
-            if row["epoch"] in self._epochs:
-                continue
-            time_stamp = int(1000 * row["time"])
-            for name, value in row.items():
-                if name not in ("epoch", "time"):
-                    key = re.sub(r"[^\w\-. /]", "-", name)  # such as ndcg@10
-                    metrics.append(self._mlflow.entities.Metric(key, value, time_stamp, row["epoch"]))
+        rows = [row for row in rows if row["epoch"] not in self._epochs]
         run_id, self._id = self._id, None  # after a failure, the server says what it has
-        for first in range(0, len(metrics), MAX_METRICS):
-            self._client.log_batch(run_id, metrics[first : first + MAX_METRICS])
-        self._epochs.update(row["epoch"] for row in rows)
+        for first in range(0, len(rows), MAX_ROWS):
+            part = rows[first : first + MAX_ROWS]
+            metrics = [metric for row in part for metric in self._to_metrics(row)]
+            self._client.log_batch(run_id, metrics)
+            self._epochs.update(row["epoch"] for row in part)
+            self.num_sent += len(part)
         self._id = run_id
+
+    def _to_metrics(self, row):
+        milliseconds = int(1000 * row["time"])
+        for name, value in row.items():
+            if name not in ("epoch", "time"):
+                key = re.sub(r"[^\w\-. /]", "-", name)  # such as ndcg@10
+                yield self._mlflow.entities.Metric(key, value, milliseconds, row["epoch"])
 
     def _find(self):
         """Return the id of the run of earlier starts; None if the server has no such run."""
