@@ -4,10 +4,13 @@ They are drawn with matplotlib after all else is written. Without it, or if draw
 says so; nothing else changes.
 """
 
+from __future__ import annotations
+
 import importlib
 import sys
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,7 @@ from common import batches, datasets
 from common.atomic_io import atomic_write
 from common.errors import first_line
 from common.report import log
+from common.train_state import Progress
 
 CURVE, CONFUSION = "training-curve.png", "confusion-matrix.png"
 MISTAKES, IMPORTANCE = "worst-mistakes.png", "feature-importance.png"
@@ -32,7 +36,7 @@ LIGHT = "#dddddd"
 COLOURS = {"train": ORANGE, "validation": BLUE}
 LABEL_POINTS = 12  # from line to line
 TITLE = 13
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,7 +50,7 @@ STYLE = {
 }
 
 
-def position(progress, data):
+def position(progress: Progress, data) -> float:
     """Return how far a training has come, in epochs."""
     if not progress.step:
         return progress.epoch
@@ -57,7 +61,7 @@ def position(progress, data):
     return progress.epoch + min(1, share)
 
 
-def draw(run):
+def draw(run) -> None:
     """Draw what can be drawn of a Run that has ended."""
     folder = run.args.output_data_dir
     drawn = []
@@ -115,7 +119,7 @@ def _metrics(run):
 # The training curve -----------------------------------------------------------------------------------------
 
 
-def draw_curve(history, metrics, resumed):
+def draw_curve(history: list[dict], metrics: list[str], resumed: list[float]):
     """Return a figure of metrics over epochs, with marks where the training was interrupted.
 
     Args:
@@ -438,11 +442,11 @@ def _to_pixels(image):
 # Boosted trees ----------------------------------------------------------------------------------------------
 
 
-def draw_importance(gains):
+def draw_importance(gains: dict[str, float]):
     """Return a figure of the mean gain of the splits by each feature, the largest ones."""
     from matplotlib.figure import Figure
 
-    order = sorted(gains, key=gains.get, reverse=True)
+    order = sorted(gains, key=lambda name: gains[name], reverse=True)
     names = order[:NUM_FEATURES]
     some = f"{len(names)} features"
     if len(names) < len(gains):

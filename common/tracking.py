@@ -5,6 +5,9 @@ down delays nothing, and no library draws from the random numbers of the trainin
 history of the checkpoint: an interruption leaves no gap, and an epoch that is repeated appears once.
 """
 
+from __future__ import annotations
+
+import argparse
 import contextlib
 import fcntl
 import json
@@ -37,21 +40,21 @@ tracking.{}(tracking.Inbox())
 """
 
 
-def check(args):
+def check(args: argparse.Namespace) -> None:
     """Exit with one line if `--tensorboard` is set but TensorBoard is not installed."""
     if args.tensorboard:
         with errors.importing("TensorBoard for --tensorboard", "Install it with: pip install tensorboard"):
             import tensorboard  # noqa: F401 - it loads nothing else yet
 
 
-def start(args, history):
+def start(args: argparse.Namespace, history: list[dict]) -> Tracker | None:
     """Return a Tracker that has been sent the history so far, or None if there is nothing to track.
 
     Args:
         args: the flags.
         history: a dictionary of metrics for each epoch.
     """
-    facts = {"checkpoints": str(args.checkpoint_path), "model": str(args.model_dir)}
+    facts: dict = {"checkpoints": str(args.checkpoint_path), "model": str(args.model_dir)}
     functions = []
     if args.tensorboard:
         facts["events"] = str(_event_folder(args))
@@ -184,7 +187,7 @@ class Inbox:
             print(errors.in_one_line(message)[:300], file=self.messages)
 
 
-def write_events(inbox):
+def write_events(inbox: Inbox) -> None:
     """Write TensorBoard's event files, one for the training and one for the validation metrics."""
     try:
         _write_events(inbox, Path(inbox.facts["events"]))
@@ -225,7 +228,7 @@ def _write_events(inbox, folder):
         writer.close()
 
 
-def write_mlflow(inbox):
+def write_mlflow(inbox: Inbox) -> None:
     """Write parameters, metrics and the model to an MLflow server, into one run over all restarts."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the loop below tries again
