@@ -92,7 +92,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 def say(line: str, file: TextIO | None = None) -> None:
     """Print a line at once, on standard output by default; one that cannot be written ends nothing."""
     with contextlib.suppress(OSError, ValueError):
-        print(in_one_line(line), file=file or sys.stdout, flush=True)
+        print(in_one_line(line) + "\n", end="", file=file or sys.stdout, flush=True)  # in one piece
 
 
 def write_failure_reason(reason: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import sys
 import threading
 import time
 from pathlib import Path
@@ -48,7 +49,7 @@ def check_threads() -> None:
 
     Another process tries it, as memory that threads have reserved is never given back.
     """
-    if threading.active_count() > 1:  # Python is not to be forked then; and there are threads
+    if threading.active_count() > 1 or "numpy" in sys.modules:  # a process with threads must not be forked
         return
     num_needed = 8 + 2 * num_cores()
     try:

@@ -115,7 +115,7 @@ class Run:
         self._newest = None  # (name, content) of the newest checkpoint between `load_data` and `restore`
         self.steps_per_epoch = 0
         self.resumed = []  # where runs have resumed, in epochs; also in each checkpoint
-        self._tracker = None
+        self._trackers = []
         self._exits = contextlib.ExitStack()
         self._started = time.monotonic()
         self._initial_epoch = 0
@@ -142,7 +142,6 @@ class Run:
         try:
             self.workers = distributed.join(args)
             self._exits.callback(report.start_logging(self.is_main_process))
-            tracking.check(args)
             self.checkpoints = checkpoints.Checkpoints(args, self.engine, self.workers)
             self._bar = report.ProgressBar(args.epochs, self.is_main_process)
             is_alone = self.workers.size == 1
@@ -185,8 +184,8 @@ class Run:
                 self.saver.wait()
         finally:
             self._bar.close()
-            if self._tracker:
-                self._tracker.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
+            for tracker in self._trackers:
+                tracker.close("KILLED" if isinstance(error, Interrupted) else "FAILED", tracking.SOON)
             self.saver.close()
             if self.checkpoints:
                 self.checkpoints.close()
@@ -200,11 +199,10 @@ class Run:
         prepare_folder(self.args.output_data_dir, "--output-data-dir")
 
     def _finish(self):
-        """Wait for what is tracked, and draw the pictures: all that matters is written, also for a signal."""
-        if self._tracker:
-            self._tracker.close("FINISHED", self.signals)
-            self._tracker = None
+        """Complete the tracking and draw the pictures. Signals are ignored: model and metrics are written."""
         self.signals.restore()
+        while self._trackers:
+            self._trackers.pop().close("FINISHED", tracking.LAST_SECONDS)
         if self._is_exported and self.is_main_process:
             pictures.draw(self)
 
@@ -358,7 +356,7 @@ class Run:
         if epoch >= args.epochs:
             self.defer_signals()  # the export comes next, and finishes first
         if self.is_main_process and not self._dry_run:
-            self._tracker = tracking.start(args, self.progress.history)
+            self._trackers = tracking.start(args, self.progress.history)
         self._last_save = self._clock = time.monotonic()
         return epoch
 
@@ -618,8 +616,8 @@ class Run:
     def _log_epoch(self, row):
         if not self._dry_run:  # whose metrics mean nothing
             log(report.epoch_line(row))
-        if self._tracker:
-            self._tracker.add(row)
+        for tracker in self._trackers:
+            tracker.add(row)
 
     def should_stop(self):
         """Return whether the training is over before `--epochs`: a function of what checkpoints hold.
