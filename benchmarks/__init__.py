@@ -1,1 +1,1 @@
-"""What the scripts promise about speed, measured: `make bench`."""
+"""Benchmarks of the scripts; `make bench` runs them."""

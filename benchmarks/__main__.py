@@ -1,4 +1,4 @@
-"""Measure what the scripts promise about speed, and write it to `benchmarks/results/`."""
+"""Run the benchmarks of the scripts and write the results to `benchmarks/results/`."""
 
 import argparse
 import importlib
@@ -9,14 +9,14 @@ NAMES = harness.NAMES
 
 
 def main():
-    """Run the named benchmarks, or all; a missed limit is a line of the report, not an error."""
+    """Run the named benchmarks, or all; a missed limit is reported but is not an error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NAMES)}; default: all")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--report", action="store_true", help="write the report from the kept figures only")
+    parser.add_argument("--report", action="store_true", help="only write the report, from the saved figures")
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
-        parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(NAMES)}")
+        parser.error(f"unknown: {', '.join(unknown)}; expected one or more of {', '.join(NAMES)}")
     if args.report:
         harness.write_report(NAMES)
         return

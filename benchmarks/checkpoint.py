@@ -1,11 +1,11 @@
-"""What a checkpoint costs the training, with the default model and with a training state of about 100 MB.
+"""Cost of a checkpoint with the default model and with a training state of about 100 MB.
 
-Stall: by how much the step with the save and the next one are longer than others while the disk is not
-written yet, so that only the copy counts (TensorFlow makes it in the next step). It is divided by a bare
-memory copy of as many bytes, and by a plain save: everything written and flushed before the next step.
-Overhead: by how much 40 steps with a save are longer than 40 steps without, as a share of the ten seconds
-from one save to the next; a bare writer copies as many bytes and writes and flushes them in a thread. All
-take turns in one process.
+Stall: the extra time of the step with the save and of the next step. The write is delayed, so that only the
+copy counts (TensorFlow copies in the next step). The stall is divided by the time of a bare memory copy of
+the same size, and by that of a plain save, which writes and flushes everything before the next step.
+Overhead: the extra time of 40 steps with a save over 40 steps without, as a share of the save interval of ten
+seconds. A bare writer copies the same number of bytes, and writes and flushes them in a thread. The variants
+alternate in one process.
 """
 
 import os
@@ -20,8 +20,8 @@ from common.checkpoints import Checkpoints
 from common.run import Run
 
 BLOCK = 40  # steps
-SAVED = 6  # the step of a block after which it saves, counted from 0
-HOLD = 0.5  # seconds by which the writing is put off to see the copy alone
+SAVED = 6  # the step of a block that is followed by the save, counted from 0
+HOLD = 0.5  # seconds by which the write is delayed, to measure only the copy
 
 
 def measure(repetitions):
@@ -45,9 +45,9 @@ def measure(repetitions):
 
 
 class Probe:
-    """Replaces the saves of a training: each block of steps has one, of the next kind.
+    """Replace the saves of a training: each block of steps has one, and the kinds alternate.
 
-    An epoch has a block of each kind, and ends behind the last step of a block, which is not counted.
+    An epoch has one block of each kind. It ends after the last step of a block, which is not counted.
     """
 
     KINDS = ("none", "ours", "held", "plain", "bare")
@@ -65,14 +65,14 @@ class Probe:
         Checkpoints.write = lambda *arguments: self.write_in_background(*arguments)
 
     def kind(self):
-        """Return the kind of the running block."""
+        """Return the kind of the current block."""
         return self.KINDS[self.count // BLOCK % len(self.KINDS)]
 
     def after_step(self, run, arguments):
-        """Finish a step, and save if it is time."""
+        """Finish a step, and save if a save is due."""
         step = run.progress.step
         self.finish_step(run, *arguments)
-        if run.progress.step == step:  # of a validation
+        if run.progress.step == step:  # a validation step
             return
         if self.count % BLOCK == SAVED:
             self.save_as(self.kind(), run)
@@ -80,7 +80,7 @@ class Probe:
         self.ends.append(time.perf_counter())
 
     def save_as(self, kind, run):
-        """Save as a kind of block does."""
+        """Save as in blocks of this kind."""
         if kind == "bare":
             began = time.perf_counter()
             for target, source in zip(self.targets, self.sources):
@@ -93,7 +93,7 @@ class Probe:
                 run.saver.wait()
 
     def write_in_background(self, checkpoints, name, content, best_epoch):
-        """Write a checkpoint, in the thread that saves."""
+        """Write a checkpoint in the save thread."""
         if self.kind() == "held":
             time.sleep(HOLD)
         self.write(checkpoints, name, content, best_epoch)
@@ -137,7 +137,7 @@ class Probe:
 
 
 def main(framework, model, repetitions):
-    """Train, and return what was seen."""
+    """Train, and return the measurements."""
     script = harness.import_script(framework)
     batch_size = 64
     if model != "cnn":

@@ -1,10 +1,10 @@
-"""What bit-identical resuming costs: samples per second of each script with and without it.
+"""Cost of bit-identical resuming: samples per second of each script with and without it.
 
     python benchmarks/exactness.py --framework mxnet --repetitions 5
 
-"Without" is a copy of the script that lacks the lines below, run with `--no-deterministic`. The runs take
-turns, so that both meet the same noise. A run's figure is that of its last epoch (XGBoost: the median of its
-rounds); the table has their medians, and the median of the ratios of neighbours.
+"Without" is a copy of the script that lacks the lines below, run with `--no-deterministic`. The runs
+alternate, so that noise affects both alike. A run counts with the rate of its last epoch (XGBoost: the median
+of its rounds). The table has the medians of the runs, and the median of the ratios of adjacent runs.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-ONLY_FOR_EXACTNESS = {  # a file, a text in it, and its replacement
+ONLY_FOR_EXACTNESS = {  # file, text to replace, replacement
     "pytorch": ("engine.py", "torch.default_generator.manual_seed(batch.seed)", "pass"),
-    "tensorflow": None,  # its checkpoints hold the state of its random numbers
+    "tensorflow": None,  # its checkpoints contain the RNG state
     "mxnet": (
         "engine.py",
         "                mx.random.seed(batch.seed)\n            elif",
@@ -34,7 +34,7 @@ TREES = ["--epochs", "60", "--subsample", "0.7", "--checkpoint-steps", "1000"]
 
 
 def copy_without(framework, folder):
-    """Copy the framework's folder without the line that only exactness needs; return its script."""
+    """Copy the framework's folder without the lines for exactness; return the script."""
     copy = Path(folder, framework)
     shutil.copytree(ROOT / framework, copy)
     if ONLY_FOR_EXACTNESS[framework] is None:

@@ -1,9 +1,9 @@
-"""How long a training on class folders of JPEG files waits: for its first step, and for decoding.
+"""Time to the first step of a training on class folders of JPEG files, and the cost of decoding.
 
-The first step comes after the files are listed, some of them are decoded for the statistics, and the first
-batch is. It is measured from the start of the process, fresh and resumed, for 1,000 to 100,000 files: links
-to 1,000 different ones of 128 x 128 pixels, resized to 32 x 32. Then: samples per second of the first epoch
-and of later ones, with room for all decoded images and for half of them.
+Before the first step the script lists the files, and decodes some of them for the statistics and then the
+first batch. The time is measured from the start of the process, fresh and resumed, for 1,000 to 100,000
+files: links to 1,000 images of 128 x 128 pixels, resized to 32 x 32. The throughput of the first epoch is
+compared with later epochs, with memory for all decoded images and for half of them.
 """
 
 import os
@@ -38,7 +38,7 @@ def measure(repetitions):
 
 
 def _link(source, target, count):
-    """Fill class folders with `count` links to the files of others."""
+    """Fill class folders with `count` links to the files of other folders."""
     files = sorted(source.rglob("*.jpg"))
     for index in range(count):
         file = files[index % len(files)]
@@ -63,7 +63,7 @@ def _first_steps(folder, repetitions):
     for kind in ("fresh", "resumed"):
         detail = ", ".join(f"{count:,}: {seconds[f'{kind}, {count}']:.1f} s" for count in COUNTS)
         more = seconds[f"{kind}, {COUNTS[-1]}"] - seconds[f"{kind}, {COUNTS[0]}"]
-        what = f"{kind}: first step of {COUNTS[-1]:,} images later than of {COUNTS[0]:,}, s"
+        what = f"{kind}: delay of the first step, {COUNTS[-1]:,} against {COUNTS[0]:,} images, s"
         yield harness.Figure(what, more, "<= 2", detail)
 
 
@@ -76,7 +76,7 @@ def _rates(data, repetitions):
     num_bytes = len(list(data.rglob("*.jpg"))) * 32 * 32 * 3
     turns = harness.take_turns(
         repetitions,
-        all=lambda: _epoch_rates(data, 4 * num_bytes),  # half of the free memory may hold images
+        all=lambda: _epoch_rates(data, 4 * num_bytes),  # images may use half of the free memory
         half=lambda: _epoch_rates(data, num_bytes),
     )
     for name, values in turns.items():

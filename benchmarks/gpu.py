@@ -1,13 +1,13 @@
 """Measure the PyTorch and XGBoost scripts on a GPU: speed, checkpoints, bit-identical resuming.
 
     python -m benchmarks.gpu                        all parts, each under four minutes on an H100
-    python -m benchmarks.gpu step exactness         some parts
-    python -m benchmarks.gpu --tiny --device cpu    a trial of all parts in a minute; keeps no results
+    python -m benchmarks.gpu step exactness         selected parts
+    python -m benchmarks.gpu --tiny --device cpu    a trial of all parts in a minute; writes no results
 
 The scripts run as processes with flags; the benchmark reads only their log lines and files. The data are
 generated. The parts need PyTorch, torchvision, XGBoost, NumPy and PyArrow. The figures of a part are written
-to `benchmarks/results/gpu.json`, and then the table in `benchmarks/results/README.md`. If a figure cannot be
-measured, a line gives the reason, the other figures follow, and the exit code is 1.
+to `benchmarks/results/gpu.json` and then to the table in `benchmarks/results/README.md`. If a figure cannot
+be measured, a line gives the reason, the other figures are still measured, and the exit code is 1.
 """
 
 import argparse
@@ -26,11 +26,11 @@ PARTS = {
     "exactness": gpu_parts.exactness,
     "xgboost": gpu_parts.xgboost,
 }
-SECONDS = 220  # of a part; no repetition is started that would end later
+SECONDS = 220  # of a part; a repetition starts only if it can end in time
 
 
 def parse_args(argv=None):
-    """Return the flags."""
+    """Parse the flags."""
     names = ", ".join(PARTS)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
@@ -39,20 +39,20 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"some of {names}; default: all")
-    add("--tiny", action="store_true", help="small networks and tables, to try the benchmark itself")
+    add("--tiny", action="store_true", help="small networks and tables, to test the benchmark itself")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU")
-    add("--repetitions", type=int, default=3, help="at most; fewer if a part would take over four minutes")
+    add("--repetitions", type=int, default=3, help="maximum; fewer if a part would take over four minutes")
     add("--seed", type=int, help="seed of the random interruptions; default: random")
-    add("--commit", help="the commit that is measured; default: git's HEAD")
+    add("--commit", help="the measured commit; default: git's HEAD")
     add("--output", type=Path, help="JSON file to write instead of results/gpu.json and its table")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"unknown: {', '.join(unknown)}; expected some of {names}")
+        parser.error(f"unknown: {', '.join(unknown)}; expected one or more of {names}")
     if args.repetitions < 1:
         parser.error(f"--repetitions {args.repetitions}: expected 1 or more")
     if args.device == "auto":
         if harness.machine()["GPU"] == "none":
-            parser.error("no GPU found; to try the benchmark on CPUs use --tiny --device cpu")
+            parser.error("no GPU found; to test the benchmark on CPUs use --tiny --device cpu")
         args.device = "cuda"
     if args.tiny:
         args.repetitions = 1
@@ -62,14 +62,14 @@ def parse_args(argv=None):
 
 
 def measure(part, run):
-    """Print and return the figures of a part, and the reasons for those that cannot be measured."""
+    """Measure and print the figures of a part; return them, and the failures with their reasons."""
     figures = []
     failures = []
 
     def attempt(label, function):
         try:
             return function()
-        except Exception as error:  # the other figures and parts follow
+        except Exception as error:  # continue with the other figures and parts
             failures.append((label, reason(error)))
             print(f"  {label}: not measured: {reason(error)}", flush=True)
             return None
@@ -89,14 +89,14 @@ def reason(error):
 
 
 def keep(path, part, content):
-    """Write the content of a part to a JSON file and leave the other parts in the file as they are."""
+    """Write the content of a part to a JSON file and keep the other parts in the file."""
     parts = json.loads(path.read_text()) if path.exists() else {}
     parts[part] = content
     path.write_text(json.dumps(parts, indent=1) + "\n")
 
 
 def main(argv=None):
-    """Measure the parts and return the exit code: 1 if a figure is missing."""
+    """Measure the parts; return the exit code, 1 if a figure is missing."""
     args = parse_args(argv)
     exit_code = 0
     for part in args.parts or PARTS:

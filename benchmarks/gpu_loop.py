@@ -1,6 +1,6 @@
-"""Baselines for `gpu.py`: the leanest training loop, a bare copy of a training state, and plain XGBoost.
+"""Baselines for `gpu.py`: a minimal training loop, a bare copy of a training state, and plain XGBoost.
 
-Each function runs in its own process, uses nothing of the training scripts, and returns plain numbers.
+Each function runs in its own process, uses no code of the training scripts, and returns plain numbers.
 """
 
 import os
@@ -11,7 +11,7 @@ from benchmarks import harness
 
 
 def train(network, size, batch_size, precision, steps, epochs, device, kind):
-    """Return the samples per second of the loop with one batch on the card, and with batches from memory."""
+    """Return the samples per second of the loop with one batch on the GPU, and with batches from memory."""
     import torch
     from torch import nn
 
@@ -51,7 +51,7 @@ def train(network, size, batch_size, precision, steps, epochs, device, kind):
             began = time.perf_counter()
             for _ in range(steps):
                 loss = step(*next_batch())
-            loss.item()  # waits for the card
+            loss.item()  # waits for the GPU
             rates.append(steps * batch_size / (time.perf_counter() - began))
         return statistics.median(rates[1:])
 
@@ -59,7 +59,7 @@ def train(network, size, batch_size, precision, steps, epochs, device, kind):
 
 
 def build_model(network):
-    """Return the network that `pytorch/train.py` trains for ten classes, normalization included."""
+    """Return the network of `pytorch/train.py` for ten classes, including normalization."""
     from torch import nn
 
     class Normalize(nn.Module):
@@ -80,7 +80,7 @@ def build_model(network):
 
 
 def copy(num_bytes, device, folder):
-    """Return the seconds of a copy from the card to pinned memory, and of a write of the copy to a file."""
+    """Return the seconds to copy from the GPU to pinned memory, and to write the copy to a file."""
     import torch
 
     source = torch.ones(int(num_bytes) // 4, device=device)

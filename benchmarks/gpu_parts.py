@@ -24,7 +24,7 @@ from benchmarks.gpu_training import (
 )
 
 MEMORY = "/dev/shm"  # noqa: S108 - the folders in it have random names
-SAVES = 3  # in an epoch
+SAVES = 3  # per epoch
 
 
 class Run(NamedTuple):
@@ -42,8 +42,8 @@ class Run(NamedTuple):
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def take_turns(self, share, **variants):
-        """Call the variants in turn, within a share of the time that the part has left."""
-        if self.tiny:  # exact figures do not matter: run two variants at the same time
+        """Call the variants in turn, within a share of the remaining time of the part."""
+        if self.tiny:  # figures need not be exact: run two variants at the same time
             with ThreadPoolExecutor(2) as pool:
                 pending = {name: pool.submit(variant) for name, variant in variants.items()}
             return {name: [future.result()] for name, future in pending.items()}
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
     def environment(self, fresh_cache=False):
         """Return environment variables for a process."""
-        if self.tiny:  # on two cores compilation takes half a minute, and threads wait for each other
+        if self.tiny:  # on two cores, compilation takes half a minute and threads wait for each other
             return {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
         if fresh_cache:
             return {"TORCHINDUCTOR_CACHE_DIR": str(self.new_folder())}
@@ -68,7 +68,7 @@ def require(*packages):
 
 
 def compare(what, unit, values, others):
-    """Return the figure of a ratio, with both medians as its detail."""
+    """Return a ratio as a figure, with both medians as its detail."""
     digits = 2 if unit == "s" else 0
     medians = [f"{statistics.median(numbers):,.{digits}f}" for numbers in (values, others)]
     detail = f"{medians[0]} and {medians[1]} {unit}; repetitions: {len(values)}"
@@ -81,12 +81,12 @@ def compare(what, unit, values, others):
 
 
 def step(run):
-    """Throughput of the training step, relative to the leanest loop that a specialist would write.
+    """Throughput of the training step, relative to a minimal hand-written loop.
 
     The loop trains the same network with the same batch size and precision in channels-last format, on one
-    batch that stays on the card. It has no metrics, signals, checkpoints or deterministic kernels. The script
-    reads its images from memory, as it does for users; "with input" is the loop with random batches from
-    memory, pinned and copied in each step. With `--compile` both networks are compiled. Samples per second
+    batch that stays on the GPU. It has no metrics, signals, checkpoints or deterministic kernels. The script
+    reads its images from memory, as in normal use; "with input" is the loop with random batches from memory,
+    pinned and copied in each step. With `--compile`, both networks are compiled. Samples per second
     are medians over the epochs after the first.
     """
     require("torch", "torchvision")
@@ -133,11 +133,11 @@ def _steps(run, work, flags, share, lean, scripts):
 def checkpoint(run):
     """Cost of a checkpoint of about 1 GB, and of a restart from it.
 
-    The stall is what a save adds to the seconds of an epoch, divided by a bare copy of as many bytes from the
-    card to pinned memory. An epoch has three saves, far enough apart for each to be written before the next.
-    The overhead is the stall as a share of ten seconds. Checkpoints are written to a file system in memory if
-    there is a large one, so that the speed of a disk does not decide. A restart is the time from the start of
-    the process to its first step.
+    The stall is the extra time of an epoch per save, divided by a bare copy of the same size from the GPU to
+    pinned memory. An epoch has three saves, far enough apart for each to be written before the next. The
+    overhead is the stall as a share of ten seconds. Checkpoints are written to a large file system in memory,
+    if one exists, to exclude the speed of a disk. A restart is the time from the start of the process to its
+    first step.
     """
     require("torch", "torchvision")
     work = Workload("vgg16", 32, 64, "fp32", steps_per_epoch=40, epochs=2)
@@ -208,7 +208,7 @@ def _restart(run, label, flags, path):
 
 
 def _start_seconds(run, framework, flags, beginning, path=None):
-    """Return the seconds from the start of a process to a line; the checkpoint at `path` is to be resumed."""
+    """Return the seconds from the start of a process that resumes from `path` to a log line."""
     folder = run.new_folder()
     if path:
         (folder / "checkpoints").mkdir()
@@ -227,10 +227,10 @@ def _start_seconds(run, framework, flags, beginning, path=None):
 def exactness(run):
     """Number of tensors in the last checkpoint that an interruption changes.
 
-    A training is ended by SIGTERM and resumed, killed by SIGKILL and resumed again, after steps drawn at
-    random. Its last checkpoint is compared with that of an uninterrupted training: 0 means that weights,
-    statistics and momentum are bit-identical. With `--compile` each process starts with an empty cache of
-    compiled code, as it does on a new machine.
+    A training is ended by SIGTERM and resumed, then killed by SIGKILL and resumed again, after random steps.
+    Its last checkpoint is compared with the one of an uninterrupted training: 0 means that weights,
+    statistics and momentum are bit-identical. With `--compile`, each process starts with an empty cache of
+    compiled code, as on a new machine.
     """
     require("torch", "torchvision")
     cnn = Workload("cnn", 32, 128, "fp32", steps_per_epoch=100, epochs=3)
@@ -246,7 +246,7 @@ def exactness(run):
         modes["resnet50 bf16"] = resnet, resnet.write(run.new_folder(), run.device)
     draw = random.Random(run.seed)  # noqa: S311
     pending = {}
-    with ThreadPoolExecutor(2) as pool:  # no speed is measured here
+    with ThreadPoolExecutor(2) as pool:  # speed is not measured
         for name, (work, mode_flags) in modes.items():
             total = work.steps_per_epoch * work.epochs
             terminate = draw.randint(total // 8, total // 2)
@@ -298,11 +298,11 @@ def _interrupt(run, name, work, flags, terminate, kill):
 def xgboost(run):
     """Boosting rounds per second, relative to `xgb.train`; cost of the search for a GPU, and of a restart.
 
-    Script and `xgb.train` read the same Parquet tables and evaluate both after each round; the first round
-    does not count. By default the script saves a checkpoint after most rounds; with one checkpoint at the end
-    only its other costs remain. The search for a GPU is part of the time from the start of the process to the
-    log line with the device, with `--device auto` but not with `--device cpu`. A restart is the time to the
-    first round.
+    The script and `xgb.train` read the same Parquet tables and evaluate both after each round; the first
+    round is not counted. By default the script saves after most rounds; a run with one checkpoint at the end
+    shows the other costs. The time from the start of the process to the log line with the device includes the
+    search for a GPU with `--device auto`, but not with `--device cpu`. A restart is the time to the first
+    round.
     """
     require("xgboost", "pyarrow")
     rounds, rows, columns = 300, 1_000_000, 50

@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` train: generated data, and the scripts as processes."""
+"""Generated data and training processes for `gpu.py`."""
 
 import csv
 import os
@@ -13,7 +13,7 @@ from benchmarks import harness
 
 
 class Workload(NamedTuple):
-    """A network for `pytorch/train.py`, and the size of its generated data set."""
+    """A network of `pytorch/train.py` with the size of its generated data set."""
 
     network: str
     image_size: int
@@ -63,14 +63,14 @@ class Training:
         self.process.stdout.close()
 
     def wait_for(self, beginning):
-        """Return the seconds from the start of the process to its next line with this beginning."""
+        """Return the seconds from the start of the process to its next line that starts with this text."""
         for line in self._lines():
             if line.startswith(beginning):
                 return time.monotonic() - self.began
         raise RuntimeError(f"{self.script} ended before a line {beginning!r}: {self.last_line}")
 
     def finish(self, code=0):
-        """Wait for the end of the process; raise RuntimeError if its exit code is not the expected one."""
+        """Wait for the process to end; raise RuntimeError if its exit code is not the expected one."""
         for _ in self._lines():
             pass
         found = self.process.wait()
@@ -84,7 +84,7 @@ class Training:
 
 
 def run_to_end(framework, flags, folder, env):
-    """Run a training script to its end."""
+    """Run a training script to completion."""
     with Training(framework, flags, folder, env) as training:
         training.finish()
 
@@ -99,7 +99,7 @@ def write_images(folder, count, size):
     """Write `count` colour images in ten classes as an .npz file: the higher the label, the brighter."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, count)
-    labels[:10] = np.arange(10)  # each file has all classes
+    labels[:10] = np.arange(10)  # each file contains all classes
     images = generator.integers(0, 128, (count, size, size, 3), dtype=np.uint8)
     images += (12 * labels).astype(np.uint8)[:, None, None, None]
     folder.mkdir(parents=True)

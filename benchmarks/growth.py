@@ -1,13 +1,12 @@
-"""How costs grow, at three sizes each: an exponent of 1 means that twice the size costs twice as much.
+"""Growth of the costs over three sizes: an exponent of 1 means that twice the size costs twice as much.
 
 Seconds per epoch and peak memory over the number of samples (32 x 32 images, a tiny network; rows of 20
-columns). The same, and seconds per save, over the size of the training state (dense layers; XGBoost: trees),
-saved in a file system in memory where there is one (/dev/shm), as a shared disk takes some saves fast and
-delays the next ones. Seconds per epoch and per save over the number of epochs before, whose checkpoints are
-in the folder and whose metrics are in each checkpoint; and the time to find the newest of these. A figure is
-the largest of the scripts' exponents, over the two larger sizes: at the smallest, what does not grow at all
-has the larger part. Up to 1.2 counts as linear: what no longer fits the processor's cache takes longer for
-each byte.
+columns). The same, and seconds per save, over the size of the training state (dense layers; XGBoost: trees).
+It is saved to a file system in memory (/dev/shm) if available, because a shared disk accepts some saves fast
+and delays the next ones. Seconds per epoch and per save over the number of earlier epochs, whose checkpoints
+are in the folder and whose metrics are in each checkpoint; and the time to find the newest checkpoint. A
+figure is the largest exponent of all scripts, over the two larger sizes: at the smallest size, constant costs
+dominate. Up to 1.2 counts as linear, because data that exceeds the processor's cache takes longer per byte.
 """
 
 import math
@@ -25,12 +24,12 @@ WIDTHS, ROUNDS = (1024, 1536, 2048), (24, 48, 96)  # of three dense layers; of d
 EPOCHS = (100, 1_000, 10_000)
 LIMIT = 1.2
 COLOURS = "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#555555"  # that colour-blind readers can distinguish
-SAMPLES, STATE, BEFORE = "samples", "MB of training state", "epochs before"
+SAMPLES, STATE, EARLIER = "samples", "MB of training state", "earlier epochs"
 
 
 def measure(repetitions):
     """Yield the figures, and draw `growth.png`."""
-    curves = {}  # by title and size: for each script the sizes and what was measured at them
+    curves = {}  # by title and size: the sizes and measurements of each script
     with tempfile.TemporaryDirectory() as folder:
         for framework in harness.FRAMEWORKS:
             is_table = framework == "xgboost"
@@ -48,9 +47,9 @@ def measure(repetitions):
             rows = [harness.run_json("growth", "state", framework, size, repetitions) for size in sizes]
             _add(curves, framework, STATE, ("seconds per epoch", "peak memory, MB", "seconds per save"), rows)
             rows = harness.run_json("growth", "before", framework, repetitions)
-            _add(curves, framework, BEFORE, ("seconds per epoch", "seconds per save"), rows)
+            _add(curves, framework, EARLIER, ("seconds per epoch", "seconds per save"), rows)
     rows = [(number, _find(number, repetitions)) for number in EPOCHS]
-    _add(curves, "all", BEFORE, ("ms to find the newest",), rows)
+    _add(curves, "all", EARLIER, ("ms to find the newest",), rows)
     all_exponents = {}
     for (title, size), scripts in curves.items():
         exponents = {name: _exponent(*curve) for name, curve in scripts.items()}
@@ -121,7 +120,7 @@ def _draw(exponents):
 
 
 def samples(framework, data):
-    """Return the seconds of an epoch after the first, and the peak in MB."""
+    """Return the seconds per epoch, without the first epoch, and the peak in MB."""
     script = harness.import_script(framework)
     flags = ["--train", data, "--checkpoint-seconds", "0"]
     if framework == "xgboost":
@@ -135,7 +134,7 @@ def samples(framework, data):
 
 
 class Saves:
-    """Replaces the saves of a training: waits until each file is written, and keeps the times.
+    """Replace the saves of a training: wait until each file is written, and record the times.
 
     Args:
         before_save: called with the Saves and the Run.
@@ -163,10 +162,10 @@ class Saves:
 
 
 def state(framework, size, repetitions):
-    """Return MB of training state, seconds per epoch, the peak in MB and seconds per save."""
+    """Return MB of training state, seconds per epoch, peak MB and seconds per save."""
     script, repetitions = harness.import_script(framework), int(repetitions)
     if framework == "xgboost":
-        flags = models.deep_trees("deep", size)  # so few rounds are all saved; the last have about the size
+        flags = models.deep_trees("deep", size)  # few rounds: all are saved
     else:
         script.build_model = models.large_model(framework, script, int(size))
         flags = ["--epochs", str(repetitions + 1), "--log-steps", "0", "--learning-rate", "1e-6"]
@@ -181,7 +180,7 @@ def state(framework, size, repetitions):
 
 
 def before(framework, repetitions):
-    """Return for each number of epochs before: the number, seconds per epoch and per save."""
+    """Return each number of earlier epochs with the seconds per epoch and per save."""
     script, each = harness.import_script(framework), int(repetitions) + 1
 
     def add_epochs(saves, run):

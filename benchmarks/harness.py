@@ -1,4 +1,4 @@
-"""The parts that all benchmarks share: runs in alternation, ratios of neighbours, table and picture."""
+"""Shared parts of the benchmarks: alternating runs, ratios of adjacent runs, table and chart."""
 
 import contextlib
 import datetime
@@ -40,16 +40,16 @@ PACKAGES = (
 
 
 class Figure(NamedTuple):
-    """A line of the table."""
+    """A row of the table."""
 
     what: str
     value: float
-    limit: str = ""  # such as "<= 1.1"; empty where there is none
-    detail: str = ""  # what was measured: medians, sizes
+    limit: str = ""  # such as "<= 1.1"; empty for no limit
+    detail: str = ""  # the measurements: medians, sizes
 
     @property
     def reached(self):
-        """Whether the limit is kept; None where there is none."""
+        """Whether the figure meets its limit; None without a limit."""
         if not self.limit:
             return None
         sign, bound = self.limit.split()
@@ -57,9 +57,9 @@ class Figure(NamedTuple):
 
 
 def take_turns(repetitions, seconds=math.inf, **variants):
-    """Call each function in turn, so that all meet the same noise; return lists of their values by name.
+    """Call each function in turn, so that noise affects all alike; return lists of their values by name.
 
-    After the first repetition no further one is started that would not end within `seconds`.
+    After the first repetition, another one starts only if it would end within `seconds`.
     """
     values = {name: [] for name in variants}
     began = time.monotonic()
@@ -74,7 +74,7 @@ def take_turns(repetitions, seconds=math.inf, **variants):
 
 
 def ratio(values, others):
-    """Return the median of the ratios of neighbours."""
+    """Return the median of the ratios of adjacent values."""
     return statistics.median(value / other for value, other in zip(values, others))
 
 
@@ -97,14 +97,14 @@ def run_script(framework, *flags, cwd=None):
 
 
 def run_json(module, *words, env=None):
-    """Run a part of a benchmark's own, see `print_json`, in a process; return its result."""
+    """Run a part of a benchmark (see `print_json`) in a separate process; return its result."""
     return json.loads(run(["-m", f"benchmarks.{module}", *words], ROOT, env).splitlines()[-1])
 
 
 def print_json(part=None, **parts):
-    """Call the one part, or that of the parts the command line names first, with the words that follow there.
+    """Call the part, or the one of several that the command line names, with the remaining arguments.
 
-    It runs in an empty folder, and what it returns is printed as JSON.
+    The part runs in an empty folder, and its result is printed as JSON.
     """
     words = sys.argv[1:]
     part = part or parts[words.pop(0)]
@@ -116,7 +116,7 @@ def print_json(part=None, **parts):
 
 
 def history(args, column):
-    """Return a column of the metrics that a training has written, epoch by epoch."""
+    """Return a column of the metrics of a training, epoch by epoch."""
     names, *lines = (args.output_data_dir / "history.csv").read_text().splitlines()
     return [float(line.split(",")[names.split(",").index(column)]) for line in lines]
 
@@ -128,12 +128,12 @@ def rates(output):
 
 def peak_memory():
     """Return the peak of this process's memory in MB."""
-    # Not ru_maxrss, which begins with the peak of the process that has started this one.
+    # Not ru_maxrss, which starts with the peak of the parent process.
     return int(re.search(r"^VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(), re.M)[1]) * 1024 / 1e6
 
 
 def import_script(framework):
-    """Return a training script as a module, to call parts of it."""
+    """Import a training script as a module, to call its functions."""
     sys.path.insert(0, str(ROOT / framework))  # `engine.py` is beside it
     specification = importlib.util.spec_from_file_location("train", ROOT / framework / "train.py")
     module = importlib.util.module_from_spec(specification)
@@ -151,7 +151,7 @@ def write_images(folder, count, size=32):
 
 
 def write_table(folder, rows, columns):
-    """Write a CSV table of two classes that can be learned in `folder`; return the folder."""
+    """Write a learnable CSV table of two classes in `folder`; return the folder."""
     generator = np.random.default_rng(0)
     Path(folder).mkdir(parents=True, exist_ok=True)
     features = generator.normal(size=(rows, columns)).astype(np.float32)
@@ -161,7 +161,7 @@ def write_table(folder, rows, columns):
 
 
 def machine():
-    """Return versions and hardware as a dictionary of texts."""
+    """Return versions and hardware as a dictionary of strings."""
     described = dict(
         re.findall(
             r"^(model name|MemTotal)\s*:\s*(.*)$", _read("/proc/cpuinfo") + _read("/proc/meminfo"), re.M
@@ -186,7 +186,7 @@ def _is_installed(package):
 
 
 def _gpus():
-    """Return the names of the GPUs with their driver, as nvidia-smi reports them."""
+    """Return the names and the driver of the GPUs, as reported by nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""
@@ -198,7 +198,7 @@ def _gpus():
 
 
 def head():
-    """Return the commit of the working tree; "unknown" if git does not know it."""
+    """Return the commit of the working tree, or "unknown"."""
     program = shutil.which("git")
     if program is None:
         return "unknown"
@@ -209,7 +209,7 @@ def head():
 
 
 def result(description, figures, repetitions, commit=None):
-    """Return what is kept of one benchmark."""
+    """Return the record of one benchmark, to be saved as JSON."""
     return {
         "description": description,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -221,23 +221,23 @@ def result(description, figures, repetitions, commit=None):
 
 
 def write_results(name, description, figures, repetitions):
-    """Keep the figures of one benchmark."""
+    """Save the figures of one benchmark."""
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(result(description, figures, repetitions), indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")
 
 
 def write_report(order, draw=True):
-    """Write `results/README.md` and `results/figures.png` from the kept figures, benchmarks in this order."""
+    """Write `results/README.md` and `results/figures.png` from the saved figures, in this order."""
     kept = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in order if _has(name)}
-    lines = ["# Results", "", "Made by `make bench`, or one part of it by `make bench BENCH=checkpoint`."]
+    lines = ["# Results", "", "Generated by `make bench`; `make bench BENCH=checkpoint` runs one benchmark."]
     for facts in dict.fromkeys(json.dumps(content["machine"]) for content in kept.values()):
         lines += ["", _sentence(json.loads(facts))]
     lines += ["", "![Each figure relative to its limit](figures.png)"]
     for name, content in kept.items():
         lines += ["", f"## {name}", "", *_paragraphs(content["description"])]
         lines += ["", f"{content['date']}, medians of {content['repetitions']} repetitions.", ""]
-        lines += ["| What | Figure | Limit | Reached | Detail |", "|---|---|---|---|---|"]
+        lines += ["| Measurement | Value | Limit | Reached | Detail |", "|---|---|---|---|---|"]
         for figure in map(Figure._make, content["figures"]):
             reached = {None: "", True: "yes", False: "**no**"}[figure.reached]
             lines.append(
@@ -254,15 +254,15 @@ def write_report(order, draw=True):
 
 
 def _gpu_report():
-    """Return the lines about the figures that `gpu.py` has kept, part by part."""
+    """Return the report of the figures saved by `gpu.py`, part by part."""
     lines = ["", "## On a GPU", ""]
     if not _has("gpu"):
-        return [*lines, "Not measured yet. On a machine with a GPU `python -m benchmarks.gpu` measures it."]
-    lines.append("Made by `python -m benchmarks.gpu`, or one part of it by `python -m benchmarks.gpu step`.")
+        return [*lines, "Not measured yet. Run `python -m benchmarks.gpu` on a machine with a GPU."]
+    lines.append("Generated by `python -m benchmarks.gpu`; `python -m benchmarks.gpu step` runs one part.")
     for part, content in json.loads((RESULTS / "gpu.json").read_text()).items():
         lines += ["", f"### {part}", "", *_paragraphs(content["description"])]
         lines += ["", f"{content['date']}, commit {content['commit']}. {_sentence(content['machine'])}", ""]
-        lines += ["| What | Figure | Detail |", "|---|---|---|"]
+        lines += ["| Measurement | Value | Detail |", "|---|---|---|"]
         for figure in map(Figure._make, content["figures"]):
             lines.append(f"| {figure.what} | {figure.value:.3g} | {figure.detail} |")
         for what, reason in content["failures"]:
@@ -275,7 +275,7 @@ def _sentence(facts):
 
 
 def _paragraphs(description):
-    """Return the lines of a docstring with each paragraph in one line."""
+    """Return the lines of a docstring, with each paragraph joined to one line."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in description.strip().split("\n\n")]
     return "\n\n".join(paragraphs).splitlines()
 

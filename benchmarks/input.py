@@ -1,11 +1,11 @@
-"""Whether the training waits for its input: samples per second relative to those with one cached batch.
+"""Cost of the input: samples per second, relative to training on one cached batch.
 
 Real input is shuffled, cropped, mirrored and normalised from memory, 32 x 32 x 3 in batches of 128. Epochs of
-the two kinds take turns in one process, with the default model and with a tiny one, a convolution of eight
-filters, where the input shows most.
+both kinds alternate in one process, with the default model and with a tiny one, a convolution of eight
+filters, which shows the cost of the input most clearly.
 
-Reading class folders of JPEG files, from their names to batches of arrays, is compared with decoders alone
-that do nothing but decode the same files, in a process for each core that has started before.
+Reading class folders of JPEG files, from file names to batches of arrays, is compared with decoders that only
+decode the same files, in one process per core. The start of these processes is not counted.
 """
 
 import json
@@ -32,7 +32,7 @@ def measure(repetitions):
     for framework in harness.IMAGES:
         for model in ("cnn", "tiny"):
             real, cached = harness.run_json("input", "train", framework, model, repetitions)
-            raw = f"{statistics.median(real):,.0f} of {statistics.median(cached):,.0f} samples/s"
+            raw = f"{statistics.median(real):,.0f} and {statistics.median(cached):,.0f} samples/s"
             value = harness.ratio(real, cached)
             figures.append(
                 harness.Figure(f"{framework}, {model}: real / cached input", value, ">= 0.95", raw)
@@ -48,14 +48,14 @@ def measure(repetitions):
             )
         medians = {name: statistics.median(values) for name, values in turns.items()}
         for other in ("pillow", "torchvision"):
-            raw = f"{medians['ours']:,.0f} of {medians[other]:,.0f} images/s"
+            raw = f"{medians['ours']:,.0f} and {medians[other]:,.0f} images/s"
             what = f"JPEG of {size} x {size}: reading / {other} alone"
             figures.append(harness.Figure(what, harness.ratio(turns["ours"], turns[other]), ">= 0.9", raw))
     return figures
 
 
 def write_jpegs(folder, number, size):
-    """Write random squares of the two photos that come with scikit-learn in ten class folders."""
+    """Write random squares of the two photos of scikit-learn to ten class folders."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -70,7 +70,7 @@ def write_jpegs(folder, number, size):
 
 
 def _on_all_cores(decoder, folder):
-    """Return the images per second that a decoder alone reaches with a process for each core."""
+    """Return the images per second of a bare decoder with one process per core."""
     cores = len(os.sched_getaffinity(0))
     command = [sys.executable, "-m", "benchmarks.input", "decode", decoder, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": harness.ROOT}
@@ -84,7 +84,7 @@ def _on_all_cores(decoder, folder):
 
 
 def decode(decoder, folder, part, parts):
-    """Return the images per second that a decoder reaches with a part of the files, in the page cache."""
+    """Return the images per second of a decoder on a part of the files, which are in the page cache."""
     names = sorted(map(str, Path(folder).rglob("*.jpg")))[int(part) :: int(parts)]
     if decoder == "pillow":
         from PIL import Image
@@ -111,7 +111,7 @@ def decode(decoder, folder, part, parts):
 
 
 def read(folder):
-    """Return the images per second that `common/images.py` reads from class folders, in batches of 128."""
+    """Return the images per second of `common/images.py` on class folders, in batches of 128."""
     from common import flags, images
 
     args = flags.image_flags("pytorch").parse_args(["--train", folder])
@@ -124,12 +124,12 @@ def read(folder):
 
 
 def train(framework, model, repetitions):
-    """Return samples per second of epochs with real input, and of those in between with a cached batch."""
+    """Return the samples per second of alternating epochs with real input and with a cached batch."""
     script = harness.import_script(framework)
     if model == "tiny":
         script.build_model = models.tiny_model(framework, script)
     load = BatchLoader.__call__
-    cache = {}  # batches by their number of samples: the last ones of an epoch may have one less
+    cache = {}  # by number of samples: the last batches of an epoch may have one sample less
 
     def load_in_turns(loader, step):
         if loader.augment is None:  # validation
@@ -147,7 +147,7 @@ def train(framework, model, repetitions):
     flags += ["--epochs", 2 * int(repetitions) + 2, "--log-steps", 0, "--augment", "--checkpoint-seconds", 0]
     args = script.parse_args([*map(str, flags), "--learning-rate", "1e-4"])
     script.main(args)
-    rates = harness.history(args, "samples_per_second")[2:]  # the first two epochs warm everything up
+    rates = harness.history(args, "samples_per_second")[2:]  # the first two epochs are a warm-up
     return rates[::2], rates[1::2]
 
 

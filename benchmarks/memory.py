@@ -1,10 +1,10 @@
 """Peak memory of checkpoints, in copies of the training state, and of images, in copies of the data set.
 
-The first is the peak of a training with about 300 MB of weights and momentum (XGBoost: 130 MB of trees) that
-saves three times, minus the peak of the same without checkpoints; the second the peak with 3,000 images of
-224 x 224 minus that with 1,000, with a tiny network. Last, XGBoost trains with `--external-memory` on a CSV
-table of 4,000 columns whose float32 numbers take four times the memory that the process may have for its own
-data (RLIMIT_DATA, `ulimit -d`: what the disk's cache holds does not count).
+Checkpoints: the peak of a training with about 300 MB of weights and momentum (XGBoost: 130 MB of trees) and
+three saves, minus the peak of the same training without checkpoints. Images: the peak with 3,000 images of
+224 x 224 minus the peak with 1,000, with a tiny network. Finally, XGBoost trains with `--external-memory` on
+a CSV table of 4,000 columns whose size in float32 is four times the memory limit of the process (RLIMIT_DATA,
+`ulimit -d`, which excludes the disk cache).
 """
 
 import resource
@@ -18,7 +18,7 @@ from benchmarks import harness, models
 from common.run import Run
 
 ROWS, COLUMNS = 200_000, 4_000  # 3.2 GB as float32
-ROUNDS = 240  # of trees as deep as they can be
+ROUNDS = 240  # of trees of maximum depth
 
 
 def measure(repetitions):
@@ -53,11 +53,11 @@ def measure(repetitions):
 
 
 def _external_memory(folder):
-    """Return by how much the table is larger than the memory with which XGBoost trains on it."""
+    """Return the size of the table relative to the memory with which XGBoost trains on it."""
     _write_digits(folder / "table")
     size = ROWS * COLUMNS * 4
-    # RLIMIT_DATA counts what is reserved too: PyArrow's own allocator reserves a gigabyte at once, the C
-    # library 64 MB for each thread.
+    # RLIMIT_DATA includes reserved memory: PyArrow's allocator reserves a gigabyte at once, the C library
+    # 64 MB per thread.
     environment = {"TMPDIR": str(folder), "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
     environment |= {"MALLOC_TRIM_THRESHOLD_": "1000000", "MALLOC_MMAP_THRESHOLD_": "100000"}
     try:
@@ -74,7 +74,7 @@ def _external_memory(folder):
 
 
 def _write_digits(folder):
-    """Write a CSV table of one-digit numbers, some at a time, which takes no memory here."""
+    """Write a CSV table of one-digit numbers in small parts, which takes no memory in this process."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     with open(folder / "table.csv", "wb") as file:

@@ -1,4 +1,4 @@
-"""What the benchmarks train besides the scripts' own models: something tiny, and something large."""
+"""Models of the benchmarks besides those of the scripts: a tiny one and a large one."""
 
 import math
 
@@ -6,7 +6,7 @@ from benchmarks import harness
 
 
 def tiny_model(framework, script):
-    """Return a `build_model` of one small convolution."""
+    """Return a `build_model` with one small convolution."""
     if framework == "pytorch":
         nn = script.nn
 
@@ -73,4 +73,4 @@ def deep_trees(folder, rounds):
         str(rounds),
         "--eta",
         "0.02",
-    ]  # so slow that each tree has much to learn
+    ]  # so low that each tree has much to learn

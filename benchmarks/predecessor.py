@@ -1,9 +1,9 @@
-"""The network of the earlier public samples, trained by our script and by a pipeline like theirs.
+"""The network of the earlier public samples, trained by our script and by a similar pipeline.
 
 Two 5 x 5 convolutions of 6 and 16 channels, three dense layers of 120, 84 and 10, in batches of 128 of 32 x
-32 x 3 images. Theirs: a transform for each image by torchvision (crop, mirror, to tensor, normalise) in two
-worker processes of a DataLoader. Ours: pytorch/train.py with another `build_model` and `--augment`. Samples
-per second of the fastest epoch but the first.
+32 x 3 images. Their pipeline: torchvision transforms of each image (crop, mirror, to tensor, normalise) in
+two worker processes of a DataLoader. Ours: pytorch/train.py with another `build_model` and `--augment`.
+Samples per second of the fastest epoch, without the first.
 """
 
 import statistics
@@ -48,7 +48,7 @@ def network():
 
 
 def ours():
-    """Train through our script."""
+    """Train with our script."""
     script = harness.import_script("pytorch")
     script.build_model = lambda args, data: network()
     flags = ["--train", harness.write_images("images", NUMBER * 10 // 9), "--batch-size", 128, "--augment"]
@@ -58,7 +58,7 @@ def ours():
 
 
 def theirs():
-    """Train with transforms of single images in two workers."""
+    """Train with per-image transforms in two workers."""
     import torch
     from PIL import Image
     from torchvision import transforms

@@ -1,9 +1,9 @@
 """The cost of a restart: from the start of the process to the end of the first training step or round.
 
-Resuming is divided by a fresh start plus the time to read the file once, which the disk's cache holds by
-then; with the default model, and with one of the framework's zoo whose training state has 100 MB or more.
-Then: finding the newest of 10,000 checkpoints with their markers, and how long `--help` and a misspelt flag
-take.
+The time to resume is divided by the time of a fresh start plus the time to read the checkpoint once from the
+page cache; with the default model, and with a model of the framework's zoo whose training state has 100 MB or
+more. Then: the time to find the newest of 10,000 checkpoints with their markers, and the time of `--help` and
+of a misspelt flag.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import harness
 from common import checkpoints
 
-# Few layers for so many weights and momentums: the time to build the network would hide that to load them.
+# Few layers but many weights, so that building the network does not hide the time to load them.
 LARGE = {"pytorch": "resnet18", "tensorflow": "VGG16", "mxnet": "resnet18_v1"}
 
 
@@ -52,7 +52,7 @@ def _restart(framework, model, data, repetitions):
                 if "fresh" not in more:
                     target = Path(copy, "output", framework, "checkpoints")
                     target.mkdir(parents=True)
-                    os.link(path, target / path.name)  # a copy would still be on its way to the disk
+                    os.link(path, target / path.name)  # a copy might not be on the disk yet
                 return until(framework, line, [*flags, *longer], copy)
 
         turns = harness.take_turns(
@@ -70,7 +70,7 @@ def _restart(framework, model, data, repetitions):
 
 
 def until(framework, start, flags, folder):
-    """Return the seconds from the start of the process to its first line that begins like this."""
+    """Return the seconds from the start of the process to its first line that starts with this text."""
     command = [sys.executable, str(harness.ROOT / framework / "train.py"), *map(str, flags)]
     began = time.monotonic()
     with subprocess.Popen(
@@ -81,7 +81,7 @@ def until(framework, start, flags, folder):
                 seconds = time.monotonic() - began
                 process.kill()
                 return seconds
-    raise RuntimeError(f"{command} has ended without a line that begins with {start}")
+    raise RuntimeError(f"{command} ended without a line that starts with {start}")
 
 
 def _read(path):

@@ -1,6 +1,6 @@
-"""XGBoost: 2,000 boosting rounds with the default checkpoints, against the same with one at the end.
+"""XGBoost: 2,000 boosting rounds with the default checkpoints, relative to one checkpoint at the end.
 
-The time is that of the whole process. Then runs are killed at random moments: what is lost is the time from
+The time is that of the whole process. Then runs are killed at random moments: the lost time is measured from
 the round of the newest checkpoint to the kill.
 """
 
@@ -39,11 +39,11 @@ def measure(repetitions):
         whole = min(turns["default"])
         lost = [_lost(data, random.uniform(0.3, 0.95) * whole) for _ in range(repetitions)]  # noqa: S311
         raw = f"{len(lost)} kills: {', '.join(f'{seconds:.2f}' for seconds in lost)} s"
-        return [*figures, harness.Figure("seconds lost at SIGKILL, the most", max(lost), "<= 2", raw)]
+        return [*figures, harness.Figure("maximum seconds lost at SIGKILL", max(lost), "<= 2", raw)]
 
 
 def _lost(data, after):
-    """Start a run and kill it after so many seconds; return the seconds of training that are lost."""
+    """Start a run and kill it after `after` seconds; return the seconds of training that are lost."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(harness.ROOT / "xgboost/train.py"), *map(str, data)]
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)

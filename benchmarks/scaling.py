@@ -1,12 +1,12 @@
-"""What several workers bring on one machine: two processes on two cores against one process on two cores.
+"""Scaling on one machine: two processes on two cores against one process on two cores.
 
     python benchmarks/scaling.py --framework pytorch --repetitions 5
 
-Three ways to train take turns, so that all meet the same noise: one process with two threads; two workers
-with a thread each that train one model, with the same global batch; and two processes with a thread each that
-know nothing of each other, each with half the batch. What the two workers lose against the last is the share
-of the communication. A run's figure is that of its last epoch (XGBoost: the median of its rounds); the table
-has medians, and medians of ratios.
+Three variants alternate, so that noise affects all alike: one process with two threads; two workers with one
+thread each that train one model, with the same global batch size; and two independent processes with one
+thread each and half the batch size. The difference between the last two is the share of the communication.
+A run counts with the rate of its last epoch (XGBoost: the median of its rounds); the table has medians, and
+medians of ratios.
 """
 
 import argparse
@@ -27,7 +27,7 @@ HOSTS = ["127.0.0.1", "127.0.0.2"]
 
 
 def start(framework, flags, threads, **variables):
-    """Start a training in an empty folder, and return the process and the folder."""
+    """Start a training in an empty folder; return the process and the folder."""
     folder = tempfile.TemporaryDirectory()
     names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
     env = {**os.environ, **dict.fromkeys(names, str(threads)), "SM_NETWORK_INTERFACE_NAME": "lo", **variables}
@@ -37,7 +37,7 @@ def start(framework, flags, threads, **variables):
 
 
 def rates(processes):
-    """Return the samples per second of each process that logs any; this waits for their ends."""
+    """Wait for the processes; return the samples per second of each one that logs them."""
     figures = []
     for process, folder in processes:
         found = [float(rate) for rate in re.findall(r" samples_per_second=(\d+)", process.communicate()[0])]
@@ -50,7 +50,7 @@ def rates(processes):
 
 
 def measure(framework, flags, batch_size):
-    """Return the samples per second of one process, of two workers, and of two processes apart."""
+    """Return the samples per second of one process, two workers, and two independent processes."""
 
     def batch(size):
         return [] if framework == "xgboost" else ["--batch-size", str(size)]
@@ -62,8 +62,7 @@ def measure(framework, flags, batch_size):
     two = [start(framework, shared, 1, SM_HOSTS=json.dumps(HOSTS), SM_CURRENT_HOST=host) for host in HOSTS]
     workers = rates(two)
     apart = rates([start(framework, [*flags, *batch(batch_size // 2)], threads=1) for _ in HOSTS])
-    # Each of the two boosters sees all rows, a worker's half of them: a round of theirs is two of the
-    # workers'.
+    # Each independent booster trains on all rows, each worker on half of them.
     return sum(one), sum(workers), sum(apart)
 
 
@@ -89,7 +88,7 @@ def main():
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--framework", choices=("pytorch", "tensorflow", "mxnet", "xgboost"), action="append")
     args = parser.parse_args()
-    columns = ["Script", "Data", "One process", "Two workers", "Two apart"]
+    columns = ["Script", "Data", "One process", "Two workers", "Two independent"]
     print(f"| {' | '.join([*columns, 'Two workers / one process', 'Communication'])} |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

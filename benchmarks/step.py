@@ -1,11 +1,11 @@
-"""The training step against the leanest loop that a specialist would write for the same model and batches.
+"""The training step, relative to a minimal hand-written loop for the same model and batches.
 
-Samples per second of the fastest epoch but the first, of the script and of a loop of its own below, each in a
-process of its own: the loop has its batches made beforehand, no metrics, no signals, no checkpoints, no
-exactness, and the framework's own threads. Of several loops for a framework the one that is fastest here,
-tried once, is taken. TensorFlow's script is also compared with plain Keras: `fit` on arrays, with the same
-`build_model` and `compile_model`. The model is the default one, in fp32 and batches of 128, on 32 x 32 x 3
-images and on 8 x 8 x 1. XGBoost: all rounds, the first too, 100,000 rows of 30 columns, without callbacks.
+Samples per second of the fastest epoch, without the first, of the script and of a lean loop, each in a
+separate process. The loop has batches prepared in advance, no metrics, signals, checkpoints or exactness, and
+the framework's own threads. If a framework has several loops, one trial selects the fastest. The TensorFlow
+script is also compared with plain Keras: `fit` on arrays, with the same `build_model` and `compile_model`.
+The model is the default one, in fp32 with a batch size of 128, on images of 32 x 32 x 3 and 8 x 8 x 1.
+XGBoost: all rounds, including the first, on 100,000 rows of 30 columns, without callbacks.
 """
 
 import os
@@ -64,7 +64,7 @@ def _compare(label, framework, words, flags, repetitions):
     turns = harness.take_turns(repetitions, ours=script, **variants)
     ours = statistics.median(turns["ours"])
     for name, variant in others.items():
-        raw = f"{ours:,.0f} of {statistics.median(turns[name]):,.0f} samples/s ({variant})"
+        raw = f"{ours:,.0f} and {statistics.median(turns[name]):,.0f} samples/s ({variant})"
         ratio = harness.ratio(turns["ours"], turns[name])
         yield harness.Figure(f"{label}: script / {name}", ratio, limits.get(name, ""), raw)
 
@@ -78,7 +78,7 @@ def _batches(name):
 
 
 def _fastest(epoch, batches, epochs):
-    """Return the samples per second of the fastest epoch but the first."""
+    """Return the samples per second of the fastest epoch, without the first."""
     rates = []
     for _ in range(epochs):
         began = time.perf_counter()
@@ -100,7 +100,7 @@ def pytorch(name, variant):
         parts += [nn.Conv2d(inputs, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
         parts += [nn.MaxPool2d(2)]
     model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.25), nn.Linear(128, 10))
-    if variant == "channels_last":  # as the pixels come
+    if variant == "channels_last":  # the memory layout of the images
         model = model.to(memory_format=torch.channels_last)
     else:
         batches = [(pixels.contiguous(), labels) for pixels, labels in batches]
@@ -117,7 +117,7 @@ def pytorch(name, variant):
 
 
 def tensorflow(name, variant):
-    """One compiled function for the whole step; for the variant "fit" plain Keras."""
+    """One compiled function for the whole step, or plain Keras for the variant "fit"."""
     if variant == "fit":
         return _fit(name)
     import keras
@@ -154,7 +154,7 @@ def tensorflow(name, variant):
 
 
 def _fit(name):
-    """Return the samples per second of the fastest epoch but the first of plain Keras."""
+    """Return the samples per second of the fastest epoch of plain Keras, without the first."""
     script = harness.import_script("tensorflow")
     keras = script.keras
 
@@ -176,7 +176,7 @@ def _fit(name):
 
 
 def mxnet(name, variant):
-    """A hybridized network, normalisation included."""
+    """A hybridized network, including normalisation."""
     np.bool = bool
     import mxnet as mx
     from mxnet import autograd, gluon

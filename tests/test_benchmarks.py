@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic and report; what they measure is not tested, as this machine may be busy."""
+"""Arithmetic and report of the benchmarks; the measurements depend on the machine and are not tested."""
 
 import importlib
 import json
@@ -18,11 +18,11 @@ from helpers import ROOT, environment
     ("value", "limit", "reached"),
     [(1.1, "<= 1.1", True), (1.11, "<= 1.1", False), (0.94, ">= 0.95", False), (3, "", None)],
 )
-def test_a_limit_is_reached_from_its_good_side(value, limit, reached):
+def test_a_limit_is_an_upper_or_lower_bound(value, limit, reached):
     assert harness.Figure("what", value, limit).reached is reached
 
 
-def test_variants_take_turns_and_neighbours_are_compared():
+def test_variants_alternate_and_adjacent_runs_are_compared():
     calls = []
     turns = harness.take_turns(
         3,
@@ -34,13 +34,13 @@ def test_variants_take_turns_and_neighbours_are_compared():
     assert harness.ratio(turns["ours"], turns["lean"]) == 10 / 6
 
 
-def test_no_repetition_is_started_that_would_end_too_late():
+def test_a_repetition_that_would_end_too_late_is_not_started():
     turns = harness.take_turns(9, 0.5, slow=lambda: time.sleep(0.2))
     assert len(turns["slow"]) == 2
     assert len(harness.take_turns(3, 0.0, slow=lambda: 1)["slow"]) == 1
 
 
-def test_a_part_that_is_measured_again_leaves_the_others_in_the_report(tmp_path, monkeypatch):
+def test_the_report_contains_all_saved_benchmarks(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     harness.write_results("one", "First.\n\nMore of\nit.\n", [harness.Figure("a", 1.05, "<= 1.1", "10 s")], 5)
@@ -55,21 +55,21 @@ def test_a_part_that_is_measured_again_leaves_the_others_in_the_report(tmp_path,
     assert (tmp_path / "figures.png").stat().st_size > 1000
 
 
-def test_each_benchmark_says_what_it_measures():
+def test_each_benchmark_has_a_docstring_and_measures():
     for name in benchmarks.NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
         assert module.__doc__
         assert callable(module.measure)
 
 
-def test_a_machine_may_lack_some_of_the_packages(monkeypatch):
+def test_missing_packages_are_left_out_of_the_machine(monkeypatch):
     monkeypatch.setattr(harness, "PACKAGES", ("numpy", "no-such-package"))
     facts = harness.machine()
     assert "numpy" in facts
     assert "no-such-package" not in facts
 
 
-def test_a_gpu_is_described_with_its_driver(tmp_path, monkeypatch):
+def test_a_gpu_is_reported_with_its_driver(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho NVIDIA H100 80GB HBM3, 580.159.04\n")
     program.chmod(0o755)
@@ -79,7 +79,7 @@ def test_a_gpu_is_described_with_its_driver(tmp_path, monkeypatch):
     assert harness.machine()["GPU"] == "none"
 
 
-def test_the_report_has_the_figures_of_a_gpu_or_says_that_there_are_none(tmp_path, monkeypatch):
+def test_the_report_contains_gpu_figures_or_their_absence(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     harness.write_report([], draw=False)
     assert "## On a GPU\n\nNot measured yet." in (tmp_path / "README.md").read_text()
@@ -99,7 +99,7 @@ def test_the_report_has_the_figures_of_a_gpu_or_says_that_there_are_none(tmp_pat
 # The benchmark for GPUs, on CPUs
 # ------------------------------------------------------------------------------------------------------------
 
-TRIAL = {  # plausible values; the lower and the upper limit are far apart because this machine may be busy
+TRIAL = {  # plausible values, with wide limits for a busy machine
     "step": {
         "cnn 8 x 8 fp32: script / lean loop": (0.01, 100),
         "cnn 8 x 8 fp32: script --no-deterministic / lean loop": (0.01, 100),
@@ -132,7 +132,7 @@ def run_gpu(*flags, **variables):
 
 
 @pytest.mark.integration
-def test_a_trial_of_the_gpu_benchmark_measures_every_figure(tmp_path):
+def test_a_trial_run_of_the_gpu_benchmark_measures_every_figure(tmp_path):
     results = {path: path.read_bytes() for path in harness.RESULTS.iterdir()}
     finished = run_gpu("--output", tmp_path / "gpu.json", "--seed", 7, "--commit", "abc1234")
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -155,14 +155,14 @@ def test_a_trial_of_the_gpu_benchmark_measures_every_figure(tmp_path):
     assert [int(detail.split()[1].rstrip(";")) for detail in details] == [31, 31]  # tensors
 
 
-def test_a_figure_that_cannot_be_measured_leaves_the_others(tmp_path, monkeypatch, capsys):
+def test_a_failed_figure_does_not_affect_the_others(tmp_path, monkeypatch, capsys):
     def broken(run):
-        """A part that fails at its start."""
+        """A part that fails at the start."""
         raise RuntimeError("Traceback\n\nno compiler")
         yield
 
     def half(run):
-        """A part that loses one figure of two."""
+        """A part with one failing figure of two."""
         yield "first", lambda: 1 / 0
         yield "second", lambda: [harness.Figure("kept", 2.0, detail="2 of 1")]
 
@@ -179,7 +179,7 @@ def test_a_figure_that_cannot_be_measured_leaves_the_others(tmp_path, monkeypatc
     assert set(json.loads(output.read_text())) == {"broken", "half"}
 
 
-def test_a_script_that_fails_gives_its_last_line_as_the_reason(tmp_path):
+def test_the_last_line_of_a_failed_script_is_the_reason(tmp_path):
     (tmp_path / "xgboost").mkdir()
     (tmp_path / "xgboost" / "__init__.py").write_text("raise ImportError('a broken library')")
     finished = run_gpu("xgboost", PYTHONPATH=str(tmp_path))
@@ -191,14 +191,14 @@ def test_a_script_that_fails_gives_its_last_line_as_the_reason(tmp_path):
     assert not finished.stderr
 
 
-def test_a_missing_package_is_not_mistaken_for_the_folder_of_a_script(monkeypatch):
+def test_a_script_folder_is_not_mistaken_for_a_package(monkeypatch):
     monkeypatch.delitem(sys.modules, "xgboost", raising=False)
     monkeypatch.setattr(sys, "path", [str(ROOT)])
     with pytest.raises(RuntimeError, match="xgboost is not installed"):
         gpu_parts.require("xgboost")
 
 
-def test_without_a_gpu_only_a_trial_is_offered(monkeypatch, capsys):
+def test_without_a_gpu_only_a_trial_run_is_possible(monkeypatch, capsys):
     monkeypatch.setattr(harness, "machine", lambda: {"GPU": "none"})
     mistakes = {"no GPU found": [], "unknown: speed": ["speed"], "1 or more": ["--repetitions", "0"]}
     for message, flags in mistakes.items():
@@ -208,7 +208,7 @@ def test_without_a_gpu_only_a_trial_is_offered(monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_checkpoints_are_compared_tensor_by_tensor_and_bit_by_bit(tmp_path):
+def test_checkpoints_are_compared_bit_by_bit_per_tensor(tmp_path):
     torch = pytest.importorskip("torch")
     one, other = paths = tmp_path / "one.pt", tmp_path / "other.pt"
     weights = torch.tensor([1.0, math.nan])
