@@ -1,4 +1,4 @@
-"""The usual mistakes in a copy: the log names them at the start, and `python -m verify` finds them."""
+"""Common mistakes in a copy: the log reports them at the start, and `python -m verify` finds them."""
 
 import re
 import signal
@@ -16,11 +16,11 @@ class Mistake(NamedTuple):
     """A change that breaks exactness.
 
     Attributes:
-        framework: whose template is changed.
+        framework: the framework of the template.
         changes, imports: see `copy_with`.
-        flags: of the script.
-        warning: in the script's log; empty if it says nothing.
-        verdict: of the command: what differs first, and the likely cause.
+        flags: the flags of the script.
+        warning: the expected warning in the script's log; empty for none.
+        verdict: the expected first difference and likely cause.
         at: the step after which the training is interrupted; an epoch has 26.
     """
 
@@ -159,7 +159,7 @@ def train(args, run, state):
 
 NOT_SKIPPED = SHUFFLE.replace(".skip(first_step)", "").replace(".shuffle(2000, seed=args.seed)", "")
 
-# Changes the momentum of the optimizer too.
+# Also changes the momentum of the optimizer.
 SCHEDULER = """
 class TrainingState(engine.State):
     def __init__(self, args, run, data):
@@ -196,17 +196,17 @@ UNSAVED_SCHEDULER = SCHEDULER.replace('"scheduler": self.scheduler.state_dict(),
 UNSAVED_SCHEDULER = UNSAVED_SCHEDULER.replace('self.scheduler.load_state_dict(checkpoint["scheduler"])', "")
 
 NP = "import numpy as np"
-NOT_HANDED_IN = "the batch.*Likely cause: random numbers that are not handed in"
+OTHER_GENERATOR = "the batch.*Likely cause: random numbers from another generator"
 OUTSIDE = "Likely cause: state outside the checkpoint"
 TWO_EPOCHS = ("--epochs", 2)
 MISTAKES = {
-    "a data set with a generator of its own": Mistake(
+    "a data set with its own generator": Mistake(
         "pytorch",
         OWN_GENERATOR,
         NP,
         TWO_EPOCHS,
         "the training data set returns other samples when it is read again",
-        f"after SIGTERM sent after epoch 2, step 1: {NOT_HANDED_IN}",
+        f"after SIGTERM sent after epoch 2, step 1: {OTHER_GENERATOR}",
     ),
     "augment that ignores rng": Mistake(
         "mxnet",
@@ -214,7 +214,7 @@ MISTAKES = {
         NP,
         ("--epochs", 2, "--augment"),
         "augment returns other samples for the same `rng`",
-        NOT_HANDED_IN,
+        OTHER_GENERATOR,
     ),
     "a tensor that is no buffer": Mistake(
         "pytorch",
@@ -224,7 +224,7 @@ MISTAKES = {
         r"training changes mean \(an attribute of the layer 1\), which no checkpoint holds",
         f"since epoch 1, step [67], after SIGTERM sent after epoch 1, step 5: model, optimizer.*{OUTSIDE}",
     ),
-    "an optimizer with state of its own": Mistake(
+    "an optimizer with additional state": Mistake(
         "pytorch",
         OPTIMIZER,
         "",
@@ -262,7 +262,7 @@ MISTAKES = {
         NP,
         TWO_EPOCHS,
         "",
-        "model, optimizer.*Likely cause: the step draws random numbers of numpy.random",
+        "model, optimizer.*Likely cause: the step draws random numbers from numpy.random",
     ),
     "data that changes": Mistake(
         "pytorch",
@@ -270,7 +270,7 @@ MISTAKES = {
         NP,
         TWO_EPOCHS,
         "the data has changed since",
-        f"since epoch 1, step 1, before any interruption: {NOT_HANDED_IN}, or data that changes",
+        f"since epoch 1, step 1, before any interruption: {OTHER_GENERATOR}, or data that changes",
     ),
     "a shuffled tf.data.Dataset": Mistake(
         "tensorflow",
@@ -278,7 +278,7 @@ MISTAKES = {
         "import tensorflow as tf",
         TWO_EPOCHS,
         "the training data set returns other samples when it is read again",
-        NOT_HANDED_IN,
+        OTHER_GENERATOR,
         at=30,
     ),
     "a tf.data.Dataset that ignores the first step": Mistake(
@@ -287,7 +287,7 @@ MISTAKES = {
         "import tensorflow as tf",
         TWO_EPOCHS,
         "does not begin with the second batch",
-        NOT_HANDED_IN,
+        OTHER_GENERATOR,
     ),
     "a Keras callback with a state": Mistake(
         "tensorflow",
@@ -308,9 +308,9 @@ MISTAKES = {
 }
 
 
-# Of each kind, and with each framework, one runs under `make test`; the others under `make integration`.
+# One of each kind and framework runs under `make test`, the others under `make integration`.
 LATER = {
-    "an optimizer with state of its own",
+    "an optimizer with additional state",
     "a scheduler that is not saved",
     "a global variable",
     "a metric with a memory",
@@ -324,7 +324,7 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize("mistake", PARAMETERS)
-def test_a_mistake_is_named_in_the_log_and_found(mistake, tmp_path):
+def test_a_mistake_is_reported_in_the_log_and_found(mistake, tmp_path):
     choose(mistake.framework)
     script = copy_with(tmp_path / "job", mistake.framework, mistake.changes, mistake.imports)
     options = ["--at", mistake.at, "--signal", "TERM"]
@@ -338,7 +338,7 @@ def test_a_mistake_is_named_in_the_log_and_found(mistake, tmp_path):
 
 
 def test_a_scheduler_that_is_saved_is_exact(tmp_path):
-    """It sets the momentum of the optimizer, which comes from the checkpoint as training has changed it."""
+    """It changes the momentum of the optimizer, which is restored from the checkpoint."""
     script = copy_with(tmp_path / "job", "pytorch", SCHEDULER)
     result = run_verify(script, *TWO_EPOCHS, folder=tmp_path, options=["--at", "5,30"])
     assert result.last_line.startswith("Exact: 52 steps, interruptions: 2, ")
@@ -346,7 +346,7 @@ def test_a_scheduler_that_is_saved_is_exact(tmp_path):
     assert "Changed in parameter group" not in (tmp_path / "interrupted/log-2.txt").read_text()
 
 
-def test_a_state_that_could_not_be_read_is_refused_when_it_is_saved(tmp_path):
+def test_a_state_that_could_not_be_read_is_rejected_on_saving(tmp_path):
     changes = SCHEDULER.replace("self.scheduler.state_dict(),", "[iter(())],")
     script = copy_with(tmp_path / "job", "pytorch", changes)
     line = run(script, "--epochs", 1, cwd=tmp_path, code=1).error_line
@@ -354,7 +354,7 @@ def test_a_state_that_could_not_be_read_is_refused_when_it_is_saved(tmp_path):
 
 
 def test_an_interruption_before_the_first_step_is_never_missed(tmp_path):
-    """The second start may be much faster than the first one, which tells how long a start takes."""
+    """The second start may be much faster than the first one, from which its duration is estimated."""
     slow = "import time\nif args.output.name == 'whole':\n    time.sleep(5)\n"
     script = copy_with(tmp_path / "job", "xgboost", "", "")
     script.write_text(script.read_text().replace("import engine\n", f"import engine\n{slow}", 1))
@@ -378,17 +378,17 @@ def test_the_training_ends_with_the_command(tmp_path):
     assert not [command for command in commands if str(tmp_path) in " ".join(command)]
 
 
-def test_tf_data_without_a_seed_is_refused_in_one_line(tmp_path):
+def test_tf_data_without_a_seed_is_a_one_line_error(tmp_path):
     changes = SHUFFLE.replace("samples.batch", "samples.shuffle(9).batch")
     script = copy_with(tmp_path / "job", "tensorflow", changes, "import tensorflow as tf")
     line = run(script, cwd=tmp_path, code=1).error_line
     assert "the tf.data.Dataset draws random numbers without a seed" in line
 
 
-def test_a_script_that_fails_is_an_error_in_one_line(tmp_path):
+def test_a_failing_script_is_a_one_line_error(tmp_path):
     script = copy_with(tmp_path / "job", "xgboost", "def load_data(args):\n    return load_tables(no_args)")
     line = run_verify(script, folder=tmp_path, code=1).error_line
-    assert "ends with exit code 1" in line
+    assert "failed with exit code 1" in line
     assert "name 'no_args' is not defined" in line
     options = ["--at", "1000"]
     line = run_verify(ROOT / "xgboost/train.py", folder=tmp_path, options=options, code=1).error_line

@@ -1,1 +1,1 @@
-"""Proves that a training script, changed or not, resumes with the same bits."""
+"""Verify that a training script, modified or not, resumes bit-identically."""

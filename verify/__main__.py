@@ -1,12 +1,12 @@
-"""Prove that a training script resumes exactly: train once as it is, and once with interruptions.
+"""Verify that a training script resumes exactly: train once without and once with interruptions.
 
     python -m verify my-job/train.py
     python -m verify my-job/train.py --interruptions 10 --signal KILL -- --epochs 4 --augment
     python -m verify my-job/train.py --at 1,57 -- --train photos
 
-The flags after `--` are the script's own: choose a training of a minute or so. For each step both trainings
-record checksums of the batch and of the training state: weights, optimizer and all else that a checkpoint
-holds. The first one that differs says what went wrong, since when and probably why; the exit code is then 1.
+The flags after `--` are passed to the script; choose a training of about a minute. For each step, both
+trainings record checksums of the batch and of the training state: weights, optimizer and everything else in a
+checkpoint. The first difference is reported with its position and the likely cause; the exit code is then 1.
 """
 
 import argparse
@@ -24,16 +24,16 @@ OUTPUT_FLAGS = ("--output", "--checkpoint-path", "--model-dir", "--output-data-d
 
 
 def parse_args(argv=None):
-    """Return the flags, and as `script_flags` those of the script."""
+    """Parse the flags; `script_flags` are the flags for the script."""
     argv = sys.argv[1:] if argv is None else argv
     description = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m verify", description=__doc__, formatter_class=description)
     add = parser.add_argument
     add("script", type=Path, help="such as my-job/train.py")
-    add("--interruptions", type=integer(1), default=3, help="how many, at random moments (default: 3)")
+    add("--interruptions", type=integer(1), default=3, help="number of random interruptions (default: 3)")
     add("--at", type=steps, metavar="STEP,...", help="interrupt after these steps instead, counted from 1")
-    add("--signal", choices=("TERM", "KILL"), help="of all interruptions (default: both, in turn)")
-    add("--seed", type=integer(0), help="of the random moments (default: another one each time)")
+    add("--signal", choices=("TERM", "KILL"), help="signal of all interruptions (default: both, alternating)")
+    add("--seed", type=integer(0), help="seed of the random moments (default: random)")
     output = Path("output/verify")
     add("--output", type=Path, default=output, help=f"folder of the two trainings (default: {output})")
     split = argv.index("--") if "--" in argv else len(argv)
@@ -43,7 +43,7 @@ def parse_args(argv=None):
         parser.error(f"there is no script {args.script}")
     for flag in args.script_flags:
         if flag.partition("=")[0].replace("_", "-") in OUTPUT_FLAGS:
-            parser.error(f"{flag} after --: both trainings have folders in --output of this command")
+            parser.error(f"{flag} after --: both trainings write below --output of this command")
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(10**6)
     return args
@@ -76,7 +76,7 @@ def main(args):
 
 
 def report(args, whole, interrupted):
-    """Print the verdict; return the exit code. Raises UserError if an interruption is missing."""
+    """Print the verdict; return the exit code. Raise UserError if an interruption is missing."""
     difference = find_difference(whole, interrupted)
     warnings = {line: None for line in interrupted.log.splitlines() if line.startswith("Warning: ")}
     for warning in warnings:
@@ -102,7 +102,7 @@ def report(args, whole, interrupted):
 
 
 def end(number, frame):
-    """End after a signal, but not without ending the training."""
+    """Exit after a signal, so that the training is ended too."""
     sys.exit(128 + number)
 
 

@@ -1,16 +1,16 @@
-"""Whether two trainings have ended with the same bits."""
+"""Compare the results of two trainings bit by bit."""
 
 import csv
 import json
 from pathlib import Path
 
-# Its functions are numbered by how many TensorFlow has made before, which an interruption changes.
+# TensorFlow numbers their functions by the number created so far, which an interruption changes.
 NUMBERED = ("saved_model.pb", "fingerprint.pb")
 TIMES = ("seconds", "samples_per_second")
 
 
 def differences(folder, other, history="output/data/history.csv"):
-    """Return what differs in `model/` and in the history of two folders, as a list of names."""
+    """Return the names of the files that differ in `model/` and in the history of two folders."""
     models, others = read_model(folder / "model"), read_model(other / "model")
     if not models:
         return ["no model was written"]
@@ -20,9 +20,9 @@ def differences(folder, other, history="output/data/history.csv"):
 
 
 def read_model(folder):
-    """Return the content of an exported model, as bytes by names of files.
+    """Return the content of an exported model, as bytes by file name.
 
-    The flags in `model.json` are left out, which may differ, and of a SavedModel all but its variables.
+    The flags in `model.json`, which may differ, are left out. A SavedModel is reduced to its variables.
     """
     files = {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
     content = {}

@@ -1,9 +1,9 @@
-"""Run a training script and record what each step has trained with, and the training state after it.
+"""Run a training script and record the batch of each step and the training state after it.
 
     python verify/trace.py TRACE SCRIPT [FLAGS ...]
 
 A line of JSON is appended to the file TRACE for the restored state, and for each step, round and epoch. They
-contain checksums only. This process is the training itself: it gets the signals and has the exit code.
+contain only checksums. The training runs in this process, which receives the signals and has its exit code.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 began = time.monotonic()
 trace, script, *flags = sys.argv[1:]
 sys.argv = [script, *flags]
-sys.path[0] = str(Path(script).parent)  # as for a script that runs by itself: its own `common`
+sys.path[0] = str(Path(script).parent)  # as if the script were run directly: with its own `common`
 
 import numpy as np  # noqa: E402
 
@@ -25,7 +25,7 @@ import common.run  # noqa: E402
 
 
 class TracedRun(common.run.Run):
-    """A Run that records what passes through it."""
+    """A Run that records batches and training states."""
 
     def __init__(self, args, engine):
         super().__init__(args, engine)
@@ -36,7 +36,7 @@ class TracedRun(common.run.Run):
         self._generators = {}
 
     def load_data(self, data_sets):
-        """Also record the batches of a data set that comes in batches."""
+        """Also record the batches of a data set that yields batches."""
         data = super().load_data(data_sets)
         if hasattr(data.train, "batches"):
             load = data.train.batches
@@ -88,14 +88,14 @@ class TracedRun(common.run.Run):
             yield batch
 
     def _record(self, kind, epoch, step, **facts):
-        """Append a line; what has been written survives SIGKILL."""
+        """Append a line and flush it, so that it survives SIGKILL."""
         seconds = time.monotonic() - began
         line = {"kind": kind, "epoch": epoch, "step": step, "seconds": seconds, **facts}
         self._file.write(json.dumps({**line, "state": self._state_checksums()}) + "\n")
         self._file.flush()
 
     def _state_checksums(self):
-        """Return a checksum for each part of the checkpoint that would be written now."""
+        """Return a checksum for each part of a checkpoint of the current state."""
         content = self.engine.copy_to_host(self.state.state_dict(), self._memory)
         if isinstance(content, (bytes, bytearray)):
             return {"booster": zlib.crc32(content)}
@@ -110,7 +110,7 @@ class TracedRun(common.run.Run):
 
 
 def states():
-    """Return the states of the random generators that belong to the whole process, by name."""
+    """Return checksums of the process-wide random generators, by name."""
     return {"numpy.random": checksum(np.random.get_state()), "random": checksum(random.getstate())}
 
 

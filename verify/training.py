@@ -1,4 +1,4 @@
-"""A training that is recorded, in one process or in several, one after the other."""
+"""A recorded training, in one process or in several consecutive ones."""
 
 import json
 import math
@@ -20,13 +20,13 @@ FIRST = (0, 0)  # a position that every step has reached
 
 
 class Record(NamedTuple):
-    """What was recorded of a step, of a boosting round, of a finished epoch, or of a restored state.
+    """The record of a step, a boosting round, a finished epoch, or a restored state.
 
     Attributes:
         run: the number of the process, counted from 1.
-        position: (finished epochs, finished steps of the running epoch).
+        position: (finished epochs, finished steps of the current epoch).
         kind: "restored", "step" or "epoch"; a boosting round is an epoch.
-        facts: checksums; `facts["state"]` has those of each part of the checkpoint.
+        facts: checksums; `facts["state"]` has the checksum of each part of the checkpoint.
     """
 
     run: int
@@ -42,12 +42,12 @@ class Record(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When a training is interrupted, and how.
+    """The time and the signal of an interruption.
 
     Attributes:
         signal: the signal's number.
-        position: the step, or None for the time before the first one.
-        seconds: after the step, or at most after the start of the process.
+        position: the step, or None for an interruption before the first step.
+        seconds: the delay after the step, or the maximum delay after the start of the process.
     """
 
     signal: int
@@ -62,10 +62,10 @@ class Moment(NamedTuple):
 
 
 class Training:
-    """A training in a folder of its own.
+    """A training in a separate folder.
 
     Attributes:
-        records: of all processes, in order.
+        records: the records of all processes, in order.
         log: the output of all processes.
         exits: for each process (Moment or None, exit code).
     """
@@ -84,9 +84,9 @@ class Training:
         self._num_bytes = 0
 
     def run(self, moment=None):
-        """Run the script to its end or to the Moment; return whether it has ended by itself.
+        """Run the script to its end or to the Moment; return whether it finished.
 
-        Raises UserError if it fails.
+        Raise UserError if it fails.
         """
         command = [sys.executable, TRACE, self.trace, self.args.script.absolute(), *self.args.script_flags]
         command += ["--output", self.folder]
@@ -111,7 +111,7 @@ class Training:
             expected += [-moment.signal, 128 + moment.signal]
         if code not in expected:
             reason = path.read_text().strip().rpartition("\n")[2]
-            raise UserError(f"{self.args.script} ends with exit code {code}, see {path}: {reason}")
+            raise UserError(f"{self.args.script} failed with exit code {code}, see {path}: {reason}")
         return code == 0
 
     def steps(self):
@@ -120,12 +120,12 @@ class Training:
         return steps or [record.position for record in self.records if record.kind == "epoch"]
 
     def seconds(self):
-        """Return the seconds from the start to the first step, and of a step on average."""
+        """Return the seconds from the start to the first step, and the average seconds per step."""
         times = [record.facts["seconds"] for record in self.records if record.kind != "restored"]
         return times[0], (times[-1] - times[0]) / len(times)
 
     def _interrupt(self, process, moment):
-        """Send the signal at the moment, unless the process ends before."""
+        """Send the signal at the moment, unless the process ends earlier."""
         latest = time.monotonic() + moment.seconds if moment.position is None else math.inf
         position = moment.position or FIRST
         while time.monotonic() < latest and not self._has_reached(position):
@@ -137,16 +137,16 @@ class Training:
         process.send_signal(moment.signal)
 
     def _has_reached(self, position):
-        """Return whether the running process has recorded this step or a later one."""
+        """Return whether the current process has recorded this step or a later one."""
         new = self._read()
         return any(record.kind != "restored" and record.position >= position for record in new)
 
     def _read(self):
-        """Read and return what was recorded since the last call."""
+        """Read and return the records since the last call."""
         with open(self.trace, "rb") as file:
             file.seek(self._num_bytes)
             content = file.read()
-        content = content[: content.rfind(b"\n") + 1]  # the last line may still be on its way
+        content = content[: content.rfind(b"\n") + 1]  # the last line may be incomplete
         self._num_bytes += len(content)
         new = []
         for line in content.splitlines():
@@ -158,7 +158,7 @@ class Training:
 
 
 def random_moments(args, whole):
-    """Return `--interruptions` Moments for a training that is known: one in five is before the first step."""
+    """Return `--interruptions` Moments for a recorded training: one in five is before the first step."""
     generator = random.Random(args.seed)  # noqa: S311 - not for secrets
     steps = whole.steps()
     steps = steps[: max(1, len(steps) * 9 // 10)]  # the signal must come before the end
@@ -175,15 +175,15 @@ def random_moments(args, whole):
 
 
 def chosen_moments(args, whole):
-    """Return the Moments of `--at`. Raises UserError for a step that the training does not have."""
+    """Return the Moments of `--at`. Raise UserError for a step that the training does not have."""
     steps = whole.steps()
     if args.at[-1] >= len(steps):
-        raise UserError(f"--at {args.at[-1]}: the training has {len(steps)} steps: expected an earlier one")
+        raise UserError(f"--at {args.at[-1]}: the training has {len(steps)} steps; expected an earlier step")
     numbers = signals(args)
     return [Moment(numbers[index % len(numbers)], steps[step - 1], 0.0) for index, step in enumerate(args.at)]
 
 
 def signals(args):
-    """Return the signals that take turns."""
+    """Return the signals, which alternate."""
     numbers = {"TERM": [signal.SIGTERM], "KILL": [signal.SIGKILL]}
     return numbers.get(args.signal, [signal.SIGTERM, signal.SIGKILL])

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from verify import compare
 
-NOT_HANDED_IN = (
-    "random numbers that are not handed in, or data that changes. In `augment` take them from `rng`; in a "
-    "data set from `random`, `numpy.random` or the framework, which are seeded for each sample"
+OTHER_GENERATOR = (
+    "random numbers from another generator, or data that changes. In `augment`, use `rng`; in a data set, "
+    "use `random`, `numpy.random` or the framework, which are seeded for each sample"
 )
 OUTSIDE = (
     "state outside the checkpoint: training changes an attribute, a global variable, gradients, a callback "
@@ -16,23 +16,23 @@ UNSEEDED = "random numbers without a seed, or kernels that are not deterministic
 
 
 class Difference(NamedTuple):
-    """What differs and since when, and why that is likely."""
+    """The first difference, with its position and likely cause."""
 
     what: str
     cause: str
 
 
 def find_difference(whole, interrupted):
-    """Return the first Difference between two trainings, in the order of time; None if there is none."""
+    """Return the first Difference between two trainings in chronological order, or None."""
     expected = {(record.kind, record.position): record.facts for record in whole.records}
-    restored = {}  # by the number of the process: the parts of the state that were not restored
+    restored = {}  # by process number: the parts of the state that were not restored
     for record in interrupted.records:
         kind = record.kind
         if kind == "restored":
             kind = "step" if record.position[1] else "epoch"
         facts = expected.get((kind, record.position))
         if facts is None:
-            continue  # the beginning
+            continue  # before the first step
         state = record.facts["state"]
         parts = [part for part, checksum in facts["state"].items() if state.get(part) != checksum]
         if record.kind == "restored":
@@ -48,11 +48,11 @@ def find_difference(whole, interrupted):
 
 
 def describe(record, facts, parts):
-    """Return in words what differs; an empty text if nothing does.
+    """Return a description of the difference; empty without one.
 
     Args:
-        record: of the interrupted training.
-        facts: of the other one at the same position.
+        record: the record of the interrupted training.
+        facts: the facts of the uninterrupted training at the same position.
         parts: the parts of the training state that differ.
     """
     words = []
@@ -67,20 +67,20 @@ def describe(record, facts, parts):
 def cause(record, facts, parts, not_restored):
     """Return the likely cause of the first difference; for the arguments see `describe`."""
     if record.facts.get("batch") != facts.get("batch") or not parts:
-        return NOT_HANDED_IN  # in the data for training or validation
+        return OTHER_GENERATOR  # the training or validation data differ
     if record.facts.get("draws"):
         generators = " and ".join(record.facts["draws"])
-        return f"the step draws random numbers of {generators}, which are seeded for samples only"
+        return f"the step draws random numbers from {generators}, which are seeded for samples only"
     if record.run == 1:
         return UNSEEDED
     forgotten = [part for part in not_restored if part in parts]
     if forgotten:
-        return f"`load_state_dict` does not restore {', '.join(forgotten)} as `state_dict` has returned it"
+        return f"`load_state_dict` does not restore {', '.join(forgotten)} as returned by `state_dict`"
     return OUTSIDE
 
 
 def lost_steps(training):
-    """Return the Difference if steps were trained again after a SIGTERM, which loses none."""
+    """Return the Difference if steps were repeated after a SIGTERM, which must not lose any."""
     steps = [record for record in training.records if record.kind == "step"]
     for run, (moment, code) in enumerate(training.exits, 1):
         if not moment or code != 128 + moment.signal:
@@ -88,13 +88,13 @@ def lost_steps(training):
         done = {record.position for record in steps if record.run == run}
         again = [record for record in steps if record.run == run + 1 and record.position in done]
         if again:
-            what = f"since {again[0].name}, which was trained again after {moment}"
-            return Difference(what, "the checkpoint that SIGTERM has saved was not used")
+            what = f"since {again[0].name}, which was repeated after {moment}"
+            return Difference(what, "the checkpoint saved at SIGTERM was not used")
     return None
 
 
 def difference_at_the_end(whole, interrupted):
-    """Return the Difference of history and model; None if there is none."""
+    """Return the Difference of history and model, or None."""
     history = "data/history.csv"
     rows = compare.read_history(whole.folder / history)
     others = compare.read_history(interrupted.folder / history)
@@ -109,6 +109,6 @@ def difference_at_the_end(whole, interrupted):
     if names:
         what = f"in the exported model only: {', '.join(names)}"
         return Difference(
-            what, f"{OUTSIDE}, and only `export_model` uses it; or this changes from run to run"
+            what, f"{OUTSIDE}, which only `export_model` uses; or the export changes from run to run"
         )
     return None
