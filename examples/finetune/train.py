@@ -38,7 +38,7 @@ from torch.utils.data import Dataset
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-# The task without --train: count the holes of a digit. Only one digit in ten has two of them.
+# The task without --train: count the holes of a digit. Only one digit in ten has two holes.
 NUM_HOLES = {"0": 1, "4": 1, "6": 1, "8": 2, "9": 1}
 MAX_GRADIENT_NORM = 1.0
 
@@ -60,7 +60,7 @@ class TransformedImages(Dataset):
 
 
 class Holes(TransformedImages):
-    """Images of digits, labelled with the number of holes instead of the digit."""
+    """Images of digits, labelled with their number of holes instead of the digit."""
 
     def __init__(self, images, transform):
         super().__init__(images, transform)
@@ -73,7 +73,7 @@ class Holes(TransformedImages):
 
 
 def load_data(args):
-    """Return the training and the validation images; only those for training have random transforms."""
+    """Return the training and validation images; only the training images have random transforms."""
     train, validation = load_images(args)
     random_transforms = [
         v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1)),
@@ -146,7 +146,7 @@ def compute_metrics(outputs, labels, weights):
     """Return loss and accuracy as pairs of sums, (numerator, denominator), and macro F1 as a pair of vectors.
 
     The log shows the mean of the ratios of a vector: here, F1 of each class is 2 TP / (2 TP + FP + FN).
-    The loss has no label smoothing, so that it compares with other trainings.
+    The loss has no label smoothing, so that it is comparable with other trainings.
     """
     losses = F.cross_entropy(outputs, labels, reduction="none")
     predicted = outputs.argmax(1)

@@ -38,8 +38,8 @@ import tensorflow as tf
 def load_data(args):
     """Return a function that makes the training batches of an epoch, and the validation batches.
 
-    Its random numbers follow from (--seed, epoch), and those of an image also from its index: after a restart
-    come the batches that the interrupted run would have had.
+    Its random numbers depend only on --seed, the epoch, and the index of the image, so that a restarted run
+    gets the same batches as an uninterrupted one.
     """
     train, validation = load_images(args, RecordFile)
     images, labels = map(tf.constant, train[:])
@@ -96,10 +96,10 @@ def build_model(args, data):
 
 
 class FocalLoss(keras.losses.Loss):
-    """Cross-entropy that counts well-classified samples less.
+    """Cross-entropy with a lower weight for well-classified samples.
 
-    It is that of "Focal Loss for Dense Object Detection", https://arxiv.org/abs/1708.02002, for class indices
-    and logits. (Keras has it for one-hot labels.)
+    It is the loss of "Focal Loss for Dense Object Detection", https://arxiv.org/abs/1708.02002, for class
+    indices and logits. (Keras has it for one-hot labels.)
     """
 
     def __init__(self, gamma=2.0, **options):
@@ -109,7 +109,7 @@ class FocalLoss(keras.losses.Loss):
     def call(self, labels, logits):
         """Return the loss of each sample."""
         losses = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-        probabilities = keras.ops.exp(-losses)  # of the right classes
+        probabilities = keras.ops.exp(-losses)  # of the correct classes
         return (1 - probabilities) ** self.gamma * losses
 
 
@@ -147,10 +147,10 @@ def learning_rate_schedule(args, steps_per_epoch):
 
 
 class Warmup(keras.callbacks.Callback):
-    """Raises the learning rate from zero in the first steps of a training, and then leaves it alone.
+    """Raise the learning rate from zero in the first steps of a training, and then leave it unchanged.
 
-    A schedule cannot do that here, as ReduceLROnPlateau changes the learning rate later. Without its state it
-    would warm up again after each restart.
+    A schedule cannot do this because ReduceLROnPlateau changes the learning rate later. Without the saved
+    state, the warm-up would start again after each restart.
     """
 
     def __init__(self, peak, num_steps):
@@ -166,11 +166,11 @@ class Warmup(keras.callbacks.Callback):
             self.model.optimizer.learning_rate = self.peak * self.step / self.num_steps
 
     def state_dict(self):
-        """Return what a checkpoint holds of this callback, in plain values."""
+        """Return the state of this callback for a checkpoint, in plain values."""
         return {"step": self.step}
 
     def load_state_dict(self, state):
-        """Load what a checkpoint holds."""
+        """Restore the state from a checkpoint."""
         self.step = state["step"]
 
 

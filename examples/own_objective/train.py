@@ -34,16 +34,16 @@ from common.tables import Table
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 
-COST_OF_TOO_LOW = 3.0  # a prediction below the label costs this many times as much as one above it
+COST_OF_TOO_LOW = 3.0  # cost of a prediction below the label, relative to one above it
 MONOTONE_CONSTRAINTS = {"bmi": 1, "bp": 1}  # a higher body mass index or blood pressure is never better
 
 
 def load_data(args):
-    """Return the training and the validation table, by default patients with diabetes and how it progressed.
+    """Return the training and the validation table, by default the progression of diabetes in patients.
 
     The rows with the highest tenth of the training labels weigh twice as much as the others.
     """
-    args.objective = "reg:squarederror"  # labels are numbers, also those that could be classes
+    args.objective = "reg:squarederror"  # labels are numbers, even if they could be classes
     train, validation = load_tables(args) if args.train else load_patients(args)
     threshold = np.quantile(train.labels, 0.9)
     tables = []
@@ -79,10 +79,10 @@ def build_params(args, data):
         "colsample_bytree": args.colsample_bytree,
         "lambda": getattr(args, "lambda"),
         "alpha": args.alpha,
-        **args.params,  # all others, from --params and from flags such as --max-cat-threshold
+        **args.params,  # other parameters, from --params and from flags such as --max-cat-threshold
     }
     params["eval_metric"] = ["rmse"]
-    # With an objective of its own, a training does not begin with the mean of the labels by itself.
+    # With a custom objective, XGBoost does not start with the mean of the labels by default.
     params["base_score"] = float(np.average(data.train.labels, weights=data.train.weights))
     names = data.train.names or []
     constraints = {name: sign for name, sign in MONOTONE_CONSTRAINTS.items() if name in names}
@@ -103,7 +103,7 @@ def build_objective(args):
 
 
 def build_metric(args):
-    """Return the metric that belongs to the objective; choose by it with --best-metric cost:min."""
+    """Return the metric of the objective; --best-metric cost:min selects the best round by it."""
 
     def cost(predictions, matrix):
         errors = predictions - matrix.get_label()
