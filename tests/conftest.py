@@ -1,4 +1,4 @@
-"""Fixtures of all tests. Each shared training runs once, also if several processes run the tests."""
+"""Shared fixtures. Each shared training runs only once, even if several processes run the tests."""
 
 import importlib.util
 
@@ -44,16 +44,16 @@ def digits():
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory, worker_id):
-    """The folder that all processes of this run of the tests share."""
+    """A folder shared by all processes of the test run."""
     folder = tmp_path_factory.getbasetemp()
     return folder if worker_id == "master" else folder.parent
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(shared_folder):
-    """Return the folder of a framework's run of twelve epochs, or a hundred rounds, that nothing interrupted.
+    """Return the folder of an uninterrupted run of twelve epochs or a hundred rounds, by framework.
 
-    The file `log` in it has the output.
+    The output is in its file `log`.
     """
 
     def folder_of(framework):

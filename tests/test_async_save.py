@@ -1,4 +1,4 @@
-"""Saving in the background: no error is lost, and the training waits for saves no longer than it may."""
+"""Saving in the background: no error is lost, and the training waits only as long as allowed."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ def saver():
     saver.close()
 
 
-def test_the_training_continues_while_a_checkpoint_is_written_and_the_next_save_waits(saver):
+def test_training_continues_during_a_write_and_the_next_save_waits(saver):
     proceed, written = threading.Event(), []
 
     def write(name):
@@ -38,7 +38,7 @@ def test_the_training_continues_while_a_checkpoint_is_written_and_the_next_save_
     assert saver.in_flight is None
 
 
-def test_the_error_of_a_save_is_raised_once(saver):
+def test_a_save_error_is_raised_once(saver):
     def write():
         raise OSError(28, "No space left on device")
 
@@ -48,21 +48,21 @@ def test_the_error_of_a_save_is_raised_once(saver):
     saver.wait()
 
 
-def test_the_end_comes_after_the_save_in_flight():
+def test_close_waits_for_the_running_save():
     saver, written = AsyncSaver(), []
     saver.in_flight = saver.thread.submit(lambda: time.sleep(0.2) or written.append(1))
     saver.close()
     assert written == [1]
 
 
-def test_after_the_first_hundred_saves_take_little_of_the_time(saver, monkeypatch):
+def test_saves_after_the_first_hundred_take_a_small_share_of_the_time(saver, monkeypatch):
     now = 0.0
     monkeypatch.setattr(async_save.time, "monotonic", lambda: now)
     saved = []
     for boosting_round in range(2000):
         now += 0.01  # a round
         if saver.is_affordable():
-            seconds = 0.00002 * boosting_round  # the longer the more there is to copy
+            seconds = 0.00002 * boosting_round  # proportional to the size of the copy
             now += seconds
             saver.count(seconds)
             saved.append((boosting_round, now))

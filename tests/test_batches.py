@@ -1,4 +1,4 @@
-"""Order, augmentation and random numbers: functions of (seed, epoch, step) that lose no sample."""
+"""Order, augmentation and random numbers are functions of (seed, epoch, step); no sample is lost."""
 
 import random
 from argparse import Namespace
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 
 
 class Engine:
-    """A framework without random numbers of its own, whose images are NumPy arrays."""
+    """A framework without a random generator, whose images are NumPy arrays."""
 
     to_array = staticmethod(np.asarray)
 
@@ -28,7 +28,7 @@ class Engine:
 
 
 def numbered(count):
-    """Return images that carry their number in each pixel and as label."""
+    """Return images whose pixels and label are the index of the image."""
     labels = np.arange(count)
     images = np.broadcast_to(labels[:, None, None, None], (count, 8, 8, 3)).astype(np.int32)
     return ArrayDataset(images, labels, [])
@@ -55,7 +55,7 @@ def assert_equal(batch, expected):
 
 
 @given(st.integers(1, 500), st.integers(1, 200), st.integers(0, 3), st.integers(0, 50))
-def test_an_epoch_has_each_sample_once_in_batches_of_almost_equal_size(count, batch_size, num_threads, epoch):
+def test_an_epoch_contains_each_sample_once_in_batches_of_similar_size(count, batch_size, num_threads, epoch):
     loader = loader_of(numbered(count), epoch, batch_size=batch_size)
     loaded = load(loader, num_threads=num_threads)
     assert sorted(np.concatenate([batch.labels for batch in loaded])) == list(range(count))
@@ -70,7 +70,7 @@ def test_an_epoch_has_each_sample_once_in_batches_of_almost_equal_size(count, ba
     assert all((batch.weights == 1).all() and batch.weights.dtype == np.float32 for batch in loaded)
 
 
-def test_threads_change_nothing():
+def test_the_number_of_threads_does_not_change_the_batches():
     for epoch in (0, 1):
         loader = loader_of(numbered(300), epoch, augment=crop_and_flip)
         expected = load(loader)
@@ -80,7 +80,7 @@ def test_threads_change_nothing():
 
 
 class Counted(ArrayDataset):
-    """Counts how often each sample is read."""
+    """Count the reads of each sample."""
 
     def __init__(self, dataset):
         super().__init__(dataset.images, dataset.labels, [])
@@ -105,7 +105,7 @@ def test_an_epoch_continues_at_any_step_without_reading_earlier_samples(count, b
 
 
 @given(st.integers(20, 200), st.integers(10, 50), st.integers(1, 4))
-def test_the_shards_of_all_workers_are_the_batches_of_one(count, batch_size, size):
+def test_the_shards_of_all_workers_form_the_batches_of_one_worker(count, batch_size, size):
     dataset = numbered(count)
     for epoch in (3, None):
         alone = load(loader_of(dataset, epoch, batch_size=batch_size))
@@ -123,14 +123,14 @@ def test_the_shards_of_all_workers_are_the_batches_of_one(count, batch_size, siz
             assert len({part.seed for part in parts}) == size
 
 
-def test_a_batch_without_a_sample_for_each_worker_is_refused():
+def test_a_batch_smaller_than_the_number_of_workers_is_rejected():
     args = Namespace(batch_size=4)
     batches.check_sizes(8, args, Workers(0, ["host"] * 4))
     with pytest.raises(UserError, match="make batches of 3, but there are 4 workers"):
         batches.check_sizes(7, args, Workers(0, ["host"] * 4))
 
 
-def test_each_epoch_and_each_seed_has_an_order():
+def test_the_order_depends_on_epoch_and_seed():
     def order(seed, epoch):
         return tuple(
             np.concatenate([batch.labels for batch in load(loader_of(numbered(100), epoch, seed=seed))])
@@ -140,12 +140,12 @@ def test_each_epoch_and_each_seed_has_an_order():
     assert len({order(seed, epoch) for seed in (1, 2, 3) for epoch in (0, 1, 2)}) == 9
 
 
-def test_validation_is_in_order():
+def test_validation_is_not_shuffled():
     loaded = load(loader_of(numbered(130)))
     np.testing.assert_array_equal(np.concatenate([batch.labels for batch in loaded]), np.arange(130))
 
 
-def test_a_failure_in_a_thread_is_a_failure_of_the_run():
+def test_an_error_in_a_thread_fails_the_run():
     class Broken:
         def __len__(self):
             return 10
@@ -157,7 +157,7 @@ def test_a_failure_in_a_thread_is_a_failure_of_the_run():
         load(loader_of(Broken(), 0), num_threads=2)
 
 
-def test_step_seeds_differ_also_between_workers():
+def test_step_seeds_differ_between_workers():
     seeds = set()
     for rank in range(3):
         for seed in range(3):
@@ -170,7 +170,7 @@ def test_step_seeds_differ_also_between_workers():
 # Augmentation -----------------------------------------------------------------------------------------------
 
 
-def test_labels_move_with_the_images():
+def test_labels_are_augmented_with_their_images():
     dataset = numbered(10)
     masks = np.arange(10 * 64).reshape(10, 8, 8)
     loader = loader_of(
@@ -183,7 +183,7 @@ def test_labels_move_with_the_images():
         np.testing.assert_array_equal(mask, masks[image[0, 0, 0]][::-1])
 
 
-def test_an_augmentation_that_changes_the_type_is_refused():
+def test_an_augmentation_that_changes_the_type_is_rejected():
     loader = loader_of(numbered(10), 0, augment=lambda images, labels, rng: (images / 2, labels))
     with pytest.raises(
         UserError, match="augment returns float64 for images of int32: expected the same type"
@@ -192,7 +192,7 @@ def test_an_augmentation_that_changes_the_type_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_every_augmented_image_is_a_shifted_or_mirrored_copy(dtype):
+def test_an_augmented_image_is_a_shifted_or_mirrored_copy(dtype):
     generator = np.random.default_rng(0)
     images = generator.integers(1, 255, (200, 16, 16, 3)).astype(dtype)
     augmented = random_crop_and_flip(images, generator)
@@ -214,11 +214,11 @@ def test_every_augmented_image_is_a_shifted_or_mirrored_copy(dtype):
     assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == {0, 1, 2, 3, 4}
 
 
-# Data sets of one's own -------------------------------------------------------------------------------------
+# Custom data sets -------------------------------------------------------------------------------------------
 
 
 class Random:
-    """Draws from the generators of the process, as random transforms do."""
+    """Draw from the process-wide generators, like random transforms."""
 
     def __init__(self, form):
         if form != "one by one":
@@ -239,7 +239,7 @@ class Random:
 
 
 @pytest.mark.parametrize("form", ["one by one", "list", "tuple"])
-def test_random_numbers_of_a_data_set_follow_from_seed_epoch_and_sample(form):
+def test_random_numbers_of_a_data_set_depend_on_seed_epoch_and_sample(form):
     def samples(first_step=0, num_threads=0, **flags):
         loader = loader_of(Random(form), **{"epoch": 1, "batch_size": 8, **flags})
         return load(loader, first_step, num_threads)
@@ -260,7 +260,7 @@ def test_random_numbers_of_a_data_set_follow_from_seed_epoch_and_sample(form):
         assert not drawn & {float(value) for batch in other for value in batch.images[:, 0, 0, 0]}
 
 
-def test_samples_of_different_shapes_or_forms_are_an_error_of_one_line():
+def test_samples_of_different_shapes_or_structures_are_a_one_line_error():
     class Sized(Random):
         def __getitem__(self, index):
             return np.zeros((2 + index % 2, 2, 1)), index

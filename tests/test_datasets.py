@@ -21,7 +21,7 @@ class Engine:
 
 
 class Plain:
-    """A data set with nothing but what is required."""
+    """A data set with only the required methods."""
 
     def __init__(self, images, labels):
         self.images = images
@@ -35,7 +35,7 @@ class Plain:
 
 
 class Subset:
-    """Part of a data set, as torch.utils.data.Subset."""
+    """A part of a data set, like torch.utils.data.Subset."""
 
     def __init__(self, dataset, indices):
         self.dataset = dataset
@@ -57,7 +57,7 @@ def arrays(count=40, dtype=np.uint8, shape=(4, 5, 3)):
     return generator.integers(0, 256, (count, *shape)).astype(dtype), np.arange(count) % 3
 
 
-def test_images_of_bytes_have_statistics_and_floats_have_none():
+def test_uint8_images_have_statistics_and_float_images_have_none():
     images, labels = arrays()
     data = datasets.describe(ArrayDataset(images, labels, ["a", "b", "c"]), Plain(images, labels), read)
     assert data.sample_shape == (4, 5, 3)
@@ -70,12 +70,12 @@ def test_images_of_bytes_have_statistics_and_floats_have_none():
     assert datasets.describe(floats, floats, read).mean is None
 
 
-def test_a_channel_of_one_value_does_not_divide_by_zero():
+def test_a_constant_channel_does_not_divide_by_zero():
     mean, std = datasets.channel_statistics(np.full((3, 2, 2, 1), 7, np.uint8))
     assert (mean.tolist(), std.tolist()) == ([7.0], [1.0])
 
 
-def test_classes_are_found_inside_wrappers_and_needed_only_to_count_them():
+def test_classes_are_found_inside_wrappers_and_needed_only_for_their_number():
     images, labels = arrays()
     inside = ArrayDataset(images, labels, [1, "b"])
     assert datasets.find_classes(Subset(Subset(inside, range(10)), range(5))) == ["1", "b"]
@@ -87,7 +87,7 @@ def test_classes_are_found_inside_wrappers_and_needed_only_to_count_them():
         _ = data.num_classes
 
 
-def test_training_and_validation_data_must_fit_and_have_samples():
+def test_training_and_validation_data_must_match_and_not_be_empty():
     images, labels = arrays()
     train = Plain(images, labels)
     with pytest.raises(UserError, match="the validation data set has no samples"):
@@ -100,7 +100,7 @@ def test_training_and_validation_data_must_fit_and_have_samples():
 
 
 @pytest.mark.parametrize("kind", [Plain, lambda images, labels: ArrayDataset(images, labels, [])])
-def test_a_fingerprint_is_plain_and_tells_data_apart(kind):
+def test_a_fingerprint_is_plain_and_distinguishes_data(kind):
     images, labels = arrays()
     own = datasets.fingerprint(kind(images, labels), read)
     assert json.loads(json.dumps(own)) == own
@@ -111,7 +111,7 @@ def test_a_fingerprint_is_plain_and_tells_data_apart(kind):
     assert datasets.fingerprint(kind(other, labels), read) != own
 
 
-def test_a_fingerprint_of_ones_own_is_used():
+def test_a_custom_fingerprint_is_used():
     class Named(Plain):
         def fingerprint(self):
             return {"version": 3}
@@ -119,7 +119,7 @@ def test_a_fingerprint_of_ones_own_is_used():
     assert datasets.fingerprint(Named(*arrays()), read) == {"version": 3}
 
 
-def test_an_array_data_set_copies_no_rows_of_a_memory_map(tmp_path):
+def test_an_array_data_set_does_not_copy_a_memory_map(tmp_path):
     images, labels = arrays()
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")

@@ -1,14 +1,14 @@
-"""`--dry-run` reads all, reports, and touches nothing."""
+"""`--dry-run` reads all data, reports, and writes nothing."""
 
 from helpers import EPOCHS, checkpoint_folder, checkpoint_name, copy_with, environment, run, save_images
 
 
 def contents(folder):
-    """Return the bytes of all files below a folder, by path."""
+    """Return the content of all files below a folder, by path."""
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_dry_run_reports_and_touches_nothing(framework, tmp_path, uninterrupted):
+def test_a_dry_run_reports_and_writes_nothing(framework, tmp_path, uninterrupted):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     finished = uninterrupted(framework)
@@ -55,7 +55,7 @@ class Squares:
 """
 
 
-def test_a_dry_run_reads_a_data_set_of_ones_own(tmp_path):
+def test_a_dry_run_reads_a_custom_data_set(tmp_path):
     script = copy_with(tmp_path / "job", "pytorch", SQUARES, "import numpy as np")
     result = run(script, "--dry-run", cwd=tmp_path, code=1)
     assert "sample 400 of the training data set: ValueError: no such square" in result.output

@@ -1,4 +1,4 @@
-"""The examples: equal to their templates outside "Make it yours", complete, and exact after interruptions."""
+"""The examples equal their templates outside "Make it yours", are complete, and resume exactly."""
 
 import json
 import re
@@ -21,7 +21,7 @@ INTERRUPTIONS = {"finetune": 1, "keras_fit": 1, "own_objective": 3}
 
 
 def contents(folder):
-    """Return the texts of the files below a folder by path, and the targets of the links."""
+    """Return the files below a folder and the targets of the links, by path."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_symlink():
@@ -59,7 +59,7 @@ def test_the_examples_are_up_to_date(repository):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_renewing_keeps_the_section_and_replaces_all_else(repository, name):
+def test_renewing_replaces_everything_outside_the_section(repository, name):
     before = contents(repository)
     script = repository / "examples" / name / "train.py"
     text = script.read_text().replace("run.restore(state)", "0", 1)
@@ -85,7 +85,7 @@ def test_a_copy_is_complete(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_that_is_interrupted_at_random_ends_with_the_same_bits(tmp_path, name):
+def test_an_example_is_bit_identical_after_random_interruptions(tmp_path, name):
     flags = list(FLAGS[name])
     if name == "finetune":
         pretraining = ["--model", "resnet18", "--image-size", 8, "--epochs", 1, "--batch-size", 512]
@@ -112,7 +112,7 @@ def test_an_example_that_is_interrupted_at_random_ends_with_the_same_bits(tmp_pa
 
 
 def torch_load(path):
-    """Return the content of a checkpoint of PyTorch, whose import takes seconds."""
+    """Return the content of a PyTorch checkpoint; the import takes seconds."""
     import torch
 
     return torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""The flags: spelling, defaults from SageMaker's environment, and mistakes."""
+"""The flags: spelling, defaults from SageMaker's environment, and usage errors."""
 
 import os
 import platform
@@ -36,7 +36,7 @@ def parse(*argv):
 
 
 def complain(capsys, parser, *argv):
-    """Return the one line that a usage error prints."""
+    """Return the line printed by a usage error."""
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(list(argv))
     assert caught.value.code == 2
@@ -45,7 +45,7 @@ def complain(capsys, parser, *argv):
     return lines[0]
 
 
-def test_outside_sagemaker_everything_goes_below_the_current_folder():
+def test_outside_sagemaker_all_output_is_below_the_current_folder():
     args = parse()
     assert (args.train, args.validation, args.num_gpus) == (None, None, None)
     assert str(args.checkpoint_path) == "output/pytorch/checkpoints"
@@ -59,7 +59,7 @@ def folders(args):
 
 
 @pytest.mark.parametrize("spelling", [["--output", "runs/1"], ["--output=runs/1"]])
-def test_three_folders_follow_from_the_output_and_each_has_a_flag(spelling):
+def test_three_folders_are_derived_from_output_and_each_has_a_flag(spelling):
     assert folders(parse(*spelling)) == ("runs/1/checkpoints", "runs/1/model", "runs/1/data")
     assert folders(parse(*spelling, "--model-dir", "m")) == ("runs/1/checkpoints", "m", "runs/1/data")
     own = ["--checkpoint-path", "c", "--output-data-dir", "d"]
@@ -68,7 +68,7 @@ def test_three_folders_follow_from_the_output_and_each_has_a_flag(spelling):
     assert parse("--output", "").output == Path("output/pytorch")  # a hyperparameter that is null
 
 
-def test_inside_sagemaker_its_folders_win_over_the_output_but_not_over_their_flags(monkeypatch):
+def test_inside_sagemaker_its_folders_override_output_but_not_their_flags(monkeypatch):
     for name, value in SAGEMAKER.items():
         monkeypatch.setenv(name, value)
     sagemaker = ("/opt/ml/checkpoints", "/opt/ml/model", "/opt/ml/output/data")
@@ -88,7 +88,7 @@ def test_inside_sagemaker_its_folders_win_over_the_output_but_not_over_their_fla
     assert str(args.checkpoint_path) == "/base/checkpoints"
 
 
-def test_channels_with_other_names_are_an_error_not_a_training_with_the_digits(monkeypatch, capsys):
+def test_unknown_channel_names_are_an_error(monkeypatch, capsys):
     for name in ("DATA", "EVAL", "MODEL", "CODE", "SM_DRIVERS"):
         monkeypatch.setenv(f"SM_CHANNEL_{name}", "/data")
     for parser in (flags.image_flags("pytorch"), flags.xgboost_flags()):
@@ -99,12 +99,12 @@ def test_channels_with_other_names_are_an_error_not_a_training_with_the_digits(m
     assert parse().train == Path("/train")
 
 
-def test_an_address_in_s3_is_no_folder_of_data(capsys):
+def test_an_s3_address_is_not_a_data_folder(capsys):
     line = complain(capsys, flags.image_flags("pytorch"), "--train", "s3://bucket/x")
     assert "--train: expected a local folder, got 's3://bucket/x'" in line
 
 
-def test_a_whole_number_may_have_a_point(capsys):
+def test_an_integer_may_have_a_decimal_point(capsys):
     assert parse("--epochs", "5.0").epochs == 5
     assert "got '5.5'" in complain(capsys, flags.image_flags("pytorch"), "--epochs", "5.5")
 
@@ -114,7 +114,7 @@ def test_hyphens_and_underscores(spelling):
     assert parse(*spelling).batch_size == 8
 
 
-def test_every_flag_with_a_hyphen_is_taken_with_underscores_and_values_keep_theirs():
+def test_flags_may_have_underscores_and_values_keep_them():
     for parser in (flags.image_flags("pytorch"), flags.xgboost_flags()):
         for action in parser._actions:
             for option in action.option_strings:
@@ -146,7 +146,7 @@ def test_every_flag_with_a_hyphen_is_taken_with_underscores_and_values_keep_thei
         (["--augment", "--epochs", "3"], True),
     ],
 )
-def test_switches_are_taken_as_people_and_as_sagemaker_write_them(argv, expected):
+def test_switches_have_the_forms_of_users_and_of_sagemaker(argv, expected):
     assert parse(*argv).augment is expected
 
 
@@ -154,21 +154,21 @@ def test_switches_are_taken_as_people_and_as_sagemaker_write_them(argv, expected
     ("text", "seconds"),
     [("3h50m", 13800), ("90m", 5400), ("45s", 45), ("1d", 86400), ("600", 600), ("0.5", 0.5), ("1m30", 90)],
 )
-def test_a_duration(text, seconds):
+def test_durations(text, seconds):
     assert parse("--stop-after", text).stop_after == seconds
 
 
-def test_an_empty_word_for_a_channel_is_no_channel():
+def test_an_empty_channel_value_means_no_channel():
     assert parse("--train", "").train is None
 
 
-def test_epochs_is_another_name_of_num_round():
+def test_epochs_is_an_alias_of_num_round():
     parser = flags.xgboost_flags()
     assert parser.parse_args([]).epochs == 50
     assert parser.parse_args(["--epochs", "7"]).epochs == parser.parse_args(["--num_round", "7"]).epochs == 7
 
 
-def test_an_s3_address_as_model_dir_is_logged_and_not_used(monkeypatch, capsys):
+def test_an_s3_address_as_model_dir_is_logged_but_not_used(monkeypatch, capsys):
     monkeypatch.setenv("SM_MODEL_DIR", "/opt/ml/model")
     args = parse("--model_dir", "s3://bucket/job/model")
     assert str(args.model_dir) == "/opt/ml/model"
@@ -210,13 +210,13 @@ def test_an_s3_address_as_model_dir_is_logged_and_not_used(monkeypatch, capsys):
         (["--seed", "4294967296"], ["--seed", "from 0 to 4294967295", "'4294967296'"]),
     ],
 )
-def test_a_mistake_is_one_line_with_the_flag_and_the_value(capsys, argv, parts):
+def test_a_usage_error_is_one_line_with_the_flag_and_the_value(capsys, argv, parts):
     line = complain(capsys, flags.image_flags("pytorch"), *argv)
     assert line.startswith("error: ")
     assert all(part in line for part in parts), line
 
 
-def test_shares_of_rows_and_columns_are_above_zero(capsys):
+def test_fractions_of_rows_and_columns_are_positive(capsys):
     assert "above 0" in complain(capsys, flags.xgboost_flags(), "--subsample", "0")
     assert "from 0 to 1" in complain(capsys, flags.xgboost_flags(), "--colsample-bytree", "1.1")
 
@@ -230,7 +230,7 @@ def test_each_flag_has_a_help_text(name):
 
 
 @pytest.mark.parametrize(("name", "limit"), [("images", 40), ("xgboost", 45)])
-def test_the_help_is_not_longer_than_a_reader_can_use(name, limit):
+def test_the_help_is_short(name, limit):
     shown = set(re.findall(r"^  (--[-a-z0-9]+)", PARSERS[name].format_help(), re.MULTILINE))
     assert len(shown - {"--help", "--version"}) <= limit
 
@@ -243,7 +243,7 @@ def test_the_help_has_groups_that_fit_on_a_screen(name):
     assert max(group.count("\n") for group in groups[1::2]) <= 44
 
 
-def test_the_versions(capsys):
+def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         parse("--version")
     assert caught.value.code == 0
@@ -252,7 +252,7 @@ def test_the_versions(capsys):
     assert lines["xgboost"] == metadata.version("xgboost")
 
 
-def test_xgboost_shares_the_flags_that_apply_to_it():
+def test_xgboost_shares_the_applicable_flags():
     image, trees = ({action.dest: action for action in PARSERS[name]._actions} for name in PARSERS)
     differing = {"epochs", "checkpoint_seconds", "checkpoint_path", "learning_rate"}
     assert {"output", "best_metric", "patience", "seed", "hosts", "keep_checkpoints"} <= set(image) & set(
@@ -276,7 +276,7 @@ def test_flags_become_hyperparameters_of_sagemaker():
     ("rank", "expected"),
     [("one", "RANK is 'one': expected a whole number"), ("2", "RANK is 2: expected")],
 )
-def test_a_wrong_variable_of_torchrun_is_one_line(monkeypatch, rank, expected):
+def test_an_invalid_torchrun_variable_is_a_one_line_error(monkeypatch, rank, expected):
     variables = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

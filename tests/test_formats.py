@@ -1,4 +1,4 @@
-"""What the scripts write opens in the tools of the frameworks, where nothing of ours is imported."""
+"""Checkpoints can be loaded by the frameworks themselves, without code of this repository."""
 
 import json
 
@@ -65,7 +65,7 @@ print(json.dumps({"accuracy": accuracy, "rounds": booster.num_boosted_rounds()})
 
 
 def open_checkpoint(code, framework, folder, cwd):
-    """Run `code` with the paths of the last checkpoint and of the validation data; return what it prints."""
+    """Run `code` with the paths of the last checkpoint and of the validation data; return its output."""
     data = cwd / "data.npz"
     if framework == "xgboost":
         validation = tables.load_tables(flags.xgboost_flags().parse_args([]))[1]
@@ -91,7 +91,7 @@ def test_keras_loads_a_checkpoint_with_its_optimizer(tmp_path, uninterrupted):
 
 
 @pytest.mark.skipif(not HAS_MXNET, reason=NO_MXNET)
-def test_mxnet_loads_a_checkpoint_which_is_what_it_would_have_saved(tmp_path, uninterrupted):
+def test_mxnet_loads_a_checkpoint_and_would_save_the_same_bytes(tmp_path, uninterrupted):
     folder = uninterrupted("mxnet")
     seen = open_checkpoint(MXNET, "mxnet", folder, tmp_path)
     assert seen["accuracy"] == logged_accuracy(folder, "mxnet")
@@ -131,7 +131,7 @@ for position in [*generator.integers(0, len(content), 100), 8, 16, 30, len(conte
 
 
 @pytest.mark.skipif(not HAS_MXNET, reason=NO_MXNET)
-def test_every_flipped_bit_is_found_before_mxnet_reads_the_file(uninterrupted):
-    """MXNet's reader takes many damaged files for whole ones, and crashes over others."""
+def test_every_flipped_bit_is_detected_before_mxnet_reads_the_file(uninterrupted):
+    """MXNet's reader accepts many damaged files and crashes on others."""
     path = checkpoint_folder(uninterrupted("mxnet"), "mxnet") / checkpoint_name("mxnet", 1)
     run_python(FLIPPED_BITS, path, cwd=ROOT / "mxnet")

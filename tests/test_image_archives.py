@@ -1,4 +1,4 @@
-"""Reading the files of CIFAR and MNIST as downloaded, and one clear line for each mistake in them."""
+"""Reading the CIFAR and MNIST files as downloaded, and a one-line error for each invalid file."""
 
 import gzip
 import re
@@ -25,13 +25,13 @@ def load(train, validation=None, **changes):
 
 
 def make_images(count, *shape):
-    """Return random images and labels of the classes 0, 1 and 2, of which each has some."""
+    """Return random images and labels of the classes 0, 1 and 2, each of which occurs."""
     generator = np.random.default_rng(count)
     return generator.integers(0, 256, (count, *shape), dtype=np.uint8), np.arange(count) % 3
 
 
 def write_cifar(path, pixels, labels, coarse=()):
-    """Write images (n, 32, 32, 3) as CIFAR's binary version; `coarse` are CIFAR-100's other labels."""
+    """Write images (n, 32, 32, 3) as CIFAR's binary version; `coarse` are the coarse labels of CIFAR-100."""
     columns = [np.array(column, np.uint8)[:, None] for column in (coarse, labels) if len(column)]
     columns.append(pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1))
     path.write_bytes(np.concatenate(columns, axis=1).tobytes())
@@ -50,7 +50,7 @@ def cifar_10(folder):
 
 
 def idx(array):
-    """Return an array of bytes as the content of an IDX file."""
+    """Return an array of bytes in the IDX format."""
     return (
         struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
     )
@@ -113,8 +113,8 @@ def test_mnist_as_downloaded(tmp_path, form, compress):
 
 
 @pytest.mark.parametrize(("write", "is_test"), [(cifar_10, "test_batch.bin"), (mnist, "t10k-.*")])
-def test_the_test_data_in_a_folder_of_their_own(tmp_path, write, is_test):
-    """Both channels may also have the files of training data, as SageMaker's users name them alike."""
+def test_the_test_data_may_be_in_a_separate_folder(tmp_path, write, is_test):
+    """Both channels may also have the names of training files."""
     splits = write(tmp_path / "train")
     validation = tmp_path / "validation"
     validation.mkdir()
@@ -126,12 +126,12 @@ def test_the_test_data_in_a_folder_of_their_own(tmp_path, write, is_test):
     data = load(tmp_path / "train", validation)
     assert_equal(data[0], splits[0])
     assert_equal(data[1], splits[1])
-    data = load(tmp_path / "train")  # without test data a tenth is held out
+    data = load(tmp_path / "train")  # without test data, a tenth is held out
     assert (len(data[0]), len(data[1])) == (36, 4)
     assert_equal(load(tmp_path / "train", tmp_path / "train")[1], splits[0])
 
 
-def test_arrays_in_the_folder_come_first_and_are_not_their_own_validation_data(tmp_path):
+def test_arrays_in_the_folder_take_precedence_and_are_not_validation_data(tmp_path):
     mnist(tmp_path)
     np.savez(tmp_path / "data.npz", x=np.zeros((20, 8, 8), np.uint8), y=np.arange(20) % 2)
     train, validation = load(tmp_path)
@@ -157,7 +157,7 @@ def cifar(change):
 
 
 def replace_idx(name, change):
-    """Write MNIST with another content of one file, and perhaps without others of its split."""
+    """Write MNIST with different content in one file, optionally without other files of its split."""
 
     def write(folder):
         mnist(folder)
@@ -271,7 +271,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_with_the_file(tmp_path, name):
+def test_an_invalid_file_is_a_one_line_error_with_its_name(tmp_path, name):
     write, message = MISTAKES[name]
     write(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
@@ -280,7 +280,7 @@ def test_a_mistake_is_one_line_with_the_file(tmp_path, name):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_the_binary_files_of_others_may_be_beside_class_folders(tmp_path):
+def test_other_binary_files_may_be_beside_class_folders(tmp_path):
     (tmp_path / "train.bin").touch()
     (tmp_path / "cats").mkdir()
     with pytest.raises(UserError, match="one folder per class"):
@@ -291,7 +291,7 @@ def test_the_binary_files_of_others_may_be_beside_class_folders(tmp_path):
 
 
 def changed(content):
-    """Return a strategy for `content` with some bytes replaced, cut off or added, and for any bytes."""
+    """Return a strategy for `content` with bytes replaced, removed or added, and for arbitrary bytes."""
 
     def change(where, new, length, more):
         result = bytearray(content)
@@ -309,7 +309,7 @@ FUZZ = settings(max_examples=40, suppress_health_check=[HealthCheck.function_sco
 
 
 def read_or_name(folder, *names):
-    """Return images and labels of the training data in a folder, or None after an error that names a file."""
+    """Return images and labels of a training folder, or None after an error that names a file."""
     try:
         pixels, labels, classes = image_archives.read(folder, "train")
     except UserError as error:
@@ -325,7 +325,7 @@ def read_or_name(folder, *names):
 
 @FUZZ
 @given(content=changed(idx(make_images(4, 2, 3)[0])), compress=st.booleans())
-def test_any_idx_images_are_read_or_named(tmp_path, content, compress):
+def test_arbitrary_idx_images_are_read_or_an_error_names_the_file(tmp_path, content, compress):
     folder = tmp_path / str(compress)
     folder.mkdir(exist_ok=True)
     name = f"{IMAGES}.gz" if compress else IMAGES
@@ -337,7 +337,7 @@ def test_any_idx_images_are_read_or_named(tmp_path, content, compress):
 
 @FUZZ
 @given(content=changed(gzip.compress(idx(np.arange(4)))))
-def test_any_compressed_labels_are_read_or_named(tmp_path, content):
+def test_arbitrary_compressed_labels_are_read_or_an_error_names_the_file(tmp_path, content):
     (tmp_path / IMAGES).write_bytes(idx(make_images(4, 2, 3)[0]))
     (tmp_path / f"{LABELS}.gz").write_bytes(content)
     if found := read_or_name(tmp_path, f"{LABELS}.gz"):
@@ -346,7 +346,7 @@ def test_any_compressed_labels_are_read_or_named(tmp_path, content):
 
 @FUZZ
 @given(content=changed(bytes(2 * 3073)), names=st.binary(max_size=8) | st.just(b"a\nb\nc\n"))
-def test_any_file_of_cifar_is_read_or_named(tmp_path, content, names):
+def test_arbitrary_cifar_files_are_read_or_an_error_names_the_file(tmp_path, content, names):
     (tmp_path / "batches.meta.txt").write_bytes(names)
     (tmp_path / "data_batch_1.bin").write_bytes(content)
     if found := read_or_name(tmp_path, "batches.meta.txt", "data_batch_1.bin"):

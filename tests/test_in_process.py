@@ -1,4 +1,4 @@
-"""`main` called in a process of one's own, as in a notebook or a sweep, and how much code a step enters."""
+"""Calling `main` from another program, as in a notebook or a sweep; the number of functions per step."""
 
 import json
 
@@ -41,8 +41,8 @@ assert received == [signal.SIGTERM]
 """
 
 
-def test_main_can_be_called_again_also_after_an_interruption(framework, tmp_path, uninterrupted):
-    """The handlers found are restored, and the bits are those of the script in a process of its own."""
+def test_main_can_be_called_again_even_after_an_interruption(framework, tmp_path, uninterrupted):
+    """The signal handlers are restored, and the result is bit-identical to a run of the script."""
     flags = FLAGS.get(framework, ["--epochs", "2"])
     outputs = [f"{name}/output/{framework}" for name in ("parts", "whole")]
     script = TWICE.replace("{EVENTS}", EVENTS)
@@ -54,7 +54,7 @@ def test_main_can_be_called_again_also_after_an_interruption(framework, tmp_path
     assert history(whole, framework) == history(uninterrupted(framework), framework)[:epochs]
 
 
-# Notes which of our functions run, in all threads, while a step, a save or a resume is under way.
+# Records which of our functions run, in all threads, during a step, a save or a resume.
 JUMPS = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -101,7 +101,7 @@ def finish(self, *arguments, **options):
     result = original(self, *arguments, **options)
     steps.append(1)
     active.clear()
-    if len(steps) in (3, 4, 5):  # the steps after these are recorded, the first ones compile
+    if len(steps) in (3, 4, 5):  # record the steps after these; the first ones compile
         active.add("step")
     return result
 setattr(Run, step_name, finish)
@@ -116,7 +116,7 @@ print(json.dumps({kind: sorted(names) for kind, names in entered.items()}))
 LIMITS = {"step": 8, "save": 11, "read": 19, "resume": 10}
 
 
-def test_a_step_a_save_and_a_resume_enter_few_of_our_functions(framework, tmp_path):
+def test_a_step_a_save_and_a_resume_call_few_of_our_functions(framework, tmp_path):
     flags = ["--checkpoint-steps", 100] if framework == "xgboost" else []
     result = run_python(JUMPS.replace("{EVENTS}", EVENTS), ROOT / framework, ROOT, *flags, cwd=tmp_path)
     entered = json.loads(result.last_line)
@@ -126,8 +126,8 @@ def test_a_step_a_save_and_a_resume_enter_few_of_our_functions(framework, tmp_pa
 
 
 @pytest.mark.parametrize("pair", [("--precision", "bf16")])
-def test_settings_of_the_whole_process_cannot_change_in_it(image_framework, tmp_path, pair):
-    """What a framework cannot change in a running process is an error of one line, or is done right."""
+def test_process_wide_settings_cannot_change(image_framework, tmp_path, pair):
+    """A setting that a framework cannot change in a running process is a one-line error, or works."""
     script = """
 import sys
 sys.path.insert(0, sys.argv[1])

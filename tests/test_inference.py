@@ -1,4 +1,4 @@
-"""The exported model explains itself, and predicts in a process that has only its `code/` of ours."""
+"""The exported model is self-describing, and predicts with only its own `code/`."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ TABLE_NAMES = [f"column-{index}" for index in range(1, 65)]
 
 @pytest.fixture(scope="session")
 def trained(shared_folder, digits):
-    """Return the folder of a training with real files: JPEG images of digits, or a Parquet table of them."""
+    """Return the folder of a training on real files: JPEG images of digits, or a Parquet table."""
 
     def folder_of(framework):
         return once(shared_folder / f"inference-{framework}", lambda folder: train(framework, folder))
@@ -59,9 +59,9 @@ def model_of(folder, framework):
 
 
 def predict(code, folder, framework, tmp_path, *arguments):
-    """Run Python code where `inference` is that of the exported model; return what it prints as JSON.
+    """Run Python code with the `inference` module of the exported model; return its JSON output.
 
-    Nothing else of this repository can be imported.
+    No other module of this repository can be imported.
     """
     model = tmp_path / "model"
     if not model.exists():
@@ -71,10 +71,10 @@ def predict(code, folder, framework, tmp_path, *arguments):
     return json.loads(result.last_line)
 
 
-# What is in the folder --------------------------------------------------------------------------------------
+# The content of the folder ----------------------------------------------------------------------------------
 
 
-def test_the_model_folder_explains_itself(framework, trained):
+def test_the_model_folder_is_self_describing(framework, trained):
     folder = trained(framework)
     place = model_of(folder, framework) / ("code/model.json" if framework == "xgboost" else "model.json")
     facts = json.loads(place.read_text())
@@ -97,7 +97,7 @@ def test_the_model_folder_explains_itself(framework, trained):
     assert facts["class_names"] == [f"class-{digit}" for digit in DIGITS]
 
 
-def test_code_contains_what_predicts_and_no_more(framework, trained):
+def test_code_contains_only_what_prediction_needs(framework, trained):
     code = model_of(trained(framework), framework) / "code"
     names = {path.name for path in code.iterdir()} - {"__pycache__"}
     more = {
@@ -110,7 +110,7 @@ def test_code_contains_what_predicts_and_no_more(framework, trained):
     assert {path.suffix for path in (code / "common").iterdir() if path.is_file()} == {".py"}
 
 
-def test_the_kind_of_the_outputs_is_found():
+def test_the_kind_of_the_outputs_is_detected():
     logits = np.array([[0.1, 0.2, -3.0]])
     assert model_folder.describe_outputs(logits, ["a", "b", "c"]) == "logits"
     assert model_folder.describe_outputs(np.array([[0.1, 0.2, 0.7]]), ["a", "b", "c"]) == "probabilities"
@@ -127,7 +127,7 @@ model.load_state_dict(torch.load(sys.argv[1], weights_only=True))
 """
 
 
-def test_model_pth_has_the_keys_of_the_zoo(tmp_path, digits):
+def test_model_pth_has_the_keys_of_torchvision(tmp_path, digits):
     save_images(tmp_path / "data", digits[0][:40], digits[1][:40], size=32)
     run("pytorch", "--train", "data", "--model", "resnet18", "--epochs", 1, cwd=tmp_path)
     run_python(ZOO, model_of(tmp_path, "pytorch") / "model.pth", cwd=tmp_path)
@@ -150,7 +150,7 @@ for name, tensor in answers.items():
 """
 
 
-def test_the_saved_model_names_its_inputs_and_outputs_and_takes_floats_and_bytes(tmp_path, trained):
+def test_the_saved_model_has_named_inputs_and_outputs_for_floats_and_bytes(tmp_path, trained):
     run_python(SIGNATURES, model_of(trained("tensorflow"), "tensorflow") / "1", cwd=tmp_path)
 
 
@@ -181,7 +181,7 @@ def test_xgboost_keeps_the_names_and_types_of_the_columns(tmp_path):
     parquet.write_table(pyarrow.table(columns), tmp_path / "data/table.parquet")
     flags = ("--train", "data", "--checkpoint-steps", 1)
     run("xgboost", "--num-round", 2, *flags, cwd=tmp_path)
-    run("xgboost", "--num-round", 3, *flags, cwd=tmp_path)  # also after a restart
+    run("xgboost", "--num-round", 3, *flags, cwd=tmp_path)  # even after a restart
     model = model_of(tmp_path, "xgboost")
     seen = json.loads(run_python(COLUMNS, model / "xgboost-model", cwd=tmp_path).last_line)
     assert seen == [["size", "count"], ["float", "int"]]
@@ -215,7 +215,7 @@ if hasattr(inference, "model_fn"):
     def answer(body, kind, accept="application/json"):
         predictions = inference.predict_fn(inference.input_fn(body, kind), model)
         return inference.output_fn(predictions, accept)
-else:  # TensorFlow Serving is in another process: here a SavedModel is in its place
+else:  # a SavedModel replaces TensorFlow Serving, which is another process
     assert "tensorflow" not in sys.modules and "keras" not in sys.modules
     inference.__file__ = model_dir + "/code/inference.py"
 
@@ -285,12 +285,12 @@ print(json.dumps({
 """
 
 
-def test_the_served_model_has_the_accuracy_of_the_training_and_refuses_bad_requests(
+def test_the_served_model_has_the_training_accuracy_and_rejects_bad_requests(
     image_framework, tmp_path, trained
 ):
     folder = trained(image_framework)
     seen = predict(SERVE + IMAGES, folder, image_framework, tmp_path, folder / "data/validation")
-    # TensorFlow's own metric is a float32.
+    # TensorFlow's metric is a float32.
     expected = pytest.approx(metrics(folder, image_framework)["validation_accuracy"], abs=1e-7)
     assert seen["accuracy"] == expected
     [prediction] = seen["one"]["predictions"]
@@ -333,7 +333,7 @@ print(json.dumps({
 """
 
 
-def test_served_trees_have_the_accuracy_of_the_training_and_refuse_bad_requests(tmp_path, trained):
+def test_served_trees_have_the_training_accuracy_and_reject_bad_requests(tmp_path, trained):
     folder = trained("xgboost")
     seen = predict(SERVE + ROWS, folder, "xgboost", tmp_path, folder / "data/validation/table.parquet")
     assert seen["accuracy"] == pytest.approx(metrics(folder, "xgboost")["validation_accuracy"], abs=1e-7)
@@ -352,7 +352,7 @@ def infer(script, *arguments, cwd, code=0):
     return finish(start_command([sys.executable, str(script), *map(str, arguments)], cwd), code)
 
 
-def test_photos_are_predicted_from_the_command_line(image_framework, tmp_path, trained):
+def test_images_are_predicted_from_the_command_line(image_framework, tmp_path, trained):
     folder = trained(image_framework)
     shutil.copytree(folder / "data/validation", tmp_path / "photos")
     (tmp_path / "photos/broken.png").write_bytes(b"no image")
@@ -380,7 +380,7 @@ def test_rows_are_predicted_with_the_exported_code(tmp_path, trained, digits):
     assert len((tmp_path / "mine.csv").read_text().splitlines()) == 4
 
 
-def test_errors_of_the_command_line_are_one_line(tmp_path, trained):
+def test_command_line_errors_are_one_line(tmp_path, trained):
     script = ROOT / "xgboost/inference.py"
     (tmp_path / "rows.csv").write_text("1,2\n")
     assert "has no model.json" in infer(script, "rows.csv", cwd=tmp_path, code=1).error_line
@@ -405,7 +405,7 @@ return model
 }
 
 
-def test_a_copy_with_another_network_predicts_without_a_change(image_framework, tmp_path, digits):
+def test_a_copy_with_another_network_predicts_without_changes(image_framework, tmp_path, digits):
     body = OTHER_NETWORKS[image_framework].strip().replace("\n", "\n    ")
     script = copy_with(tmp_path / "mine", image_framework, f"def build_model(args, data):\n    {body}")
     run(script, "--epochs", 1, "--output", "out", cwd=tmp_path)
@@ -426,7 +426,7 @@ def tool(name, *arguments, cwd, code=0):
     return finish(start_command(command, ROOT if cwd is None else cwd), code)
 
 
-def test_any_checkpoint_becomes_a_model_without_its_data(framework, tmp_path, trained):
+def test_any_checkpoint_can_be_exported_without_its_data(framework, tmp_path, trained):
     folder = trained(framework)
     epoch = json.loads((folder / "output" / framework / "data/metrics.json").read_text())["epoch"]
     path = checkpoint_folder(folder, framework) / checkpoint_name(framework, epoch)
@@ -442,7 +442,7 @@ def test_any_checkpoint_becomes_a_model_without_its_data(framework, tmp_path, tr
     assert exported_metrics["validation_accuracy"] == metrics(folder, framework)["validation_accuracy"]
 
 
-def test_what_is_no_checkpoint_is_not_exported(tmp_path):
+def test_an_invalid_checkpoint_is_not_exported(tmp_path):
     (tmp_path / "bad").write_bytes(b"damaged")
     script = ROOT / "pytorch/train.py"
     result = tool("export", script, tmp_path / "bad", tmp_path / "exported", cwd=None, code=1)
@@ -450,7 +450,7 @@ def test_what_is_no_checkpoint_is_not_exported(tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
-def test_checkpoints_are_listed_with_what_a_restart_takes(framework, tmp_path, trained):
+def test_the_list_of_checkpoints_names_the_one_for_a_restart(framework, tmp_path, trained):
     folder = tmp_path / "checkpoints"
     shutil.copytree(checkpoint_folder(trained(framework), framework), folder)
     newest, second = (
@@ -464,7 +464,7 @@ def test_checkpoints_are_listed_with_what_a_restart_takes(framework, tmp_path, t
     result = tool("list_checkpoints", ROOT / framework / "train.py", folder, cwd=None)
     lines = result.output.splitlines()
     assert "damaged" in next(line for line in lines if line.startswith(newest))
-    if framework != "xgboost":  # whose number of rounds is that of the trees
+    if framework != "xgboost":  # XGBoost counts the trees
         assert "does not match its name" in next(line for line in lines if line.startswith(misnamed))
     assert re.search(r" yes .*intact", next(line for line in lines if line.startswith(second)))
     assert result.last_line == f"A restart takes {second}"

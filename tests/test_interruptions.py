@@ -1,7 +1,7 @@
-"""The promise: interrupted at any instant, the training ends with the same bits.
+"""A training that is interrupted at any instant is bit-identical to an uninterrupted one.
 
-Here the interruptions come at chosen places, so that each run of the tests meets all of them; those of
-`test_random_interruptions.py` come at random moments.
+These interruptions are at fixed places, so that each test run covers all of them; those of
+`test_random_interruptions.py` are at random moments.
 """
 
 import io
@@ -52,8 +52,8 @@ from helpers import (
 # Signals ----------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_inside_an_epoch_loses_not_one_step(image_framework, tmp_path, interruptible):
-    """Four times: in the middle of an epoch, after its last step, in the validation, and while saving."""
+def test_sigterm_inside_an_epoch_loses_no_step(image_framework, tmp_path, interruptible):
+    """Interrupt in the middle of an epoch, after its last step, in the validation, and during a save."""
     extension = checkpoint_name(image_framework, 1).split(".")[1]
 
     def interrupt(event, *flags, code=143):
@@ -78,7 +78,7 @@ def test_sigterm_inside_an_epoch_loses_not_one_step(image_framework, tmp_path, i
     assert result.epochs == []
 
     result = interrupt('at_call(os, "replace", 1, lambda: send(signal.SIGTERM))')
-    assert result.epochs == [1]  # and some steps more, as the training does not wait for a save
+    assert result.epochs == [1]  # and a few more steps, because the training does not wait for a save
     pattern = r"Interrupted: saved (checkpoint-1(-\d+)?\.\w+), .*"
     saved = re.fullmatch(pattern, result.last_line)[1]
     assert files(tmp_path, image_framework) == sorted({saved, checkpoint_name(image_framework, 1)})
@@ -87,7 +87,7 @@ def test_sigterm_inside_an_epoch_loses_not_one_step(image_framework, tmp_path, i
     assert_same_bits(tmp_path, interruptible(image_framework), image_framework)
 
 
-def test_sigterm_ends_xgboost_after_the_running_round(tmp_path, interruptible):
+def test_sigterm_ends_xgboost_after_the_current_round(tmp_path, interruptible):
     in_round_12 = 'at_call(Run, "finish_round", 12, lambda: (send(signal.SIGTERM), send(signal.SIGTERM)))'
     flags = [*INTERRUPTIBLE["xgboost"], "--checkpoint-steps", 5]
     result = run_with(in_round_12, "xgboost", *flags, cwd=tmp_path, code=143)
@@ -100,7 +100,7 @@ def test_sigterm_ends_xgboost_after_the_running_round(tmp_path, interruptible):
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
-def test_the_other_signals_of_schedulers_and_terminals_save_too(name, tmp_path, interruptible):
+def test_other_signals_of_schedulers_and_terminals_also_save(name, tmp_path, interruptible):
     number = signal.Signals[name]
     event = f'at_call(Run, "finish_round", 12, lambda: send(signal.{name}))'
     flags = INTERRUPTIBLE["xgboost"]
@@ -118,7 +118,7 @@ def test_nohup_is_respected(tmp_path):
 
 
 def test_stop_after_saves_and_has_its_own_exit_code(tmp_path, interruptible):
-    """The timer is set for the time of the flag; here it ends after 12 rounds."""
+    """The timer is set to the value of the flag; the test lets it expire after 12 rounds."""
     event = "def expire():\n"
     event += "    assert 3000 < signal.getitimer(signal.ITIMER_REAL)[0] <= 3600\n"
     event += "    signal.setitimer(signal.ITIMER_REAL, 1e-6); time.sleep(0.01)\n"
@@ -132,7 +132,7 @@ def test_stop_after_saves_and_has_its_own_exit_code(tmp_path, interruptible):
     assert_same_bits(tmp_path, interruptible("xgboost"), "xgboost")
 
 
-def test_a_signal_that_comes_again_and_again_does_not_change_the_end(framework, tmp_path):
+def test_repeated_signals_do_not_change_the_result(framework, tmp_path):
     with start(framework, "--epochs", 10**6, "--keep-checkpoints", 1, cwd=tmp_path) as process:
         try:
             while not process.stdout.readline().startswith("epoch=2 "):
@@ -155,7 +155,7 @@ EARLY = {
 }
 
 
-def test_a_signal_before_the_training_ends_the_script_at_once(framework, tmp_path):
+def test_a_signal_before_the_training_ends_the_script_immediately(framework, tmp_path):
     with start(framework, cwd=tmp_path) as process:
         for line in process.stdout:
             if line.startswith("Device: "):
@@ -167,8 +167,8 @@ def test_a_signal_before_the_training_ends_the_script_at_once(framework, tmp_pat
     assert files(tmp_path, framework) == []
 
 
-def test_ctrl_c_on_a_pipe_whose_reader_dies_first_loses_no_step(framework, tmp_path):
-    """As in `train.py | tee log`: the terminal's signal ends tee too, and nobody reads the output."""
+def test_ctrl_c_that_also_ends_the_reader_of_a_pipe_loses_no_step(framework, tmp_path):
+    """As in `train.py | tee log`: the signal of the terminal also ends tee, which reads the output."""
     flags = ["--epochs", 300, "--checkpoint-steps", 299] if framework == "xgboost" else ["--epochs", 50]
     with start(framework, *flags, cwd=tmp_path) as process:
         for line in process.stdout:
@@ -187,11 +187,11 @@ def test_ctrl_c_on_a_pipe_whose_reader_dies_first_loses_no_step(framework, tmp_p
     assert "Resuming training from" in result.output
 
 
-@pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow"])  # a loop of ours and one of Keras
-def test_an_image_that_cannot_be_read_loses_no_step(image_framework, tmp_path):
-    """It ends the training inside the first epoch, when other images were never decoded either.
+@pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow"])  # a custom loop and a Keras loop
+def test_an_unreadable_image_loses_no_step(image_framework, tmp_path):
+    """It ends the training in the first epoch, before all images are decoded.
 
-    Mean and deviation come from the checkpoint then.
+    The mean and the standard deviation then come from the checkpoint.
     """
     pixels, labels = load_digits().images[:600] * 15, load_digits().target[:600]
     save_images(tmp_path / "digits", pixels.astype(np.uint8), labels)
@@ -217,7 +217,7 @@ def test_an_image_that_cannot_be_read_loses_no_step(image_framework, tmp_path):
     assert_same_bits(tmp_path / "broken", tmp_path / "whole", image_framework)
 
 
-def test_a_run_waits_for_the_end_of_another_one(tmp_path):
+def test_a_run_waits_for_another_run_to_finish(tmp_path):
     with start("pytorch", "--epochs", 60, cwd=tmp_path) as first:
         assert first.stdout.readline().startswith("Device: ")
         second = run("pytorch", "--epochs", 60, cwd=tmp_path)
@@ -229,8 +229,8 @@ def test_a_run_waits_for_the_end_of_another_one(tmp_path):
         assert first.wait() == 0
 
 
-def test_a_signal_during_the_export_or_later_lets_the_training_finish(framework, tmp_path, uninterrupted):
-    """Even while Python shuts down, when it drops its own handlers, the exit code stays 0."""
+def test_a_signal_during_or_after_the_export_does_not_stop_the_training(framework, tmp_path, uninterrupted):
+    """The exit code is 0 even while Python shuts down and removes its handlers."""
     epochs = EPOCHS[framework]
     copy_checkpoints(uninterrupted(framework), tmp_path, framework, epochs)
     late = "[send(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]"
@@ -243,11 +243,11 @@ def test_a_signal_during_the_export_or_later_lets_the_training_finish(framework,
     assert_same_bits(tmp_path, uninterrupted(framework), framework)
 
 
-# No warning -------------------------------------------------------------------------------------------------
+# Without a signal -------------------------------------------------------------------------------------------
 
 
-def test_a_long_epoch_is_saved_by_time(image_framework, tmp_path):
-    """Killed in its first epoch, which is long, the training has lost only the last tenths of a second."""
+def test_a_long_epoch_is_saved_at_intervals(image_framework, tmp_path):
+    """A training that is killed in its long first epoch loses only the last tenths of a second."""
     flags = ["--epochs", 1, "--batch-size", 2, "--checkpoint-seconds", 0.2]
     folder = checkpoint_folder(tmp_path, image_framework)
     with start(image_framework, *flags, cwd=tmp_path) as process:
@@ -271,10 +271,8 @@ Checkpoints.write = write
 """
 
 
-def test_killed_while_saving_the_earlier_checkpoint_is_used_with_the_same_bits(
-    framework, tmp_path, interruptible
-):
-    """What is written is the state at the save, however far the training has come when the disk is slow."""
+def test_after_a_kill_during_a_save_the_earlier_checkpoint_is_used(framework, tmp_path, interruptible):
+    """The checkpoint contains the state at the save, even if a slow disk delays the write."""
     flags = [*INTERRUPTIBLE[framework], "--checkpoint-steps", 4 if framework == "xgboost" else 30]
     kill = "lambda: send(signal.SIGKILL)"
     folder = checkpoint_folder(tmp_path, framework)
@@ -282,7 +280,7 @@ def test_killed_while_saving_the_earlier_checkpoint_is_used_with_the_same_bits(
     def leftovers():
         return [path for path in folder.iterdir() if path.name.endswith(".sagemaker-ignore")]
 
-    # The third checkpoint is written, but does not have its name yet.
+    # The third checkpoint is written, but not renamed yet.
     written = SLOW_DISK + f'at_call(os, "replace", 3, {kill})'
     run_with(written, framework, *flags, cwd=tmp_path, code=-signal.SIGKILL)
     assert len(leftovers()) == 1
@@ -297,23 +295,21 @@ def test_killed_while_saving_the_earlier_checkpoint_is_used_with_the_same_bits(
     assert_same_bits(tmp_path, interruptible(framework), framework)
 
 
-def test_an_error_while_a_checkpoint_is_written_ends_the_training_at_one_of_the_next_steps(
-    framework, tmp_path
-):
+def test_a_write_error_ends_the_training_at_one_of_the_next_steps(framework, tmp_path):
     flags = ["--epochs", 100000] if framework == "xgboost" else [*INTERRUPTIBLE[framework], "--epochs", 1000]
     event = 'at_call(os, "fsync", 1, fail)'
     result = run_with(event, framework, *flags, "--checkpoint-steps", 1, cwd=tmp_path, code=1)
     assert ": Input/output error. Earlier checkpoints are intact" in result.error_line
 
 
-def test_a_write_that_fails_anywhere_harms_no_earlier_checkpoint(framework, tmp_path, uninterrupted):
-    """A limit of the file size cuts the write at any byte, in any library."""
+def test_a_failed_write_does_not_damage_earlier_checkpoints(framework, tmp_path, uninterrupted):
+    """A file size limit truncates the write at any byte, in any library."""
     first = checkpoint_folder(uninterrupted(framework), framework) / checkpoint_name(framework, 1)
     content = first.read_bytes()
     reasons = {}
     for limit in (1, 30, len(content) // 2, len(content) - 1):
         reasons[f"limit_file_size({limit})"] = "File too large"
-    for call in ("fsync", "replace"):  # after the write and before the rename
+    for call in ("fsync", "replace"):  # between the write and the rename
         reasons[f'at_call(os, "{call}", 1, fail)'] = "Input/output error"
     jobs = []
     for number, event in enumerate(reasons):
@@ -330,7 +326,7 @@ def test_a_write_that_fails_anywhere_harms_no_earlier_checkpoint(framework, tmp_
     assert results[-1].epochs == [2]
 
 
-def test_a_full_disk_and_a_read_only_one(framework, tmp_path, uninterrupted):
+def test_a_full_and_a_read_only_disk(framework, tmp_path, uninterrupted):
     copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
     first = checkpoint_folder(tmp_path, framework) / checkpoint_name(framework, 1)
     small = tmp_path / "small"
@@ -364,10 +360,10 @@ def test_a_full_disk_and_a_read_only_one(framework, tmp_path, uninterrupted):
         subprocess.run(["umount", str(small)], check=True)
 
 
-# What a checkpoint knows ------------------------------------------------------------------------------------
+# Metadata of a checkpoint -----------------------------------------------------------------------------------
 
 
-def test_another_number_of_threads_is_reported_in_one_line(framework, tmp_path, uninterrupted):
+def test_a_changed_number_of_threads_is_reported_in_one_line(framework, tmp_path, uninterrupted):
     copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
     threads = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
     result = run(framework, "--epochs", 2, cwd=tmp_path, env=environment(**threads))
@@ -383,7 +379,7 @@ def test_another_number_of_threads_is_reported_in_one_line(framework, tmp_path, 
 SAMPLING = [([], False), (["--subsample", 0.5], True), (["--booster", "dart", "--rate-drop", 0.1], True)]
 
 
-def test_one_line_says_when_xgboost_cannot_resume_exactly(tmp_path):
+def test_one_line_warns_if_xgboost_cannot_resume_exactly(tmp_path):
     for number, (flags, warned) in enumerate(SAMPLING):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -393,7 +389,7 @@ def test_one_line_says_when_xgboost_cannot_resume_exactly(tmp_path):
         assert ("Warning: XGBoost before 3.4 draws other row" in result.output) is warned
 
 
-def test_harmless_changes_pass_in_silence(framework, tmp_path, uninterrupted):
+def test_harmless_changes_are_not_reported(framework, tmp_path, uninterrupted):
     copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
     flags = ["--keep-checkpoints", 5, "--checkpoint-seconds", 9, "--best-metric", "accuracy", "--patience", 3]
     flags += ["--device", "cpu", "--num-gpus", 0]
@@ -406,9 +402,7 @@ def test_harmless_changes_pass_in_silence(framework, tmp_path, uninterrupted):
 # The best epoch ---------------------------------------------------------------------------------------------
 
 
-def test_the_best_epoch_is_kept_and_exported_and_patience_ends_the_training_also_after_a_restart(
-    framework, tmp_path
-):
+def test_the_best_epoch_is_exported_and_patience_works_after_a_restart(framework, tmp_path):
     """With a learning rate that is far too large, the best epoch is not the last."""
     bad = ["--learning-rate", 0.6, "--batch-size", 128]
     if framework == "xgboost":
@@ -447,12 +441,12 @@ def test_the_best_epoch_is_kept_and_exported_and_patience_ends_the_training_also
     reference, without = run_many(framework, jobs, cwd=tmp_path)
     assert reference.epochs == list(range(1, best + 1))
     assert model_bytes(whole, framework) == model_bytes(only_best, framework)
-    if framework != "xgboost":  # whose last checkpoint holds the trees of all rounds
+    if framework != "xgboost":  # XGBoost's last checkpoint contains all trees
         assert "--best-metric: the best checkpoint, " in without.error_line
         assert f"{missing.name}, cannot be read" in without.error_line
 
 
-# Events that change what the script builds, in shapes that fit the checkpoint.
+# Events that change the model but keep the shapes of the checkpoint.
 OTHER_STRUCTURES = {
     "pytorch": {
         "activation": "replace(train.nn, 'ReLU', train.nn.GELU)",
@@ -469,7 +463,7 @@ replace(train, "build_optimizer", reversed_parameters)
         "activation": "replace(train.nn, 'Activation', lambda _, kind=train.nn.Activation: kind('tanh'))"
     },
 }
-# Layers of another model count up the names in Keras.
+# Keras numbers the layer names across models.
 SAME_STRUCTURE = """
 def second_model(args, data, build=train.build_model):
     build(args, data)
@@ -478,8 +472,8 @@ replace(train, "build_model", second_model)
 """
 
 
-def test_another_structure_of_the_model_is_refused(image_framework, tmp_path, uninterrupted):
-    """Its weights would fit: in PyTorch the momentum would then belong to other weights of the same shape."""
+def test_a_changed_model_structure_is_rejected(image_framework, tmp_path, uninterrupted):
+    """The weights would fit; in PyTorch, the momentum would be used for other weights of the same shape."""
     jobs = []
     events = {"same": SAME_STRUCTURE, **OTHER_STRUCTURES[image_framework]}
     for name, event in events.items():
@@ -499,7 +493,7 @@ def test_another_structure_of_the_model_is_refused(image_framework, tmp_path, un
     assert anyway.epochs == [2]
 
 
-def test_a_parameter_that_the_code_changes_is_logged_like_a_flag(tmp_path, uninterrupted):
+def test_a_parameter_changed_in_the_code_is_logged_like_a_flag(tmp_path, uninterrupted):
     event = """
 replace(train, "build_params", lambda *a, build=train.build_params: {**build(*a), "max_depth": 3})
 """
@@ -520,14 +514,14 @@ replace(train, "build_params", lambda *a, build=train.build_params: {**build(*a)
 
 
 class Hostile:
-    """Creates a file if its pickle is loaded."""
+    """Create a file if its pickle is loaded."""
 
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
 
 
 def hostile_pytorch(path):
-    """Write what `torch.save` writes of an object, without importing PyTorch here."""
+    """Write an object in the format of `torch.save`, without importing PyTorch."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"job": {}, "model": Hostile()}, protocol=2))
         archive.writestr("archive/byteorder", "little")
@@ -539,12 +533,12 @@ import os, sys, keras
 from pathlib import Path
 layer = keras.layers.Lambda(lambda x: Path("executed").touch() or x)
 keras.Sequential([keras.Input((1,)), layer]).save(sys.argv[1])
-Path("executed").unlink()  # Keras runs a layer once when it is made
+Path("executed").unlink()  # Keras runs a layer once when it is created
 """
 
 
 def pickled_array():
-    """Return the content of a .npy file with an object, which is a pickle."""
+    """Return the content of a .npy file with a pickled object."""
     file = io.BytesIO()
     np.save(file, np.array([Hostile()], dtype=object))
     return file.getvalue()
@@ -558,7 +552,7 @@ def hostile_tensorflow(path):
 
 
 def hostile_mxnet(path):
-    """Write a pickle with a right checksum behind it."""
+    """Write a pickle followed by a valid checksum."""
     content = pickle.dumps(Hostile())
     path.write_bytes(content + f"CRC-32: {zlib.crc32(content):08x}".encode())
 
@@ -568,7 +562,7 @@ def hostile_xgboost(path):
 
 
 def sealed(path):
-    """Write a plain pickle with a right checksum in it."""
+    """Write a plain pickle that contains a valid checksum."""
     with open(path, "wb") as file:
         atomic_io.write_sealed(bytearray(pickle.dumps([Hostile(), atomic_io.UNSEALED])), file)
 
@@ -580,7 +574,7 @@ torch.save({"weights": torch.zeros(3)}, sys.argv[1])
 
 
 def foreign_pytorch(path):
-    """Write a file of PyTorch that is no checkpoint."""
+    """Write a PyTorch file that is not a checkpoint."""
     run_python(FOREIGN, path, cwd=path.parent)
 
 
@@ -593,7 +587,7 @@ HOSTILE = {
 
 
 def test_a_hostile_checkpoint_executes_nothing(framework, tmp_path, uninterrupted):
-    """It is renamed if there is an earlier checkpoint; otherwise the training does not begin."""
+    """It is renamed if an earlier checkpoint exists; otherwise the training does not start."""
     name = checkpoint_name(framework, 7)
     jobs = []
     for make in HOSTILE[framework]:
@@ -616,7 +610,7 @@ def test_a_hostile_checkpoint_executes_nothing(framework, tmp_path, uninterrupte
     assert not list(tmp_path.rglob("executed"))
 
 
-def test_a_flipped_bit_in_the_facts_of_xgboost_is_damage_too(tmp_path, uninterrupted):
+def test_a_flipped_bit_in_the_xgboost_metadata_is_detected(tmp_path, uninterrupted):
     changes = [
         (b'"progress": {', b'"prxgress": {'),
         (b'"job": {', b'"job"; {'),
@@ -642,8 +636,8 @@ def test_a_flipped_bit_in_the_facts_of_xgboost_is_damage_too(tmp_path, uninterru
     assert "ValueError: its checksum is wrong" in result.output
 
 
-# Writes what SageMaker's own container writes, and what damage can make of it. XGBoost crashes while it reads
-# "length" and "nested".
+# Writes the file of SageMaker's own container and damaged variants. XGBoost crashes when it reads "length" or
+# "nested".
 CONTAINER = """
 import json, sys
 from pathlib import Path
@@ -663,7 +657,7 @@ facts["learner"]["gradient_booster"]["model"]["trees"][0]["left_children"][0] = 
 """
 
 
-def test_a_damaged_file_of_sagemakers_container_falls_back_to_the_one_before(tmp_path, uninterrupted):
+def test_a_damaged_file_of_sagemakers_container_is_skipped(tmp_path, uninterrupted):
     source = uninterrupted("xgboost")
     kinds = ("whole", "length", "nested", "outside")
     newest = checkpoint_name("xgboost", 3)
@@ -718,15 +712,15 @@ for position in generator.integers(0, len(content), 300):
 """
 
 
-def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path):
-    """PyTorch's file, where a wrong weight would do harm in silence; the others have such checksums too."""
+def test_a_flipped_bit_anywhere_is_detected_or_harmless(tmp_path):
+    """In PyTorch's file a wrong weight would go unnoticed; the other formats have similar checksums."""
     output = run_python(FLIP_BITS, tmp_path, cwd=ROOT / "pytorch").output
     used = [line for line in output.splitlines() if line.startswith("checkpoint-")]
     assert len(used) == 300
     assert used.count("checkpoint-1.pt") > 100
 
 
-def test_a_checkpoint_beyond_the_last_epoch_is_not_exported_as_that_epoch(tmp_path):
+def test_a_checkpoint_beyond_the_last_epoch_is_not_exported(tmp_path):
     event = "at_call(Run, 'finish_step', 40, lambda: send(15))"
     run_with(event, "pytorch", "--epochs", 2, cwd=tmp_path, code=143)
     result = run("pytorch", "--epochs", 1, cwd=tmp_path, code=1)

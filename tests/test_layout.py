@@ -1,4 +1,4 @@
-"""The layout: four scripts of one shape that stay readable, and a `common/` that is free of frameworks."""
+"""The layout: four readable scripts with the same structure, and a `common/` without frameworks."""
 
 import ast
 import difflib
@@ -14,7 +14,7 @@ from helpers import FRAMEWORKS, IMAGE_FRAMEWORKS, ROOT, run_with
 
 pytestmark = pytest.mark.quick
 
-FUNCTIONS = [  # in this order, if a framework has them
+FUNCTIONS = [  # in this order, if present
     "parse_args",
     "load_data",
     "augment",
@@ -58,7 +58,7 @@ def definitions(framework):
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_each_framework_folder_is_complete_and_shadows_no_library(name):
+def test_each_framework_folder_is_complete_and_does_not_shadow_the_library(name):
     folder = ROOT / name
     names = {path.name for path in folder.iterdir()} - {"__pycache__"}
     records = {"records.py"} if name in ("tensorflow", "mxnet") else set()
@@ -78,7 +78,7 @@ def test_the_scripts_have_the_same_functions_in_the_same_order(name):
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_the_scripts_have_the_same_banners_and_the_first_is_to_be_edited(name):
+def test_the_scripts_have_the_same_banners_and_the_first_is_for_the_user(name):
     banner = re.compile(r"^# -{60,}\n((?:# .*\n)+)# -{60,}$", re.MULTILINE)
     texts = banner.findall(source(name))
     assert [re.split("[:\n]", text)[0][2:] for text in texts] == BANNERS
@@ -88,7 +88,7 @@ def test_the_scripts_have_the_same_banners_and_the_first_is_to_be_edited(name):
     assert functions[0] == "load_data"
 
 
-def test_the_twins_share_half_of_their_lines():
+def test_similar_scripts_share_half_of_their_lines():
     lines = [[line for line in source(name).splitlines() if line.strip()] for name in ("pytorch", "mxnet")]
     matcher = difflib.SequenceMatcher(None, *lines, autojunk=False)
     shared = sum(block.size for block in matcher.get_matching_blocks())
@@ -96,7 +96,7 @@ def test_the_twins_share_half_of_their_lines():
 
 
 @pytest.mark.parametrize("function", ["parse_args", "load_data", "learning_rate_factor"])
-def test_functions_that_need_not_differ_do_not_differ(function):
+def test_common_functions_are_identical(function):
     def code_of(name):
         """Return the function without its docstring."""
         for node in ast.parse(source(name)).body:
@@ -122,7 +122,7 @@ def test_the_image_scripts_have_the_same_flags():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
-def test_each_script_is_short_and_so_is_each_function(path):
+def test_scripts_and_functions_are_short(path):
     text = path.read_text()
     assert 130 <= len(text.splitlines()) <= 240
     for node in ast.walk(ast.parse(text)):
@@ -158,7 +158,7 @@ def tokens_by_line(text):
             docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     layout = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT)
     counts = {}
-    depth = 0  # since Python 3.12 an f-string is many tokens; here it counts as one
+    depth = 0  # since Python 3.12 an f-string is many tokens; count it as one
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         name = tokenize.tok_name[token.type]
         if token.type not in (*layout, tokenize.ENDMARKER) and token.start[0] not in docstrings:
@@ -169,8 +169,8 @@ def tokens_by_line(text):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
-def test_a_script_touches_few_of_our_names(path):
-    """Counted as `module.name`, with names imported from our modules, and the attributes of Run and State."""
+def test_a_script_uses_few_of_our_names(path):
+    """Count `module.name`, names imported from our modules, and attributes of Run and State."""
     tree = ast.parse(path.read_text())
     modules, names = set(), set()
     for node in tree.body:
@@ -203,7 +203,7 @@ def test_everything_public_has_a_docstring():
 
 
 def imported_modules(path):
-    """Return the names of the modules that a file imports anywhere."""
+    """Return the names of all modules that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -213,7 +213,7 @@ def imported_modules(path):
     return found
 
 
-def test_common_imports_no_framework_and_errors_know_none():
+def test_common_imports_no_framework_and_errors_name_none():
     for path in COMMON:
         assert not {name.split(".")[0] for name in imported_modules(path)} & LIBRARIES, path
     text = (ROOT / "common/errors.py").read_text().lower()
@@ -227,7 +227,7 @@ def test_no_test_imports_a_script_or_another_test():
 
 
 @pytest.mark.parametrize("path", [*COMMON, *ROOT.glob("mxnet/*.py")], ids=name_of)
-def test_what_sagemakers_mxnet_image_runs_is_python_3_8(path):
+def test_code_for_sagemakers_mxnet_image_is_python_3_8(path):
     ast.parse(path.read_text(), feature_version=(3, 8))
 
 

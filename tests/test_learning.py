@@ -1,4 +1,4 @@
-"""What means the same in all image scripts: weights to start from, optimizers, learning rates, devices."""
+"""Common behaviour of the image scripts: initial weights, optimizers, learning rates, devices."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from helpers import (
 
 # Weights ----------------------------------------------------------------------------------------------------
 
-# Each writes the weights of a trained network, or of its first layers only.
+# Each writes the weights of a trained network, or only of its first layers.
 SAVE_WEIGHTS = {
     "pytorch": """
 import torch
@@ -56,7 +56,7 @@ SUFFIXES = {"pytorch": [".pth", ".safetensors"], "tensorflow": [".keras"], "mxne
 
 @pytest.fixture
 def weights(image_framework, tmp_path, uninterrupted):
-    """Return the files of a trained network's weights; its checkpoints are copied to `tmp_path`."""
+    """Return the weights files of a trained network; copy its checkpoints to `tmp_path`."""
     source = uninterrupted(image_framework)
     shutil.copytree(source / "output", tmp_path / "output")
     code = f"import sys\nsys.path.insert(0, {str(ROOT / image_framework)!r})\nfrom pathlib import Path\n"
@@ -67,8 +67,8 @@ def weights(image_framework, tmp_path, uninterrupted):
     return [tmp_path / f"all{suffix}" for suffix in SUFFIXES[image_framework]]
 
 
-def test_a_training_starts_from_weights_of_ones_own(image_framework, tmp_path, weights, digits):
-    """Layers of another shape keep their first values and are named; a checkpoint wins over the weights."""
+def test_a_training_starts_from_the_given_weights(image_framework, tmp_path, weights, digits):
+    """Layers of another shape keep their initial values and are logged; a checkpoint takes precedence."""
     (tmp_path / "three").mkdir()
     np.savez(tmp_path / "three/few.npz", x=digits[0], y=digits[1] % 3)
     channel = tmp_path / "channel"
@@ -91,7 +91,7 @@ def test_a_training_starts_from_weights_of_ones_own(image_framework, tmp_path, w
     for result in (*started, from_channel):
         line = next(line for line in result.output.splitlines() if line.startswith("Weights: "))
         assert "not in it" not in line
-        assert result.metric("validation_accuracy") > 0.95  # what the weights had learned in twelve epochs
+        assert result.metric("validation_accuracy") > 0.95  # the accuracy of the weights after twelve epochs
     assert "Weights: " not in resumed.output
     assert resumed.epochs == [2]
     line = next(line for line in other.output.splitlines() if line.startswith("Weights: "))
@@ -101,7 +101,7 @@ def test_a_training_starts_from_weights_of_ones_own(image_framework, tmp_path, w
     assert f"--weights {broken} cannot be read" in damaged.error_line
 
 
-def test_weights_that_fit_no_layer_are_refused(tmp_path, uninterrupted):
+def test_weights_that_fit_no_layer_are_rejected(tmp_path, uninterrupted):
     model = uninterrupted("pytorch") / "output/pytorch/model/model.pth"
     flags = ["--weights", model, "--model", "resnet18", "--image-size", 32]
     line = run("pytorch", *flags, cwd=tmp_path, code=1).error_line
@@ -110,7 +110,7 @@ def test_weights_that_fit_no_layer_are_refused(tmp_path, uninterrupted):
 
 # Optimizers -------------------------------------------------------------------------------------------------
 
-# Each returns a weight that begins with 1 and has no gradient, after 1,000 steps.
+# Each returns a weight with the initial value 1 and no gradient, after 1,000 steps.
 DECAY = {
     "pytorch": """
 import torch
@@ -160,14 +160,14 @@ print(json.dumps([value(train.parse_args(flags)) for flags in {flags!r}]))
 
 
 def values(framework, code, cases, cwd):
-    """Return what the code, the body of a function of `args`, returns for each list of flags."""
+    """Run the code, the body of a function of `args`, with each list of flags; return the results."""
     folder = str(ROOT / framework)
     code = textwrap.indent(code, "    ")
     script = EACH.format(folder=folder, code=code, flags=[list(map(str, flags)) for flags in cases])
     return json.loads(run_python(script, cwd=cwd).last_line)
 
 
-def test_weight_decay_means_the_same_in_all_image_scripts(image_framework, tmp_path):
+def test_weight_decay_is_the_same_in_all_image_scripts(image_framework, tmp_path):
     """SGD multiplies it by 1 / (1 - momentum), AdamW does not; both multiply it by the learning rate."""
     decay = ["--learning-rate", 0.05, "--weight-decay", 0.0005]
     cases = [["--optimizer", "sgd", *decay], ["--optimizer", "adamw", *decay]]
@@ -188,8 +188,8 @@ return [float(schedule(step)) if callable(schedule) else schedule for step in ra
 
 
 @pytest.mark.parametrize("framework", RATES)
-def test_learning_rates_rise_in_the_warm_up_and_then_stay_or_fall(framework, tmp_path):
-    """MXNet's function is that of PyTorch, see test_layout.py."""
+def test_learning_rates_rise_in_the_warm_up_and_then_stay_constant_or_fall(framework, tmp_path):
+    """MXNet uses the same function as PyTorch, see test_layout.py."""
     warm_up = np.arange(1, 21) / 21 * 0.5
     half_cosine = (1 + np.cos(np.pi * np.arange(80) / 80)) / 2 * 0.5
     whole_cosine = (1 + np.cos(np.pi * np.arange(100) / 100)) / 2 * 0.5
@@ -217,8 +217,8 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 
 
 @pytest.mark.parametrize("framework", TWO_DEVICES)
-def test_two_devices_of_one_machine_learn_the_same_and_resume_exactly(framework, tmp_path):
-    """The batches of 45 samples and the last ones, of 44, do not divide evenly."""
+def test_two_devices_of_one_machine_match_one_and_resume_exactly(framework, tmp_path):
+    """Batches of 45 samples, and the last ones of 44, do not divide evenly."""
     if framework == "mxnet" and not HAS_MXNET:
         pytest.skip(NO_MXNET)
     script = copy_script(framework, tmp_path)

@@ -1,4 +1,4 @@
-"""Many interruptions at random moments, with checkpoints so often that many of them hit one: minutes each."""
+"""Many interruptions at random moments, many of them during a save; each test takes minutes."""
 
 import pytest
 
@@ -16,13 +16,13 @@ JOBS = {  # trainings of 20 to 60 seconds
 
 @pytest.mark.parametrize("signal", ["TERM", "KILL"])
 @pytest.mark.parametrize(("framework", "loaders"), [(name, 0) for name in FRAMEWORKS] + [("pytorch", 2)])
-def test_twenty_interruptions_change_no_bit(framework, loaders, signal, tmp_path):
+def test_twenty_interruptions_do_not_change_a_bit(framework, loaders, signal, tmp_path):
     flags = JOBS[choose(framework)]
     if loaders:
         flags = [*flags, "--loaders", loaders]
     options = ["--interruptions", 20, "--signal", signal]
     result = run_verify(script_of(framework), *flags, folder=tmp_path, options=options, seconds=3600)
-    print(result.output)  # the moments, and the seed to repeat them
+    print(result.output)  # the moments and their seed
     assert result.last_line.startswith("Exact: "), result.output
     logs = [path.read_text() for path in (tmp_path / "interrupted").glob("log-*.txt")]
     assert len(logs) > 15

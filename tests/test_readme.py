@@ -1,4 +1,4 @@
-"""README and docs tell the truth: their commands run, and the table of flags is that of the scripts."""
+"""README and docs are correct: their commands run, and the tables of flags match the scripts."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def blocks(language):
 
 
 def flag_tables():
-    """Return the tables of flags, one for each group, made from the flags themselves."""
+    """Return the tables of flags, one per group, generated from the parsers."""
     parsers = flags.image_flags("<framework>"), flags.xgboost_flags()
     image, trees = ({action.dest: action for action in parser._actions} for parser in parsers)
     text = ""
@@ -39,7 +39,7 @@ def flag_tables():
 
 
 def flag_row(image, trees):
-    """Return the row of a flag that the image scripts, the XGBoost script or both have."""
+    """Return the row of a flag of the image scripts, the XGBoost script or both."""
     action = image or trees
     scripts = "all" if image and trees else "images" if image else "XGBoost"
     default = action.default
@@ -57,7 +57,7 @@ def flag_row(image, trees):
     return f"| {options} | {default} | {scripts} | {action.help}{choices} |"
 
 
-def test_the_tables_of_flags_are_those_of_the_scripts(monkeypatch):
+def test_the_tables_of_flags_match_the_scripts(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("SM_", "SAGEMAKER_")):
             monkeypatch.delenv(name)
@@ -72,7 +72,7 @@ def test_the_readme_is_short():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """Return a copy of the repository with some photos; its `.venv` is the environment of this test."""
+    """Return a copy of the repository with some images; its `.venv` is the environment of this test."""
     folder = tmp_path_factory.mktemp("clone") / "repository"
     ignored = shutil.ignore_patterns(".git", ".venv*", "output", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
@@ -104,7 +104,7 @@ def clone(tmp_path_factory):
 
 
 @pytest.mark.skipif(not HAS_MXNET, reason="one of the commands trains with MXNet")
-def test_the_commands_of_all_pages_run_as_they_stand(clone):
+def test_the_commands_of_all_pages_run_unchanged(clone):
     script = "set -e\n" + "".join(blocks("bash"))
     finished = subprocess.run(
         ["bash", "-c", script], cwd=clone, env=environment(), capture_output=True, text=True, timeout=900
@@ -128,7 +128,7 @@ def test_the_commands_of_all_pages_run_as_they_stand(clone):
     assert (clone / "my-job/output/checkpoints/checkpoint-1.pt").is_file()
 
 
-def test_make_train_twice_leaves_nothing_to_train(clone):
+def test_make_train_the_second_time_trains_nothing(clone):
     for framework in ("pytorch", "xgboost"):
         subprocess.run(["make", "train", f"FRAMEWORK={framework}"], cwd=clone, env=environment(), check=True)
         again = subprocess.check_output(
@@ -137,19 +137,19 @@ def test_make_train_twice_leaves_nothing_to_train(clone):
         assert "Nothing left to train" in again
 
 
-def test_the_python_on_the_pages_is_python():
+def test_the_python_blocks_on_the_pages_compile():
     assert len(blocks("python")) == 4
     for block in blocks("python"):
         compile(block, "README.md", "exec")
 
 
 def heading_anchors(path):
-    """Return the anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub creates for the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_links_of_the_pages_lead_somewhere():
+def test_the_links_of_the_pages_have_targets():
     for page in PAGES:
         for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", page.read_text()):
             path = page.parent / target if target else page
@@ -158,8 +158,8 @@ def test_the_links_of_the_pages_lead_somewhere():
                 assert anchor in heading_anchors(path), (page, target, anchor)
 
 
-def test_the_messages_of_troubleshooting_are_those_of_the_code():
-    """Without the values, such as names and numbers, which stand for any."""
+def test_the_messages_of_troubleshooting_are_in_the_code():
+    """Values such as names and numbers are placeholders and are ignored."""
     code = "".join(
         path.read_text() for folder in ("common", "launch") for path in ROOT.glob(f"{folder}/*.py")
     )
@@ -170,7 +170,7 @@ def test_the_messages_of_troubleshooting_are_those_of_the_code():
     assert len(messages) >= 12
     values = r"--lr|--learning-rate|\S*checkpoint-5\.pt\S*|200\.0|600|algo-2|--train|data: expected train.*"
     for message in messages:
-        if message == "Unable to locate credentials":  # boto3 says so
+        if message == "Unable to locate credentials":  # a message of boto3
             continue
         for part in re.split(values, message):
             assert part.strip() in code, message

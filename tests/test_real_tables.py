@@ -1,4 +1,4 @@
-"""Forty real tables, drawn at random (tests/data/README.md): each trains with nothing but --label-column."""
+"""Forty real tables, selected at random (tests/data/README.md): each trains with just --label-column."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ LABELS = json.loads((FOLDER / "labels.json").read_text())
 REFUSED = {"Ecdat-Mofa.csv.gz": r"line 51: '6.2\x1a' is among the numbers of the column netinc"}
 
 
-def test_real_tables_train_or_say_in_one_line_why_not(tmp_path):
+def test_real_tables_train_or_give_a_one_line_error(tmp_path):
     jobs = []
     for name, label in LABELS.items():
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""TFRecord files for TensorFlow, RecordIO files for MXNet: the same as class folders of these images."""
+"""TFRecord files (TensorFlow) and RecordIO files (MXNet) are equivalent to class folders."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ MAGIC = struct.pack("<I", 0xCED7230A)
 
 @pytest.fixture(scope="module", params=SUFFIXES)
 def records(request):
-    """The module `records` of a framework."""
+    """Return the module `records` of a framework."""
     return load_module(choose(request.param))
 
 
@@ -38,7 +38,7 @@ def recordio():
 
 def load_module(framework):
     if framework == "mxnet":
-        np.bool = bool  # as engine.py does
+        np.bool = bool  # as in engine.py
     spec = importlib.util.spec_from_file_location(f"{framework}_records", ROOT / framework / "records.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -57,7 +57,7 @@ def read_all(dataset):
 
 
 def write(path, contents, labels, **options):
-    """Write a file of records with the framework that its name tells."""
+    """Write a file of records with the framework of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".rec":
         write_recordio(path, contents, labels)
@@ -77,7 +77,7 @@ def feature(value):
 
 
 def example(**features):
-    """Return a record; in the names `_` stands for the slash."""
+    """Return a record; `_` in the names means a slash."""
     import tensorflow as tf
 
     features = {name.replace("_", "/"): feature(value) for name, value in features.items()}
@@ -112,7 +112,7 @@ def write_recordio(path, contents, labels):
 
 @pytest.fixture
 def folders(tmp_path, digits):
-    """Class folders with 60 images, and these as bytes with their labels, in the order of the folders."""
+    """Return class folders with 60 images, and the images as bytes with their labels in the same order."""
     folder = tmp_path / "folders"
     labels = digits[1][:60] % 3
     save_images(folder, digits[0][:60], labels, suffixes=(".png", ".jpg"))
@@ -124,9 +124,7 @@ def folders(tmp_path, digits):
 
 
 @pytest.mark.parametrize("framework", SUFFIXES)
-def test_a_training_has_the_bits_of_one_on_class_folders_also_after_an_interruption(
-    framework, tmp_path, folders
-):
+def test_a_training_is_bit_identical_to_class_folders_after_an_interruption(framework, tmp_path, folders):
     folder, contents, labels = folders
     suffix = SUFFIXES[choose(framework)]
     load_module(framework)
@@ -165,7 +163,7 @@ def suffix_of(records):
     return ".rec" if records.RecordFile.is_one("a.rec") else ".tfrecord"
 
 
-def test_the_images_are_those_of_class_folders(records, tmp_path, folders):
+def test_the_images_equal_those_of_class_folders(records, tmp_path, folders):
     folder, contents, labels = folders
     path = write(tmp_path / f"records/data{suffix_of(records)}", contents, labels)
     for data, other in zip(load(records, path.parent), load(None, folder)):
@@ -174,7 +172,7 @@ def test_the_images_are_those_of_class_folders(records, tmp_path, folders):
         assert data.images.source.sizes.tolist() == [len(content) for content in contents]
 
 
-def test_an_empty_file_is_one_without_images(records, tmp_path, folders):
+def test_an_empty_file_contains_no_images(records, tmp_path, folders):
     suffix = suffix_of(records)
     write(tmp_path / f"records/0{suffix}", [], [])
     with pytest.raises(UserError, match="has record files without images"):
@@ -183,7 +181,7 @@ def test_an_empty_file_is_one_without_images(records, tmp_path, folders):
     assert len(load(records, tmp_path / "records")[0]) == 54
 
 
-def test_files_whose_names_say_so_are_the_validation_data(records, tmp_path, folders, caplog):
+def test_files_named_as_such_are_the_validation_data(records, tmp_path, folders, caplog):
     caplog.set_level("INFO", logger="train")
     _, contents, labels = folders
     names = ["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]
@@ -209,7 +207,7 @@ def test_files_whose_names_say_so_are_the_validation_data(records, tmp_path, fol
     assert caplog.messages[3].startswith("Reading the labels of 1 record files (0.0 GB) in the validation")
     assert not any("Left out" in message for message in caplog.messages[1:])
     assert read_all(load(records, folder, folder)[1]) == read_all(validation)
-    # In a folder of their own the names do not matter.
+    # In a separate folder the names do not matter.
     validation = tmp_path / "channel"
     validation.mkdir()
     shutil.move(folder / names[0], validation)
@@ -225,14 +223,14 @@ def test_the_class_names_of_a_tfrecord_file(tfrecord, tmp_path, folders):
         return load(tfrecord, path.parent)[0].classes
 
     assert classes("owl", "cat", "dog") == ["owl", "cat", "dog"]
-    assert classes("crane", "crane", "dog") == ["0", "1", "2"]  # as in ImageNet, the bird and the machine
+    assert classes("crane", "crane", "dog") == ["0", "1", "2"]  # as in ImageNet: the bird and the machine
     assert classes("owl\n", "cat", "dog") == ["0", "1", "2"]
     classes("owl", "cat", "dog")
     write(path.with_name("b.tfrec"), contents, labels, names=["owl", "cat", "cow"])
     assert load(tfrecord, path.parent)[0].classes == ["0", "1", "2"]
 
 
-def test_a_recordio_file_may_contain_the_magic_number_anywhere(recordio, tmp_path):
+def test_a_recordio_file_may_contain_the_magic_number(recordio, tmp_path):
     """The writer splits the record at it, even inside the header."""
     contents = [MAGIC * 3, b"1234" + MAGIC + b"56", bytes(3) + MAGIC, MAGIC[:2], b""]
     magic_label = int(struct.unpack("<f", MAGIC)[0])
@@ -245,7 +243,7 @@ def test_a_recordio_file_may_contain_the_magic_number_anywhere(recordio, tmp_pat
         recordio.RecordFile(write(path, [b"12", b"34"], [1, magic_label]))
 
 
-def test_a_label_may_follow_the_header(recordio, tmp_path):
+def test_the_label_may_follow_the_header(recordio, tmp_path):
     path = write(tmp_path / "data.rec", [b"image", b"other"], [[7], [8]])
     file = recordio.RecordFile(path)
     assert file.labels.tolist() == [7, 8]
@@ -280,7 +278,7 @@ def test_forked_processes_read_the_same_file(recordio, tmp_path, folders):
         process.join()
 
 
-# Mistakes ---------------------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------------
 
 
 def tfrecord_header(length):
@@ -336,7 +334,7 @@ TFRECORD_MISTAKES = {
 
 
 def part(kind, content, length=None):
-    """Return a part of a record of RecordIO."""
+    """Return a part of a RecordIO record."""
     word = kind << 29 | (len(content) if length is None else length)
     return MAGIC + struct.pack("<I", word) + content + bytes(-len(content) % 4)
 
@@ -370,7 +368,7 @@ RECORDIO_MISTAKES = {
 }
 
 
-def assert_mistake(records, path, content, message):
+def assert_error(records, path, content, message):
     if callable(content):
         content(path)
     else:
@@ -382,21 +380,21 @@ def assert_mistake(records, path, content, message):
 
 
 @pytest.mark.parametrize("name", TFRECORD_MISTAKES)
-def test_a_mistake_in_a_tfrecord_file_is_one_line(tfrecord, tmp_path, name):
-    assert_mistake(tfrecord, tmp_path / "data.tfrecord", *TFRECORD_MISTAKES[name])
+def test_an_error_in_a_tfrecord_file_is_one_line(tfrecord, tmp_path, name):
+    assert_error(tfrecord, tmp_path / "data.tfrecord", *TFRECORD_MISTAKES[name])
 
 
 @pytest.mark.parametrize("name", RECORDIO_MISTAKES)
-def test_a_mistake_in_a_recordio_file_is_one_line(recordio, tmp_path, name):
-    assert_mistake(recordio, tmp_path / "data.rec", *RECORDIO_MISTAKES[name])
+def test_an_error_in_a_recordio_file_is_one_line(recordio, tmp_path, name):
+    assert_error(recordio, tmp_path / "data.rec", *RECORDIO_MISTAKES[name])
 
 
-def test_a_file_that_cannot_be_opened_is_named(records, tmp_path):
+def test_an_error_names_the_file_that_cannot_be_opened(records, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*/gone: No such file or directory"):
         records.RecordFile(tmp_path / "gone")
 
 
-def test_a_damaged_image_is_named_with_its_file_and_record(records, tmp_path, folders):
+def test_an_error_names_file_and_record_of_a_damaged_image(records, tmp_path, folders):
     _, contents, labels = folders
     contents[7] = contents[7][:40]
     path = write(tmp_path / f"records/data{suffix_of(records)}", contents, labels)
@@ -409,7 +407,7 @@ def test_a_damaged_image_is_named_with_its_file_and_record(records, tmp_path, fo
         assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_tfrecord_is_found_by_its_checksum(tfrecord, tmp_path, folders):
+def test_a_damaged_tfrecord_is_detected_by_its_checksum(tfrecord, tmp_path, folders):
     path = write(tmp_path / "data.tfrecord", *folders[1:])
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -424,7 +422,7 @@ FUZZ = settings(max_examples=50, suppress_health_check=[HealthCheck.function_sco
 
 
 def changed(content):
-    """Return a strategy for bytes with some places replaced, cut off or added, and for any bytes."""
+    """Return a strategy for `content` with bytes replaced, removed or added, and for arbitrary bytes."""
 
     def change(places, length, more):
         result = bytearray(content)
@@ -438,7 +436,7 @@ def changed(content):
 
 
 def read_or_name(records, path, content, max_records):
-    """Read a file completely: the result has as many images as fit into it, or a UserError names it."""
+    """Read a whole file: its number of images is plausible, or a UserError names the file."""
     path.write_bytes(content)
     try:
         file = records.RecordFile(path)
@@ -454,7 +452,7 @@ def read_or_name(records, path, content, max_records):
 
 
 def masked_crc(content):
-    """Return the checksum of TFRecord files, so that damage behind it is found too."""
+    """Return the checksum of TFRecord files, to also test damage with valid checksums."""
     crc = 0xFFFFFFFF
     for byte in content:
         crc ^= byte
@@ -470,17 +468,17 @@ def tfrecord_of(content):
 
 
 def field(number, content):
-    """Return a field of a protocol buffer."""
+    """Return a protocol buffer field."""
     return bytes([number << 3 | 2, len(content)]) + content
 
 
-# example(image_encoded=b"12", image_class_label=3), which the framework need not write at import.
+# example(image_encoded=b"12", image_class_label=3), stored here to avoid the framework at import.
 SMALL = field(1, b"image/encoded") + field(2, field(1, field(1, b"12")))
 SMALL = field(1, SMALL) + field(1, field(1, b"image/class/label") + field(2, field(3, field(1, b"\3"))))
 SMALL = field(1, SMALL)
 
 
-def test_the_files_to_be_changed_are_right(tfrecord, tmp_path):
+def test_the_files_are_valid_before_they_are_damaged(tfrecord, tmp_path):
     path = tmp_path / "data.tfrecord"
     path.write_bytes(tfrecord_of(SMALL) * 2)
     file = tfrecord.RecordFile(path)
@@ -489,13 +487,13 @@ def test_the_files_to_be_changed_are_right(tfrecord, tmp_path):
 
 @FUZZ
 @given(content=changed(tfrecord_of(SMALL) * 2))
-def test_any_tfrecord_file_is_read_or_named(tfrecord, tmp_path, content):
+def test_arbitrary_tfrecord_files_are_read_or_an_error_names_the_file(tfrecord, tmp_path, content):
     read_or_name(tfrecord, tmp_path / "data.tfrecord", content, len(content) // 16)
 
 
 @FUZZ
 @given(content=changed(SMALL))
-def test_any_record_with_valid_checksums_is_read_or_named(tfrecord, tmp_path, content):
+def test_arbitrary_records_with_valid_checksums_are_read_or_named(tfrecord, tmp_path, content):
     read_or_name(tfrecord, tmp_path / "data.tfrecord", tfrecord_of(content), 1)
 
 
@@ -505,5 +503,5 @@ def test_any_record_with_valid_checksums_is_read_or_named(tfrecord, tmp_path, co
         GOOD + part(1, record(2)) + part(2, b"") + part(3, b"12") + part(0, record(0, b"123456", 1))
     )
 )
-def test_any_recordio_file_is_read_or_named(recordio, tmp_path, content):
+def test_arbitrary_recordio_files_are_read_or_an_error_names_the_file(recordio, tmp_path, content):
     read_or_name(recordio, tmp_path / "data.rec", content, len(content) // 32)

@@ -1,4 +1,4 @@
-"""The log lines and the result files of a training."""
+"""Log lines and result files of a training."""
 
 import contextlib
 import csv
@@ -16,7 +16,7 @@ from helpers import ROOT, environment
 pytestmark = pytest.mark.quick
 
 
-def test_an_epoch_is_one_line_of_keys_and_values():
+def test_an_epoch_is_logged_as_one_line_of_keys_and_values():
     progress = Progress(epoch=5, samples=2030, seconds=1.2)
     row = progress.finish_epoch({"loss": 0.10336, "accuracy": 0.9712}, {"loss": 0.0921, "accuracy": 0.9783})
     line = report.epoch_line(row)
@@ -39,7 +39,7 @@ def test_an_epoch_is_one_line_of_keys_and_values():
     }
 
 
-def test_only_the_main_process_logs_and_nothing_stays_changed(capsys):
+def test_only_the_main_process_logs_and_logging_is_restored(capsys):
     before = report.LOGGER.level, report.LOGGER.propagate, list(report.LOGGER.handlers)
     for is_main_process, expected in ((True, "a line\n"), (False, "")):
         stop = report.start_logging(is_main_process)
@@ -49,7 +49,7 @@ def test_only_the_main_process_logs_and_nothing_stays_changed(capsys):
     assert (report.LOGGER.level, report.LOGGER.propagate, list(report.LOGGER.handlers)) == before
 
 
-def test_a_name_from_outside_cannot_begin_a_log_line(capsys):
+def test_an_external_name_cannot_start_a_log_line(capsys):
     stop = report.start_logging(True)
     report.log("Training images: caf\u00e9\nepoch=9 train_loss=0.1 \x1b[31m\udcff 5")
     stop()
@@ -60,8 +60,8 @@ def test_a_name_from_outside_cannot_begin_a_log_line(capsys):
     assert capsys.readouterr().err == "error: no class a\\nb\n"
 
 
-def test_a_log_line_that_cannot_be_written_ends_nothing():
-    """As in `train.py | head`: neither the line nor the exit of Python fails."""
+def test_a_failed_log_line_does_not_end_the_training():
+    """As in `train.py | head`: neither the log line nor the exit of Python fails."""
     code = "import sys; from common import report; report.start_logging(True)\n"
     code += "sys.stdin.readline(); report.log('a line'); report.log('another'); sys.exit(7)"
     command = [sys.executable, "-c", code]
@@ -75,7 +75,7 @@ def test_a_log_line_that_cannot_be_written_ends_nothing():
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "closed"])
-def test_a_progress_bar_that_cannot_be_written_ends_nothing(target):
+def test_a_failed_progress_bar_does_not_end_the_training(target):
     stream = open("/dev/full" if target == "/dev/full" else "/dev/null", "w", buffering=1)  # noqa: SIM115
     quiet = report.QuietStream(stream)
     if target == "closed":
@@ -86,13 +86,13 @@ def test_a_progress_bar_that_cannot_be_written_ends_nothing(target):
         stream.close()
 
 
-def test_a_usage_error_has_its_exit_code_even_if_it_cannot_be_written():
+def test_a_usage_error_keeps_its_exit_code_if_it_cannot_be_written():
     command = [sys.executable, str(ROOT / "xgboost/train.py"), "--nope"]
     with open("/dev/full", "w") as full:
         assert subprocess.run(command, stdout=full, stderr=full, env=environment()).returncode == 2
 
 
-def test_only_known_noise_is_kept_out_of_standard_error():
+def test_only_known_messages_are_removed_from_standard_error():
     code = "import os, sys; from common import quiet\n"
     code += "with quiet.without_lines('I0000 .*stub'):\n"
     code += "    os.write(2, b'I0000 cuda_stub.cc\\nE0000 broken\\n'); print('ours', file=sys.stderr)\n"
@@ -105,7 +105,7 @@ def test_only_known_noise_is_kept_out_of_standard_error():
     assert lines[-1].startswith("ZeroDivisionError")
 
 
-def test_results_with_metrics_that_changed_on_the_way(tmp_path):
+def test_results_with_metrics_that_changed_during_the_training(tmp_path):
     history = [{"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_auc": float("nan")}]
     report.write_results(tmp_path, history, 2, {"epochs": 2, "class_names": ["a", "b"]})
     metrics = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=None)
@@ -118,6 +118,6 @@ def test_results_with_metrics_that_changed_on_the_way(tmp_path):
     ]
 
 
-def test_results_without_any_epoch(tmp_path):
+def test_results_without_an_epoch(tmp_path):
     report.write_results(tmp_path, [], 0, {"epochs": 5})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"epochs": 5}

@@ -1,4 +1,4 @@
-"""What the scripts need: the packages that their requirements name, and nothing that only Linux has."""
+"""The scripts need only the packages in their requirements, and no Linux-only features."""
 
 import json
 import re
@@ -52,11 +52,11 @@ def test_each_version_is_stated_once():
 
 
 def test_sagemaker_finds_no_requirements_beside_a_script():
-    """Its toolkit would install them before each training."""
+    """The toolkit would install them before each training."""
     assert not [*ROOT.glob("*/requirements.txt")]
 
 
-# Lets our code import only what a requirements file installs, and lists what of it was not imported.
+# Restricts our imports to the packages of a requirements file, and lists the packages not imported.
 ONLY = """
 import atexit, builtins, re
 from importlib import metadata
@@ -94,7 +94,7 @@ atexit.register(report)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The flags of each framework for a small data set: images of two classes, or a table."""
+    """Return the flags of each framework for a small data set: images of two classes, or a table."""
     folder = tmp_path_factory.mktemp("data")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3)).astype(np.uint8)
     save_images(folder / "images", pixels, [0, 1] * 20, (".jpg",))
@@ -107,11 +107,11 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_script_imports_what_its_requirements_name_and_nothing_else(framework, data, tmp_path):
+def test_a_script_imports_exactly_the_packages_in_its_requirements(framework, data, tmp_path):
     choose(framework)
     named = names_in(FOLDER / f"{framework}.txt")[1:]
     needless = set(named)
-    for flags in (data[framework], []):  # without flags it trains on digits
+    for flags in (data[framework], []):  # without flags, it trains on digits
         event = ONLY.replace("NAMED", str(named))
         result = run_with(
             event, framework, "--epochs", 2, *flags, "--output", str(len(flags)), cwd=tmp_path, code=0
@@ -121,7 +121,7 @@ def test_a_script_imports_what_its_requirements_name_and_nothing_else(framework,
     assert needless <= {"setuptools", "tqdm"}  # the first is for MXNet, the second for a terminal
 
 
-# Takes away what macOS does not have.
+# Removes everything that macOS lacks.
 MAC = """
 import fcntl, mmap, multiprocessing, select, socket
 LINUX = {
@@ -178,9 +178,9 @@ class Digits(torch.utils.data.Dataset):
     "framework",
     ["pytorch", "xgboost", pytest.param("tensorflow", marks=LATER), pytest.param("mxnet", marks=LATER)],
 )
-def test_a_training_resumes_and_exports_without_what_macos_lacks(framework, data, tmp_path):
+def test_a_training_resumes_and_exports_without_linux_features(framework, data, tmp_path):
     script = script_of(choose(framework))
-    if framework == "pytorch":  # processes load what is not ours
+    if framework == "pytorch":  # processes load custom data sets
         script = copy_with(tmp_path / "job", framework, OWN_DATA, "import numpy as np")
     flags = ["--epochs", 3, *data[framework]]
     for name in ("linux", "mac"):

@@ -1,7 +1,7 @@
-"""SageMaker's own serving toolkits, which are in `.venv-serving`, load and serve the exported models.
+"""SageMaker's own serving toolkits, installed in `.venv-serving`, load and serve the exported models.
 
-A small server is in the place of that part of the model servers which only passes requests on, and another
-one in the place of TensorFlow Serving. The processes have nothing of this repository but the model folder.
+A small server replaces the part of the model servers that passes on requests, and another one replaces
+TensorFlow Serving. The processes use only the model folder, and no other code of this repository.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.integration
 
 SERVING = ROOT / ".venv-serving"
 
-# The model servers and the handlers that the containers start.
+# The model servers and handlers of the containers.
 HANDLERS = {
     "pytorch": ("ts", "sagemaker_pytorch_serving_container.handler_service"),
     "mxnet": ("mms", "sagemaker_mxnet_serving_container.handler_service"),
@@ -86,7 +86,7 @@ def answer(path, headers, body):
 serve(answer)
 """
 
-# `serving.py` of the XGBoost container, with the server of Flask in the place of gunicorn.
+# `serving.py` of the XGBoost container, with Flask's server instead of gunicorn.
 FLASK = """
 import collections, collections.abc
 collections.Mapping = collections.abc.Mapping  # SageMaker's image patches the toolkit for newer Pythons
@@ -153,7 +153,7 @@ serve(answer)
 
 
 class Server:
-    """A process that serves the model in a folder on a port of the loopback address."""
+    """A process that serves a model folder on a loopback port."""
 
     def __init__(self, python, script, base, *arguments, path=()):
         self.port = free_port()
@@ -186,7 +186,7 @@ class Server:
             return True
 
     def ask(self, body, content_type, accept="application/json"):
-        """Return the status, the content type and the text of the answer to a request."""
+        """Send a request; return the status, content type and text of the response."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = {"Content-Type": content_type, "Accept": accept}
         connection.request("POST", "/invocations", body, headers)
@@ -212,7 +212,7 @@ def csv(rows):
 
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory):
-    """Return a framework's folder in the place of /opt/ml: it has the exported `model`, and the data."""
+    """Return the folder of a framework that replaces /opt/ml, with the exported `model` and the data."""
     bases = {}
 
     def find(framework):
@@ -241,7 +241,7 @@ def base_of(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server_of(base_of):
-    """Return the Server of a framework, which answers as its container does."""
+    """Return the Server of a framework, which responds like its container."""
     servers = {}
     with contextlib.ExitStack() as stack:
 
@@ -294,9 +294,7 @@ def pixels(photo):
 # Images -----------------------------------------------------------------------------------------------------
 
 
-def test_a_photo_and_its_pixels_as_json_csv_and_npy_get_the_same_answer_with_names(
-    image_server, photo, pixels
-):
+def test_an_image_as_jpeg_json_csv_and_npy_gets_the_same_response_with_names(image_server, photo, pixels):
     [prediction] = image_server.predict(photo.read_bytes(), "application/x-image")
     assert (prediction["class"], prediction["class_name"]) == (1, "class-1")
     assert prediction["probability"] == prediction["probabilities"][1] > 0.5
@@ -311,7 +309,7 @@ def test_a_photo_and_its_pixels_as_json_csv_and_npy_get_the_same_answer_with_nam
         assert image_server.predict(body, kind) == [prediction]
 
 
-def test_several_images_in_a_request_get_an_answer_each(image_server, photo):
+def test_each_image_in_a_request_gets_a_prediction(image_server, photo):
     paths = [photo.parents[1] / f"class-{label}" / f"{label}.jpg" for label in (2, 0, 1)]
     images = np.stack([np.asarray(Image.open(path)) for path in paths])
     predictions = image_server.predict(npy(images), "application/x-npy")
@@ -322,7 +320,7 @@ def test_several_images_in_a_request_get_an_answer_each(image_server, photo):
         np.testing.assert_allclose(prediction["probabilities"], alone["probabilities"], atol=1e-5)
 
 
-def test_an_image_is_answered_as_csv_if_that_is_accepted(image_server, photo):
+def test_an_image_is_answered_with_csv_if_accepted(image_server, photo):
     [prediction] = image_server.predict(photo.read_bytes(), "application/x-image")
     status, kind, text = image_server.ask(photo.read_bytes(), "application/x-image", "text/csv")
     assert (status, kind) == (200, "text/csv")
@@ -330,7 +328,7 @@ def test_an_image_is_answered_as_csv_if_that_is_accepted(image_server, photo):
 
 
 @pytest.mark.parametrize("framework", ["pytorch", "mxnet", "tensorflow"])
-def test_a_bad_image_gets_a_status_and_a_reason_and_the_next_request_an_answer(framework, server_of, photo):
+def test_a_bad_image_gets_a_status_and_a_reason_and_the_next_request_works(framework, server_of, photo):
     server = server_of(choose(framework))
     image = photo.read_bytes()
     for body, kind, accept, expected, reason in [
@@ -342,7 +340,7 @@ def test_a_bad_image_gets_a_status_and_a_reason_and_the_next_request_an_answer(f
         (image, "application/x-image", "application/pdf", 406, "the accepted type is application/pdf"),
     ]:
         status, _, text = server.ask(body, kind, accept)
-        # The container of TensorFlow has no other status for an exception of a handler.
+        # TensorFlow's container has no other status for an exception in a handler.
         assert status == (500 if framework == "tensorflow" else expected), text
         assert reason in text
     assert server.predict(image, "application/x-image")[0]["class_name"] == "class-1"
@@ -354,7 +352,7 @@ ROWS = np.array([[0.1, 0.2, 0.3, 0.4], [0.9, 0.1, 0.5, 0.5]])
 NAMED_ROWS = [{f"column-{index}": value for index, value in enumerate(row, start=1)} for row in ROWS.tolist()]
 
 
-def test_rows_by_name_and_as_json_csv_and_npy_get_the_same_answers_with_names(row_server):
+def test_rows_by_name_and_as_json_csv_and_npy_get_the_same_response(row_server):
     predictions = row_server.predict(csv(ROWS), "text/csv")
     assert [prediction["class_name"] for prediction in predictions] == ["0", "2"]
     for prediction in predictions:
@@ -370,7 +368,7 @@ def test_rows_by_name_and_as_json_csv_and_npy_get_the_same_answers_with_names(ro
     assert text == f"0,0,{predictions[0]['probability']}\n"
 
 
-def test_bad_rows_get_a_status_and_a_reason_and_the_next_request_an_answer(row_server):
+def test_bad_rows_get_a_status_and_a_reason_and_the_next_request_works(row_server):
     without_one = [{name: row[name] for name in list(row)[:3]} for row in NAMED_ROWS]
     for body, kind, accept, expected, reason in [
         ("1,2,3\n", "text/csv", "*/*", 400, "expected 4 columns (column-1, column-2"),
@@ -419,7 +417,7 @@ print(outputs["class_name"].numpy()[0].decode())
 """
 
 
-def test_the_saved_model_runs_where_nothing_but_tensorflow_is(base_of, pixels, tmp_path):
+def test_the_saved_model_needs_only_tensorflow(base_of, pixels, tmp_path):
     np.save(tmp_path / "pixels.npy", pixels[np.newaxis])
     env = environment(PYTHONSAFEPATH="1")
     result = run_python(LOAD, base_of("tensorflow") / "model/1", "pixels.npy", cwd=tmp_path, env=env)

@@ -1,4 +1,4 @@
-"""Requests to a model of tables: what becomes of text, numbers, and rows in other forms."""
+"""Requests to a table model: text, numbers, and the different forms of rows."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_row_may_have_many_forms(name):
+def test_the_forms_of_a_row(name):
     assert rows(FORMS[name]) == [[1, 1.5, 0]]
 
 
@@ -48,7 +48,7 @@ def test_csv_may_have_a_header_with_other_columns(text):
     assert rows(text, "text/csv") == [[1, 1.5, 0]]
 
 
-def test_what_is_missing_or_unknown_is_not_a_category(capsys):
+def test_missing_and_unknown_values_are_not_a_category(capsys):
     found = rows([["pink", "NA", None], ["", 2, "?"], ["blue", None, 2.5], [None, "nan", True]])
     np.testing.assert_array_equal(found, [[NAN, NAN, NAN], [NAN, 2, NAN], [0, NAN, 1], [NAN, NAN, 2]])
     line = (
@@ -57,7 +57,7 @@ def test_what_is_missing_or_unknown_is_not_a_category(capsys):
     assert capsys.readouterr().err == line
 
 
-def test_numbers_alone_are_taken_as_they_are():
+def test_numbers_alone_are_used_unchanged():
     np.testing.assert_array_equal(rows(np.array([1, 2, 0])), [[1, 2, 0]])
     plain = {"num_columns": 2, "column_names": None}
     assert rows([[1, 2], [3, 4]], facts=plain) == [[1, 2], [3, 4]]
@@ -82,7 +82,7 @@ def test_numbers_alone_are_taken_as_they_are():
         (np.array(["red"]), "no numbers"),
     ],
 )
-def test_a_bad_request_is_refused_with_what_was_expected(content, part):
+def test_a_bad_request_is_rejected_with_the_expected_form(content, part):
     with pytest.raises(serving.RequestError) as caught:
         rows(content)
     assert part in str(caught.value)

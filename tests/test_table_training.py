@@ -29,7 +29,7 @@ ROUNDS = 6
 
 
 def write_shops(folder, colors=("blue", "green", "red"), first=0, rows=300):
-    """Write a table with text whose label, the last column, follows from text and numbers."""
+    """Write a table with text whose label, the last column, depends on text and numbers."""
     generator = np.random.default_rng(first)
     folder.mkdir(parents=True)
     with open(folder / "shops.csv", "w", newline="") as file:
@@ -44,7 +44,7 @@ def write_shops(folder, colors=("blue", "green", "red"), first=0, rows=300):
 
 @pytest.fixture(scope="module")
 def shops(tmp_path_factory):
-    """Return a folder with trainings of a table with text, and their results by name."""
+    """Return a folder with trainings on a table with text, and their results by name."""
     folder = tmp_path_factory.mktemp("shops")
     write_shops(folder / "train")
     write_shops(folder / "validation", first=1000, colors=("blue", "pink", "red"), rows=100)
@@ -68,7 +68,7 @@ def shops(tmp_path_factory):
     return folder, dict(zip(jobs, results))
 
 
-def test_a_table_with_text_trains_and_the_log_says_what_was_understood(shops):
+def test_a_table_with_text_trains_and_the_log_describes_its_columns(shops):
     _, results = shops
     log = results["whole"].output
     for line in (
@@ -90,7 +90,7 @@ def test_a_table_with_text_trains_and_the_log_says_what_was_understood(shops):
     assert "exact has no splits for the text in color, open: use hist" in results["exact"].error_line
 
 
-def test_an_interrupted_training_with_text_ends_with_the_same_bits(shops):
+def test_an_interrupted_training_with_text_is_bit_identical(shops):
     folder, results = shops
     assert "Resuming training from xgboost-checkpoint.1\n" in results["second part"].output
     assert_same_bits(folder / "whole", folder / "parts", "xgboost")
@@ -107,7 +107,7 @@ def model_facts(model):
     return json.loads((model / "code/model.json").read_text())
 
 
-def test_any_checkpoint_becomes_a_model_with_its_categories_without_the_data(shops, tmp_path):
+def test_any_checkpoint_is_exported_with_its_categories_without_the_data(shops, tmp_path):
     folder, _ = shops
     model = folder / "whole/output/xgboost/model"
     checkpoint = checkpoint_folder(folder / "whole", "xgboost") / f"xgboost-checkpoint.{ROUNDS - 1}"
@@ -180,7 +180,7 @@ def test_requests_with_text(shops):
     assert all(part in text for part, (_, text) in zip(expected, seen["bad"])), seen["bad"]
 
 
-def test_the_exported_code_predicts_the_published_file_as_the_training_did(shops, tmp_path):
+def test_the_exported_code_predicts_a_file_with_the_training_accuracy(shops, tmp_path):
     folder, _ = shops
     path = folder / "validation/shops.csv"
     script = folder / "whole/output/xgboost/model/code/inference.py"
@@ -224,7 +224,7 @@ for number, path in enumerate(sys.argv[2:]):
 """
 
 
-def test_a_job_of_the_built_in_algorithm_resumes_with_every_kind_of_file(tmp_path):
+def test_a_job_of_the_built_in_algorithm_resumes_with_each_file_format(tmp_path):
     generator = np.random.default_rng(0)
     rows = generator.normal(size=(200, 6)).round(2).astype(np.float32)
     rows[rows == 0] = 0.01  # LIBSVM has no zeros

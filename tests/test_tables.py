@@ -1,4 +1,4 @@
-"""Reading CSV, LIBSVM and Parquet files, and one clear line for each mistake in them."""
+"""Reading CSV, LIBSVM and Parquet files, and a one-line error for each invalid file."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.quick
 
 @pytest.fixture(scope="module")
 def rows():
-    """The digits with the label first, as SageMaker's algorithms want it: (1797, 65)."""
+    """The digits with the label first, as SageMaker's algorithms expect: (1797, 65)."""
     bunch = load_digits()
     return np.column_stack([bunch.target, bunch.data]).astype(np.float32)
 
@@ -63,7 +63,7 @@ def test_many_files_in_nested_folders_are_one_table(tmp_path, rows, suffix):
     assert data.train.labels.dtype == data.train.features.dtype == np.float32
 
 
-def test_hidden_folders_are_no_data_and_other_files_are_named(tmp_path, rows, caplog):
+def test_hidden_folders_are_ignored_and_other_files_are_logged(tmp_path, rows, caplog):
     caplog.set_level("INFO", logger="train")
     write_csv(tmp_path / "part.CSV", rows)
     write_csv(tmp_path / ".ipynb_checkpoints/part.csv", rows)
@@ -74,14 +74,14 @@ def test_hidden_folders_are_no_data_and_other_files_are_named(tmp_path, rows, ca
     assert f"Left out of --train {tmp_path}, not tables (1): notes.md" in caplog.messages
 
 
-def test_validation_rows_inside_the_training_folder_are_refused(tmp_path, rows):
+def test_validation_rows_inside_the_training_folder_are_rejected(tmp_path, rows):
     write_csv(tmp_path / "a.csv", rows)
     write_csv(tmp_path / "validation/b.csv", rows)
     with pytest.raises(UserError, match="is inside --train"):
         load(train=tmp_path, validation=tmp_path / "validation")
 
 
-def test_each_class_gives_its_share_of_the_held_out_tenth(tmp_path, rows):
+def test_the_held_out_tenth_is_stratified(tmp_path, rows):
     few = np.concatenate([rows[rows[:, 0] == 0][:95], rows[rows[:, 0] == 1][:5]])
     write_csv(tmp_path / "rows.csv", few)
     held_out = load(train=tmp_path).validation.labels
@@ -97,7 +97,7 @@ def test_a_tenth_is_held_out(tmp_path, rows, suffix):
     np.testing.assert_array_equal(together[np.lexsort(together.T)], rows[np.lexsort(rows.T)])
     np.testing.assert_array_equal(
         dense(load().validation), dense(data.validation)
-    )  # the built-in digits are the same
+    )  # the built-in digits are identical
 
 
 def test_an_empty_field_is_a_missing_value(tmp_path):
@@ -108,7 +108,7 @@ def test_an_empty_field_is_a_missing_value(tmp_path):
     )
 
 
-def test_libsvm_files_of_different_widths_fit_together(tmp_path):
+def test_libsvm_files_may_have_different_widths(tmp_path):
     for name, text in (("train", "1 0:1 3:2\n0 1:5\n"), ("validation", "1 7:1\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "data.libsvm").write_text(text)
@@ -141,7 +141,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_in_the_data_is_told_with_its_place(tmp_path, name):
+def test_an_error_names_file_and_line(tmp_path, name):
     files, parts = MISTAKES[name]
     for file, text in files.items():
         (tmp_path / file).write_text(text)
@@ -171,7 +171,7 @@ def test_parquet_without_rows_or_columns(tmp_path):
             load(train=tmp_path)
 
 
-def test_the_line_is_named_in_a_large_file_too(tmp_path, rows):
+def test_an_error_names_the_line_in_a_large_file(tmp_path, rows):
     write_csv(tmp_path / "a.csv", np.tile(rows, (20, 1)))
     with open(tmp_path / "a.csv", "a") as file:
         file.write("1,2,3\n")
@@ -190,14 +190,14 @@ def test_validation_must_be_as_wide_as_the_training_data(tmp_path, rows):
 
 
 def in_parts(table):
-    """Return the number of parts of a table, and all of its rows."""
+    """Return the number of parts of a table, and all its rows."""
     parts = [dense(part) for part in table.parts()]
     return len(parts), np.concatenate(parts)
 
 
 @pytest.mark.parametrize("suffix", TABLE_WRITERS)
 @pytest.mark.parametrize("held_out", [False, True])
-def test_on_the_disk_are_the_same_rows_as_in_memory(tmp_path, monkeypatch, scratch, rows, suffix, held_out):
+def test_the_rows_on_disk_equal_those_in_memory(tmp_path, monkeypatch, scratch, rows, suffix, held_out):
     monkeypatch.setattr(table_values, "PART", 20_000)
     for index, part in enumerate(np.array_split(rows, 3)):
         TABLE_WRITERS[suffix](
@@ -217,7 +217,7 @@ def test_on_the_disk_are_the_same_rows_as_in_memory(tmp_path, monkeypatch, scrat
 
 
 @pytest.mark.usefixtures("scratch")
-def test_the_digits_can_be_on_the_disk_too():
+def test_the_digits_can_be_on_disk():
     np.testing.assert_array_equal(in_parts(load(external_memory=True).train)[1], dense(load().train))
 
 
@@ -242,7 +242,7 @@ def test_fewer_rows_than_workers(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["1,2,3", "0," * 64 + "red"])
-def test_a_mistake_in_a_later_part_is_told_with_its_line(tmp_path, monkeypatch, rows, line):
+def test_an_error_names_the_line_in_a_later_part(tmp_path, monkeypatch, rows, line):
     monkeypatch.setattr(table_values, "PART", 20_000)
     write_csv(tmp_path / "a.csv", rows)
     with open(tmp_path / "a.csv", "a") as file:
@@ -251,7 +251,7 @@ def test_a_mistake_in_a_later_part_is_told_with_its_line(tmp_path, monkeypatch, 
         load(train=tmp_path)
 
 
-def test_numbers_may_have_another_form_in_a_later_part(tmp_path, monkeypatch):
+def test_numbers_may_have_another_format_in_a_later_part(tmp_path, monkeypatch):
     monkeypatch.setattr(table_values, "PART", 100)
     (tmp_path / "a.csv").write_text("0,1\n" * 100 + "1,0.5\n1,\n1,1e3\n")
     (tmp_path / "b.csv").write_text("0,\n" * 10)
@@ -259,7 +259,7 @@ def test_numbers_may_have_another_form_in_a_later_part(tmp_path, monkeypatch):
     np.testing.assert_array_equal(features[99:, 0], [1, 0.5, np.nan, 1000, *[np.nan] * 10])
 
 
-def test_a_full_disk_is_one_clear_line(monkeypatch, scratch):
+def test_a_full_disk_is_a_one_line_error(monkeypatch, scratch):
     usage = shutil.disk_usage(scratch)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
     expected = r"0 MB are left for XGBoost.* make room, or name another folder .* TMPDIR"
@@ -284,7 +284,7 @@ print(flush=True)
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_no_file_is_left_however_the_process_ends(tmp_path, end):
+def test_no_temporary_file_remains_after_any_exit(tmp_path, end):
     command = [sys.executable, "-c", LOAD + end]
     env = environment(TMPDIR=str(tmp_path))
     options = {"stdout": subprocess.PIPE, "start_new_session": True}
@@ -300,7 +300,7 @@ def test_no_file_is_left_however_the_process_ends(tmp_path, end):
     assert not any(tmp_path.iterdir())
 
 
-# Tables of one's own ----------------------------------------------------------------------------------------
+# Custom tables ----------------------------------------------------------------------------------------------
 
 
 def test_plain_tuples_are_tables_with_weights_and_names():
@@ -331,13 +331,13 @@ OWN_MISTAKES = {
 
 
 @pytest.mark.parametrize("name", OWN_MISTAKES)
-def test_a_mistake_in_a_table_of_ones_own_is_one_line(name):
+def test_an_error_in_a_custom_table_is_one_line(name):
     train, message = OWN_MISTAKES[name]
     with pytest.raises(UserError, match=message):
         tables.describe(train, (FEATURES, LABELS))
 
 
-def test_what_an_earlier_training_has_written_into_the_folder_is_no_data(tmp_path, monkeypatch):
+def test_output_of_an_earlier_training_in_the_folder_is_not_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_csv(tmp_path / "rows.csv", np.arange(60).reshape(20, 3) % 7)
     results = tmp_path / "output/xgboost/data/history.csv"

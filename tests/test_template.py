@@ -1,8 +1,8 @@
-"""Copies of the scripts with the changes that people make: every promise still holds.
+"""Copies of the scripts with typical changes still resume exactly.
 
-Each test replaces functions of "Make it yours" in a copy, trains it once without and once with interruptions
-at random moments, and compares batches, weights, optimizer state and metrics bit for bit. More changes are in
-`examples/`: parameter groups, label smoothing, tf.data, an own objective.
+Each test replaces functions of "Make it yours" in a copy, trains once without and once with random
+interruptions, and compares batches, weights, optimizer state and metrics bit by bit. More changes are in
+`examples/`: parameter groups, label smoothing, tf.data, a custom objective.
 """
 
 from types import SimpleNamespace
@@ -14,9 +14,9 @@ from verify import compare
 
 
 def check_exact(tmp_path, script, *flags):
-    """Train whole, and with two interruptions; fail if the command that compares both finds a difference.
+    """Train without and with two interruptions; fail if `python -m verify` finds a difference.
 
-    Return the Result of the whole training, which is in the folder `whole`.
+    Return the Result of the uninterrupted training, which is in the folder `whole`.
     """
     verified = run_verify(script, *flags, folder=tmp_path)
     assert verified.last_line.startswith("Exact: "), verified.output
@@ -73,12 +73,12 @@ def compute_metrics(outputs, labels, weights):
 """
 
 
-def test_segmentation_has_metrics_per_pixel_and_masks_move_with_their_images(tmp_path):
+def test_segmentation_has_metrics_per_pixel_and_masks_are_augmented(tmp_path):
     script = copy_with(tmp_path / "job", "pytorch", SEGMENTATION, "import numpy as np")
     flags = ["--epochs", 4, "--augment", "--learning-rate", 0.1]
     result = check_exact(tmp_path, script, *flags)
     assert 0.8 < result.metric("validation_accuracy") <= 1
-    assert 0.8 < result.metric("train_accuracy") <= 1  # with masks that stay behind it is below 0.75
+    assert 0.8 < result.metric("train_accuracy") <= 1  # below 0.75 if the masks are not augmented
     assert 0.5 < result.metric("validation_recall") <= 1
 
 
@@ -92,8 +92,8 @@ def compute_metrics(outputs, labels, weights):
 """
 
 
-def test_an_own_metric_chooses_the_exported_epoch(tmp_path):
-    """The learning rate is far too large, so that the best epoch is not the last one."""
+def test_a_custom_metric_selects_the_exported_epoch(tmp_path):
+    """The learning rate is far too high, so that the best epoch is not the last one."""
     script = copy_with(tmp_path / "job", "pytorch", F1)
     flags = ["--epochs", 6, "--learning-rate", 0.6, "--batch-size", 128, "--best-metric", "f1"]
     check_exact(tmp_path, script, *flags)
@@ -182,7 +182,7 @@ class Weighted:
 
 @pytest.mark.parametrize("framework", ["pytorch", "tensorflow", "mxnet"])
 def test_sample_weights_reach_the_loss(tmp_path, framework):
-    """With a weight of zero for all threes the network never learns that a digit may be a three."""
+    """With a weight of zero for all threes, the network never predicts a three."""
     choose(framework)
     script = copy_with(tmp_path / "job", framework, WEIGHTS)
     result = check_exact(tmp_path, script, "--epochs", 3)
@@ -237,15 +237,15 @@ class Smoothed(keras.losses.Loss):
 """
 
 
-def test_keras_callbacks_keep_their_state_and_a_stateful_one_of_the_user_is_named(tmp_path):
+def test_keras_callbacks_keep_their_state_and_a_stateful_custom_one_is_logged(tmp_path):
     script = copy_with(tmp_path / "job", "tensorflow", OWN_CALLBACKS + SMOOTHED)
     result = check_exact(tmp_path, script, "--epochs", 30)
-    assert len(result.epochs) < 30  # stopped early, and the same command run again trains nothing more
+    assert len(result.epochs) < 30  # stopped early; the same command trains nothing more
     assert "Counter" in result.output
-    assert result.metric("validation_loss") < 0.3  # with label smoothing in it, it would be above 0.5
+    assert result.metric("validation_loss") < 0.3  # would be above 0.5 with label smoothing
 
 
-def test_a_schedule_with_reduce_lr_on_plateau_is_refused_in_one_line(tmp_path):
+def test_a_schedule_with_reduce_lr_on_plateau_is_a_one_line_error(tmp_path):
     script = copy_with(tmp_path / "job", "tensorflow", OWN_CALLBACKS)
     line = run(script, "--schedule", "cosine", cwd=tmp_path, code=1).error_line
     assert "ReduceLROnPlateau" in line

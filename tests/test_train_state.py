@@ -1,4 +1,4 @@
-"""The progress of a training: what a checkpoint holds of it, and what follows from its history."""
+"""The progress of a training: its content in a checkpoint, and the conclusions from its history."""
 
 import json
 import math
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.quick
 
 
 def history(**metrics):
-    """Return rows 1, 2, ... from lists of values."""
+    """Return history rows 1, 2, ... from lists of values."""
     rows = zip(*metrics.values())
     return [{"epoch": epoch, **dict(zip(metrics, values))} for epoch, values in enumerate(rows, start=1)]
 
 
-def test_a_finished_epoch_is_a_row_and_the_next_one_begins_at_zero():
+def test_a_finished_epoch_is_a_row_and_the_next_one_starts_at_zero():
     progress = Progress(epoch=2, step=26, samples=1000, sums={"loss": (100.0, 1000)}, seconds=2.0)
     row = progress.finish_epoch({"loss": 0.1, "f1": 0.9}, {"loss": 0.2, "f1": 0.8})
     assert row == {
@@ -37,14 +37,14 @@ def test_a_finished_epoch_is_a_row_and_the_next_one_begins_at_zero():
 # Metrics ----------------------------------------------------------------------------------------------------
 
 
-def test_the_sums_of_workers_are_added_and_divided():
+def test_metrics_are_ratios_of_the_sums_of_all_workers():
     workers = [{"loss": [1.0, 4.0]}, {"loss": [2.0, 4.0], "late": [1.0, 2.0]}]
     totals = train_state.add_up(workers)
     assert totals == {"loss": [3.0, 8.0], "late": [1.0, 2.0]}
     assert train_state.mean_metrics(totals) == {"loss": 0.375, "late": 0.5}
 
 
-def test_the_metric_of_vectors_is_the_mean_of_the_ratios_without_empty_entries():
+def test_a_vector_metric_is_the_mean_of_the_ratios_without_empty_entries():
     """Macro F1 of three classes, of which the last does not occur."""
     f1 = [[2.0, 1.0, 0.0], [4.0, 4.0, 0.0]]
     totals = train_state.add_up([{"f1": f1}, {"f1": f1}])
@@ -54,7 +54,7 @@ def test_the_metric_of_vectors_is_the_mean_of_the_ratios_without_empty_entries()
     assert train_state.mean_metrics({"mean": [[1.0, 3.0], 2.0]}) == {"mean": 1.0}
 
 
-def test_what_a_checkpoint_holds_of_the_sums_is_plain_and_has_the_same_bits():
+def test_saved_sums_are_plain_values_and_bit_identical():
     class OnDevice:
         def __init__(self, value):
             self.value = value
@@ -98,18 +98,18 @@ def test_a_direction_is_never_guessed(text):
     ("metric", "values", "best"),
     [
         (("loss", -1), [3, 1, 2], 2),
-        (("accuracy", 1), [0.5, 0.7, 0.7], 2),  # the earlier of equals
+        (("accuracy", 1), [0.5, 0.7, 0.7], 2),  # the earlier one of equal epochs
         (("loss", -1), [math.nan, 2.0, math.nan], 2),
         (("loss", -1), [math.nan, math.nan, math.nan], 3),
         (("accuracy", 1), [-math.inf, -2.0, -3.0], 2),
     ],
 )
-def test_the_best_epoch_is_that_of_the_best_validation_metric(metric, values, best):
+def test_the_best_epoch_has_the_best_validation_metric(metric, values, best):
     rows = history(**{f"validation_{metric[0]}": values})
     assert train_state.best_epoch(rows, *metric) == best
 
 
-def test_a_metric_that_was_added_later_counts_from_there():
+def test_a_metric_that_was_added_later_counts_from_then_on():
     rows = [{"epoch": 1, "validation_rmse": 0.1}, {"epoch": 2, "validation_rmse": 0.3, "validation_mae": 0.2}]
     assert train_state.best_epoch(rows, "mae", -1) == 2
     assert train_state.best_epoch([], "mae", -1) == 0

@@ -1,4 +1,4 @@
-"""XGBoost's parameters: every one of SageMaker's built-in algorithm is taken, or refused with its reason."""
+"""XGBoost's parameters: each one of SageMaker's built-in algorithm is accepted, or rejected with a reason."""
 
 import json
 
@@ -10,8 +10,8 @@ from helpers import run_many
 
 pytestmark = pytest.mark.quick
 
-# https://docs.aws.amazon.com/sagemaker/latest/dg/xgboost_hyperparameters.html, and those of the container's
-# code that are not on this page: what the script makes of a value, or a part of the line that refuses it.
+# The parameters on https://docs.aws.amazon.com/sagemaker/latest/dg/xgboost_hyperparameters.html and others in
+# the code of the container: a value, and the resulting flags or a part of the error.
 BUILT_IN = {
     "alpha": ("0.5", {"alpha": 0.5}),
     "base_score": ("0.5", {"params": {"base_score": 0.5}}),
@@ -80,7 +80,7 @@ def parse(*argv):
 
 
 def complain(capsys, *argv):
-    """Return the one line that a usage error prints."""
+    """Return the line printed by a usage error."""
     with pytest.raises(SystemExit) as caught:
         parse(*argv)
     assert caught.value.code == 2
@@ -89,7 +89,7 @@ def complain(capsys, *argv):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_each_hyperparameter_of_the_built_in_algorithm_is_taken_or_refused_with_a_reason(capsys, name):
+def test_hyperparameters_of_the_built_in_algorithm_are_accepted_or_rejected(capsys, name):
     value, expected = BUILT_IN[name]
     if isinstance(expected, str):
         line = complain(capsys, f"--{name}", value)
@@ -134,17 +134,17 @@ OTHER_NAMES = {
 
 
 @pytest.mark.parametrize("words", OTHER_NAMES)
-def test_other_names_of_the_same_parameters_are_taken(words):
+def test_aliases_of_parameters_are_accepted(words):
     name, value = OTHER_NAMES[words]
     assert getattr(parse(*words.split()), name) == value
 
 
-def test_params_is_json_or_what_sagemaker_makes_of_a_dictionary():
+def test_params_is_json_or_sagemakers_form_of_a_dictionary():
     expected = {"max_cat_threshold": 8, "monotone_constraints": "(1,-1)"}
     json_text = '{"monotone_constraints": [1, -1], "max_cat_threshold": 8}'
     for text in (json_text, "monotone_constraints=(1,-1),max_cat_threshold=8"):
         args = parse("--params", text)
-        assert list(args.params.items()) == list(expected.items())  # in order: a restart compares the text
+        assert list(args.params.items()) == list(expected.items())  # sorted: a restart compares the text
     assert parse("--params", '{"eta": 0.1, "num_parallel_tree": 2}').eta == 0.1
     assert parse("--params", "{}").params == parse("--params", "").params == parse().params == {}
     assert parse("--max_delta_step", "", "--params=").params == {}  # hyperparameters that are null
@@ -175,11 +175,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words", MISTAKES)
-def test_a_mistake_in_a_parameter_is_one_line(capsys, words):
+def test_an_error_in_a_parameter_is_one_line(capsys, words):
     assert MISTAKES[words] in complain(capsys, *words.split())
 
 
-def test_parameters_reach_xgboost_and_a_change_is_told_on_resuming(tmp_path):
+def test_parameters_reach_xgboost_and_a_change_is_logged_on_resuming(tmp_path):
     params = ["--params", '{"max_delta_step": 0.1, "monotone_constraints": "(1)"}', "--verbosity", 0]
     jobs = [
         (tmp_path, ["--num-round", 2, "--output", "a", *params]),
