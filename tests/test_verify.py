@@ -216,7 +216,7 @@ MISTAKES = {
         "augment returns other samples for the same `rng`",
         OTHER_GENERATOR,
     ),
-    "a tensor that is no buffer": Mistake(
+    "a tensor that is not a buffer": Mistake(
         "pytorch",
         UNREGISTERED_BUFFER,
         "",
