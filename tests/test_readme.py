@@ -107,10 +107,15 @@ def clone(tmp_path_factory):
 def test_the_commands_of_all_pages_run_unchanged(clone):
     script = "set -e\n" + "".join(blocks("bash"))
     finished = subprocess.run(
-        ["bash", "-c", script], cwd=clone, env=environment(), capture_output=True, text=True, timeout=900
+        ["bash", "-c", script],
+        cwd=clone,
+        env=environment(PYTHONPATH=""),  # with matplotlib
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 11
+    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 10
     assert re.search(r"Resuming training from xgboost-checkpoint.\d+\nStarting training", finished.stdout)
     sums = re.findall(r"^(\w{64})  (?:whole|killed)/model/xgboost-model$", finished.stdout, re.MULTILINE)
     assert len(sums) == 2
