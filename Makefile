@@ -14,7 +14,7 @@ SPOT ?= --interrupt-after 3epochs,3epochs --forward-sigterm --verify
 PYTHON ?=
 VENV ?= .venv
 
-# What the framework needs; all of it if `make check` or `make test` have installed that.
+# The packages for one framework, or for all frameworks if `make check` or `make test` has installed them.
 FRAMEWORK_INSTALLED = $(or $(wildcard $(VENV)/installed),$(VENV)/$(FRAMEWORK)-installed)
 INSTALL = $(VENV)/bin/python -m pip install --no-compile --requirement
 
@@ -49,7 +49,7 @@ examples: $(VENV)/installed
 bench: $(VENV)/installed $(VENV)/spot-installed
 	$(VENV)/bin/python -m benchmarks $(BENCH)
 
-# Prints what has changed in requirements/versions.txt.
+# Prints the changes of requirements/versions.txt.
 update:
 	rm -rf .venv-update
 	$(MAKE) VENV=.venv-update .venv-update/bin/pip
@@ -60,7 +60,7 @@ update:
 	    diff --ignore-blank-lines requirements/versions.txt - || true
 	$(MAKE) VENV=.venv-update check
 
-# PYTHON, or the newest supported one that works and can make virtual environments, on the PATH or of pyenv.
+# PYTHON, or a supported version on the PATH or from pyenv that can create virtual environments.
 $(VENV)/bin/pip:
 	@for python in $(PYTHON) $(foreach v,3.12 3.11 3.13,python$(v) $(HOME)/.pyenv/versions/$(v).*/bin/python) python3; do \
 	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -69,7 +69,7 @@ $(VENV)/bin/pip:
 	        exit; \
 	    fi; \
 	done; \
-	echo "error: no Python 3.11, 3.12 or 3.13 with venv here: install one, such as python3.12 and python3.12-venv"; exit 1
+	echo "error: no Python 3.11, 3.12 or 3.13 with venv: install one, such as python3.12 and python3.12-venv"; exit 1
 
 $(VENV)/installed: requirements.txt $(wildcard requirements/*.txt) | $(VENV)/bin/pip
 	$(INSTALL) $<
@@ -77,7 +77,7 @@ $(VENV)/installed: requirements.txt $(wildcard requirements/*.txt) | $(VENV)/bin
 
 $(VENV)/spot-installed: requirements/spot.txt requirements/versions.txt | $(VENV)/bin/pip
 	@echo "$(INSTALL) $<" && $(INSTALL) $< || { \
-	    command -v gcc >/dev/null || echo "error: SageMaker's toolkit is compiled here, which needs gcc: install it"; exit 1; }
+	    command -v gcc >/dev/null || echo "error: compiling SageMaker's toolkit needs gcc: install it"; exit 1; }
 	@touch $@
 
 $(VENV)/%-installed: requirements/%.txt requirements/versions.txt | $(VENV)/bin/pip

@@ -13,7 +13,7 @@ The flags after `--` are the hyperparameters of the algorithm. `--help` lists th
 import job
 from common import errors
 
-# The algorithms that save checkpoints: image, data, and the hyperparameters that they do not start without.
+# The algorithms that save checkpoints: image, data, and required hyperparameters.
 ALGORITHMS = {
     "xgboost": {
         "version": "3.0-5",
@@ -50,7 +50,7 @@ ALGORITHMS.update(
 
 
 def parse_args():
-    """Return the flags; what is missing is an error before anything is sent."""
+    """Return the flags; exit with an error before anything is sent if one is missing."""
     parser = job.make_parser(
         "Train a built-in algorithm on SageMaker (SDK v2).", ALGORITHMS, instance_type=None
     )
@@ -71,14 +71,14 @@ def parse_args():
     args.hyperparameters = {name.replace("-", "_"): value for name, value in args.hyperparameters.items()}
     for name in algorithm["required"]:
         if name not in args.hyperparameters:
-            parser.error(f"{args.what} needs --{name.replace('_', '-')} behind `--`")
+            parser.error(f"{args.what} needs --{name.replace('_', '-')} after `--`")
     args.has_checkpoints = args.what not in OTHERS
     if not args.has_checkpoints:
         if args.checkpoints or args.resume_from:
             parser.error(f"{args.what} saves no checkpoints: leave out --checkpoints and --resume-from")
         if (args.max_wait or 0) > NO_CHECKPOINTS_MAX_WAIT:
             parser.error(
-                f"--max-wait {args.max_wait}: {args.what} saves no checkpoints, and then SageMaker waits for "
+                f"--max-wait {args.max_wait}: {args.what} saves no checkpoints, so SageMaker waits for "
                 f"{NO_CHECKPOINTS_MAX_WAIT} seconds at most: pass --max-wait {NO_CHECKPOINTS_MAX_WAIT}"
             )
     if args.what == "semantic-segmentation" and args.instance_count != 1:
@@ -99,9 +99,9 @@ with errors.importing("version 2 of SageMaker's Python SDK", 'Install it with: p
 
 
 def training_input(args, channel):
-    """Return a channel with its type and how machines share it."""
+    """Return a channel with its type and its distribution over machines."""
     content_type = "image/png" if channel.endswith("_annotation") else args.content_type
-    # With several machines XGBoost wants a part of the files on each, the image algorithms all of them.
+    # On several machines XGBoost expects a part of the files on each, the image algorithms all files.
     sharded = args.what == "xgboost" and args.instance_count > 1
     distribution = "ShardedByS3Key" if sharded else "FullyReplicated"
     return TrainingInput(args.channels[channel], content_type=content_type, distribution=distribution)
@@ -130,9 +130,9 @@ def main(args):
         debugger_hook_config=False,
         disable_profiler=True,
     )
-    # No metric definitions and no entry point of our own: a built-in algorithm has both, and refuses others.
+    # A built-in algorithm has its own metric definitions and entry point, and refuses others.
     channels = {channel: training_input(args, channel) for channel in args.channels}
-    # At the end it prints how many seconds are billed and what Spot has saved.
+    # At the end the SDK prints the billed seconds and the savings.
     estimator.fit(channels, job_name=args.job_name, wait=args.wait)
 
 

@@ -38,7 +38,7 @@ def make_parser():
     parser = job.Parser(
         description="Deploy a trained model to a SageMaker endpoint (SDK v3).",
         usage="%(prog)s WHAT [--role ARN (--job NAME | --model-dir FOLDER)] [--endpoint NAME] [flags]",
-        epilog="Credentials are found as by all AWS tools.",
+        epilog="Credentials are found as in all AWS tools.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -54,7 +54,7 @@ def make_parser():
     add("--endpoint", type=job.name, help="name of the endpoint; default: WHAT, and the time")
     add("--request", type=_request, help="file to send to the endpoint: JSON, CSV, .npy or an image")
     add("--instance-type", help=f"machine that serves (default: {INSTANCE_TYPE})")
-    add("--serverless", action="store_true", help="no machine of its own: billed for each request")
+    add("--serverless", action="store_true", help="without an instance: billed for each request")
     add(
         "--memory",
         type=int,
@@ -154,7 +154,7 @@ def deploy(args, session):
         **IMAGES[args.what],
     )
     environment = {"SAGEMAKER_REGION": session.boto_region_name, "SAGEMAKER_CONTAINER_LOG_LEVEL": "20"}
-    if args.what != "tensorflow":  # whose container finds code/inference.py by itself
+    if args.what != "tensorflow":  # its container finds code/inference.py by itself
         environment["SAGEMAKER_PROGRAM"] = "inference.py"
         environment["SAGEMAKER_SUBMIT_DIRECTORY"] = "/opt/ml/model/code"
     variant = {"VariantName": "AllTraffic", "ModelName": name}
@@ -186,8 +186,8 @@ def deploy(args, session):
 
 
 def find_model(args, session):
-    """Return the address of the model that a finished training job has written."""
-    if args.dry_run:  # where the launchers let jobs write to
+    """Return the address of the model of a finished training job."""
+    if args.dry_run:  # the output address of the launchers
         return f"s3://{session.default_bucket()}/{args.job}/output/model.tar.gz"
     described = session.sagemaker_client.describe_training_job(TrainingJobName=args.job)
     status = described["TrainingJobStatus"]
@@ -214,7 +214,7 @@ def upload_model(args, session):
 
 
 def pack(folder, file):
-    """Write a folder to an open file as a .tar.gz, whose bytes depend on the content of its files only."""
+    """Write a folder to an open file as a .tar.gz, whose bytes depend only on the content of the files."""
 
     def without_owner_and_time(entry):
         if Path(entry.name).name == "__pycache__":
@@ -223,7 +223,7 @@ def pack(folder, file):
         entry.uname = entry.gname = ""
         return entry
 
-    # Weights hardly get smaller: the highest level of compression would only take time.
+    # Weights hardly compress: a higher level would only take time.
     compressed = gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0)
     with compressed, tarfile.open(fileobj=compressed, mode="w", dereference=True) as archive:
         for path in sorted(folder.iterdir()):
@@ -257,7 +257,7 @@ def ask(args, session):
 
 
 def delete(args, session):
-    """Delete endpoint, endpoint configuration and model; those that do not exist are passed over."""
+    """Delete endpoint, endpoint configuration and model; skip those that do not exist."""
     calls = {
         "endpoint": session.delete_endpoint,
         "endpoint configuration": session.delete_endpoint_config,

@@ -36,7 +36,7 @@ with errors.importing("version 2 of SageMaker's Python SDK", 'Install it with: p
 
 ESTIMATORS = {
     "pytorch": (PyTorch, {"framework_version": "2.8.0", "py_version": "py312"}),
-    # Else the SDK adds the hyperparameter model_dir, an address in S3 that the script could not write to.
+    # Otherwise the SDK adds the hyperparameter model_dir, an address in S3 that the script cannot write to.
     "tensorflow": (TensorFlow, {"framework_version": "2.19.0", "py_version": "py312", "model_dir": False}),
     "mxnet": (MXNet, {"framework_version": "1.9.0", "py_version": "py38"}),
     "xgboost": (XGBoost, {"framework_version": "3.0-5"}),
@@ -74,7 +74,7 @@ def make_estimator(args, session=None):
         container_entry_point=job.forwarding_sigterm("train"),
         output_path=args.output,
         sagemaker_session=session,
-        debugger_hook_config=False,  # else the SDK adds debugger and profiler
+        debugger_hook_config=False,  # otherwise the SDK adds debugger and profiler
         disable_profiler=True,
         **options,
     )
@@ -83,7 +83,7 @@ def make_estimator(args, session=None):
 def main(args):
     """Start the training job and show its log until it ends."""
     estimator = make_estimator(args)
-    # At the end it prints how many seconds are billed and what Spot has saved.
+    # At the end the SDK prints the billed seconds and the savings.
     estimator.fit(args.channels or None, job_name=args.job_name, wait=args.wait)
 
 

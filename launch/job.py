@@ -1,4 +1,4 @@
-"""What the launchers share: their flags, the checks before anything is sent or paid for, and the dry run."""
+"""Shared code of the launchers: flags, checks before anything is sent or billed, and the dry run."""
 
 import argparse
 import json
@@ -32,14 +32,14 @@ LOCAL = ("local", "local_gpu")  # instance types of SageMaker's local mode
 
 
 def make_parser(description, choices, instance_type):
-    """Return the parser of the flags that all launchers have; `choices` are what they can train."""
+    """Return the parser of the flags of all launchers; `choices` are the values of WHAT."""
     parser = Parser(
         description=description,
-        usage="%(prog)s WHAT --role ARN [flags of the launcher] [-- flags of what trains]",
-        epilog="Addresses look like s3://bucket/folder/. Credentials are found as by all AWS tools.",
+        usage="%(prog)s WHAT --role ARN [flags of the launcher] [-- flags of the script or algorithm]",
+        epilog="Addresses look like s3://bucket/folder/. Credentials are found as in all AWS tools.",
         allow_abbrev=False,
     )
-    parser.hint += "; those of what trains go behind `--`"
+    parser.hint += "; those of the script or algorithm go after `--`"
     add = parser.add_argument
     add("what", choices=tuple(choices), metavar="WHAT", help=f"what trains: {', '.join(choices)}")
     add("--role", required=True, type=role, help="ARN of the IAM role that the job runs with")
@@ -47,29 +47,29 @@ def make_parser(description, choices, instance_type):
     add(
         "--instance-type",
         default=instance_type,
-        help="machine to train on, or local for Docker on this one; default: the smallest that makes sense",
+        help="machine to train on, or local for Docker on this one; default: the smallest suitable one",
     )
     add("--instance-count", type=flags.integer(1), default=1, help="number of machines (default: 1)")
     add("--image-uri", help="training image; default: SageMaker's own")
     add("--spot", action="store_true", help="train on Spot instances, which cost less and may be interrupted")
-    add("--max-run", type=flags.integer(1), default=3600, help="seconds to train at most (default: 3600)")
+    add("--max-run", type=flags.integer(1), default=3600, help="maximum training seconds (default: 3600)")
     add(
         "--max-wait",
         type=flags.integer(1),
-        help="seconds to wait for Spot and to train at most (default: twice --max-run)",
+        help="maximum seconds including the wait for Spot (default: twice --max-run)",
     )
     add("--train", type=address, help="address of the training data")
     add("--validation", type=address, help="address of the validation data")
     add(
         "--bucket",
-        help="bucket for all that is written; default: the SDK's own, sagemaker-<region>-<account>",
+        help="bucket for everything that is written; default: the SDK's own, sagemaker-<region>-<account>",
     )
-    add("--job-name", type=_job_name, help="name of the job; default: what trains, and the time")
+    add("--job-name", type=_job_name, help="name of the job; default: WHAT and the time")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--checkpoints", type=folder, help="address of the checkpoints; default: bucket and job name"
     )
-    where.add_argument("--resume-from", type=folder, help="go on from the checkpoints of an earlier job")
+    where.add_argument("--resume-from", type=folder, help="continue from the checkpoints of an earlier job")
     add("--no-wait", dest="wait", action="store_false", help="do not wait for the end of the job")
     add(
         "--dry-run", action="store_true", help="print the request instead of sending it; needs no credentials"
@@ -104,7 +104,7 @@ def parse_args(parser, words=None):
 
 
 def _check_local(parser, args):
-    """Exit with one line for what local mode does not have; Docker is needed."""
+    """Exit with one line if a flag does not fit local mode, or without Docker."""
     mode = f"--instance-type {args.instance_type}"
     given = {
         "--spot": args.spot,
@@ -118,7 +118,7 @@ def _check_local(parser, args):
         docker = subprocess.run(["docker", "info"], capture_output=True, text=True)  # noqa: S607
         reason = docker.returncode and errors.first_line(docker.stderr)
     except OSError:
-        reason = "there is no command docker"
+        reason = "the command docker is missing"
     if reason:
         parser.error(f"{mode} needs Docker on this machine: {reason}")
 
@@ -126,19 +126,19 @@ def _check_local(parser, args):
 def prepare_dry_run(args):
     """Keep the SDK, which is imported later, from looking for credentials or waiting for an answer."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        os.environ[name] = "dry-run"  # on import SDK v2 looks for real ones, even on the network
+        os.environ[name] = "dry-run"  # on import SDK v2 looks for credentials, even on the network
     os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # SDK v3 asks AWS what the role may do
-    logging.getLogger("sagemaker.config").disabled = True  # SDK v2 logs on standard output
+    logging.getLogger("sagemaker.config").disabled = True  # SDK v2 logs to standard output
     args.wait = False
 
 
 def make_script_parser(description):
-    """Return the parser of a launcher of our scripts and of copies of them."""
+    """Return the parser of a launcher of our scripts or copies."""
     parser = make_parser(description, FRAMEWORKS, instance_type="ml.m5.xlarge")
-    parser.hint += "; a copy goes behind --source-dir"
+    parser.hint += "; pass a copy with --source-dir"
     add = parser.add_argument
     add("--weights", type=address, help="address of weights to start from (not for xgboost)")
-    add("--source-dir", type=Path, help="folder of your own copy; default: the one that WHAT names")
+    add("--source-dir", type=Path, help="folder of your copy; default: the folder named WHAT")
     add("--entry-point", default="train.py", help="script in this folder (default: train.py)")
     return parser
 
@@ -149,22 +149,22 @@ def parse_script_args(parser, words=None):
     if args.weights:
         if args.what == "xgboost":
             parser.error("--weights is for image classifiers: xgboost continues from --resume-from")
-        args.channels["model"] = args.weights  # the channel that the scripts read their --weights from
+        args.channels["model"] = args.weights  # the scripts read --weights from this channel
     for name in args.hyperparameters:
         if name in SET_BY_SAGEMAKER:
             parser.error(f"--{name} cannot be passed after `--`: in the cloud SageMaker sets it")
     if args.source_dir is None:
-        # Nobody should have to pay for a cloud job to find out that a flag is wrong.
+        # Report a wrong flag before a job is paid for.
         script = flags.xgboost_flags() if args.what == "xgboost" else flags.image_flags(args.what)
         script.parse_args(args.script_flags)
-    args.source_dir = args.source_dir or ROOT / args.what  # a copy may have flags of its own
+    args.source_dir = args.source_dir or ROOT / args.what  # a copy may have its own flags
     if not (args.source_dir / args.entry_point).is_file():
         parser.error(f"there is no script {args.source_dir / args.entry_point}")
-    # One process for each GPU; elsewhere the scripts find the other machines by themselves.
+    # One process per GPU; otherwise the scripts find the other machines by themselves.
     args.torchrun = args.what == "pytorch" and bool(re.fullmatch(GPU_INSTANCE, args.instance_type))
-    # SageMaker takes its own XGBoost image for an algorithm whose metrics are not ours to define, even when
-    # it runs a script: https://github.com/aws/sagemaker-xgboost-container/issues/121. A copy in your own
-    # registry is free of it.
+    # SageMaker refuses metric definitions for its own XGBoost image, even when it runs a script:
+    # https://github.com/aws/sagemaker-xgboost-container/issues/121. A copy in your own registry allows
+    # them.
     fixed_metrics = args.what == "xgboost" and not args.image_uri
     args.metric_definitions = None if fixed_metrics else report.metric_definitions(_metrics(parser, args))
     return args
@@ -193,12 +193,12 @@ def boto_session(args):
 
 
 def _answer(args, model, params):
-    """Answer a request in place of AWS, so that boto3 sends nothing; print those that change something."""
+    """Answer a request instead of AWS, so that boto3 sends nothing; print requests that change something."""
     if model.name == "CreateTrainingJob":
         print(json.dumps(json.loads(params["body"]), indent=2))
     elif model.service_model.service_name == "sagemaker" and model.name.startswith(("Create", "Delete")):
         print(json.dumps({model.name: json.loads(params["body"])}, indent=2))
-    account = args.role.split(":")[4] if args.role else None  # yours, most likely
+    account = args.role.split(":")[4] if args.role else None  # probably yours
     answers = {
         "GetCallerIdentity": {"Account": account},
         "ListBuckets": {"Buckets": []},
@@ -209,8 +209,8 @@ def _answer(args, model, params):
 
 
 def prepare(args, session):
-    """Fill in where checkpoints and model go, and check it; `session` is the SDK's."""
-    if args.dry_run:  # the SDK's report of its usage does not pass through boto3
+    """Set and check the addresses of checkpoints and model; `session` is the SDK's."""
+    if args.dry_run:  # the SDK sends its usage data without boto3
         session.sagemaker_config.setdefault("SchemaVersion", "1.0")
         modules = session.sagemaker_config.setdefault("SageMaker", {}).setdefault("PythonSDK", {})
         modules.setdefault("Modules", {})["TelemetryOptOut"] = True
@@ -236,11 +236,11 @@ def _check_region(args, session):
     bucket, _ = split_uri(args.checkpoints)
     try:
         answer = session.boto_session.client("s3").head_bucket(Bucket=bucket)
-    except ClientError as error:  # without permission too, the answer names the Region
+    except ClientError as error:  # the answer names the Region even without permission
         answer = error.response
     status = answer["ResponseMetadata"]
     if status["HTTPStatusCode"] == 404:
-        raise ValueError(f"checkpoints at {args.checkpoints}: there is no bucket {bucket}")
+        raise ValueError(f"checkpoints at {args.checkpoints}: no such bucket: {bucket}")
     here = session.boto_region_name
     region = status["HTTPHeaders"].get("x-amz-bucket-region", here)
     if region != here:
@@ -256,18 +256,18 @@ def has_objects(session, address):
 
 
 def forwarding_sigterm(*command):
-    """Return `command` behind a few lines of shell that pass on SIGTERM from the container's process 1.
+    """Return `command` wrapped in a few lines of shell that forward SIGTERM from the container's process 1.
 
-    Without them the signal, which SageMaker sends two minutes before the end, does not reach the script.
+    Without them the signal, which SageMaker sends two minutes before it stops the container, does not reach
+    the script.
     """
     lines = (ROOT / "launch/forward_sigterm/forward_sigterm.sh").read_text().splitlines()
-    # As one line: the pattern of these words in SageMaker's API is `.*`. An & ends a command, as a semicolon
-    # does.
+    # SageMaker's API requires a single line. An & ends a command, like a semicolon.
     return ["bash", "-c", "; ".join(lines).replace("&;", "&"), "forward-sigterm", *command]
 
 
 def print_savings(training_seconds, billable_seconds, spot):
-    """Print what the job took and cost, in the words of SDK v2; nothing for a job that never started."""
+    """Print time and cost of the job in the format of SDK v2; nothing for a job that never started."""
     if training_seconds:
         print(f"Training seconds: {training_seconds}")
     if training_seconds and billable_seconds:
@@ -277,7 +277,7 @@ def print_savings(training_seconds, billable_seconds, spot):
 
 
 def run(main, args, *sdk_errors):
-    """Call `main(args)`; what AWS or the SDK refuses is one line and exit code 1."""
+    """Call `main(args)`; report a refusal by AWS or the SDK in one line, with exit code 1."""
     try:
         main(args)
     except (
@@ -291,11 +291,11 @@ def run(main, args, *sdk_errors):
     ) as error:
         errors.fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit("Stopped watching. What SageMaker has started is still running: see its console")
+        sys.exit("Stopped watching. The job or endpoint is still running: see SageMaker's console")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line that ends with a hint."""
+    """An argument parser that reports an error in one line, with a hint at the end."""
 
     hint = "--help lists all flags"
 
@@ -313,7 +313,7 @@ def address(text):
 
 def folder(text):
     """Return the address of a folder in S3, with a slash at its end."""
-    # S3 has no folders: without the slash .../job-1 is the beginning of .../job-10 too.
+    # S3 has no folders: without the slash .../job-1 also matches .../job-10.
     return address(text).rstrip("/") + "/"
 
 

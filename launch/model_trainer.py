@@ -37,7 +37,7 @@ def parse_args(words=None):
         metavar="KEY=VALUE",
         help="a parameter of the SDK's ModelTrainer or of its configuration classes, such as "
         "volume_size_in_gb=200, keep_alive_period_in_seconds=1800, enable_network_isolation=true, "
-        "kms_key_id=KEY, volume_kms_key_id=KEY, environment.NAME=VALUE; again for each",
+        "kms_key_id=KEY, volume_kms_key_id=KEY, environment.NAME=VALUE; repeatable",
     )
     args = job.parse_script_args(parser, words)
     for identifier in args.vpc:
@@ -80,7 +80,7 @@ model_trainer.DEFAULT_CONTAINER_ENTRYPOINT = job.forwarding_sigterm(
 )
 model_trainer.DEFAULT_CONTAINER_ARGUMENTS = None
 
-KINDS = {  # by the parameter of ModelTrainer, or of a method with_..., that takes the class
+KINDS = {  # by the parameter of ModelTrainer or of its with_... method that takes the class
     "": ModelTrainer,
     "compute": configs.Compute,
     "networking": configs.Networking,
@@ -93,7 +93,7 @@ KINDS = {  # by the parameter of ModelTrainer, or of a method with_..., that tak
     "infra_check_config": configs.InfraCheckConfig,
     "session_chaining_config": configs.SessionChainingConfig,
 }
-NOT_SET = ("training_image", "training_mode", "sagemaker_session", "config_mgr")  # by --set
+NOT_SET = ("training_image", "training_mode", "sagemaker_session", "config_mgr")  # with --set
 
 
 def make_trainer(args, session=None):

@@ -1,8 +1,8 @@
-"""A tuner of hyperparameters for one of the scripts or a copy, with SDK v3; docs/sagemaker.md shows its use.
+"""Tune the hyperparameters of one of the scripts or a copy with SDK v3; see docs/sagemaker.md.
 
-SageMaker's API has one checkpoint address for all trials: each script keeps those of a trial in a folder with
-the name of its job. It takes no entry point for trials: two variables let process 1 start once more behind
-forward_sigterm.sh, Python by PYTHONPATH, and the bash of most images by BASH_ENV.
+SageMaker's API has one checkpoint address for all trials, so each script keeps those of a trial in a folder
+with the name of its job. The API accepts no entry point for trials, so two variables restart process 1 under
+forward_sigterm.sh: PYTHONPATH for Python, and BASH_ENV for the bash of most images.
 """
 
 import shutil
@@ -16,8 +16,8 @@ from common import errors, train_state
 with errors.importing("version 3 of SageMaker's Python SDK", 'Install it with: pip install "sagemaker>=3"'):
     from sagemaker.train.tuner import HyperparameterTuner
 
-CHANNEL = "sm_forward_sigterm"  # no data
-FILES = f"/opt/ml/input/data/{CHANNEL}"  # where they are in the container
+CHANNEL = "sm_forward_sigterm"  # contains no data
+FILES = f"/opt/ml/input/data/{CHANNEL}"  # their path in the container
 
 
 def make_tuner(args, objective, ranges, session=None, **options):
@@ -25,12 +25,12 @@ def make_tuner(args, objective, ranges, session=None, **options):
 
     Args:
         objective: a validation metric by the script's own name, such as "accuracy" or "f1:max".
-        ranges: by flag without hyphens in front, such as {"learning-rate": ContinuousParameter(0.001, 0.1)}.
+        ranges: by flag without leading hyphens, such as {"learning-rate": ContinuousParameter(0.001, 0.1)}.
         session: the SDK's, such as that of a pipeline.
-        options: others of HyperparameterTuner, such as `max_jobs`.
+        options: of HyperparameterTuner, such as `max_jobs`.
     """
     if args.resume_from:
-        raise errors.UserError("--resume-from: the trials of a tuner begin anew; leave it out")
+        raise errors.UserError("--resume-from: the trials of a tuner start without checkpoints; leave it out")
     name, sign = train_state.parse_metric(objective, "objective")
     trainer = model_trainer.make_trainer(args, session)
     copy = Path(tempfile.mkdtemp(), "code")  # the SDK's tuner does not follow the link to common/

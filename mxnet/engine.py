@@ -1,4 +1,4 @@
-"""Device, precision, several GPUs and hosts, and checkpoint files for `train.py`; nobody edits this file.
+"""Device, precision, several GPUs and hosts, and checkpoint files for `train.py`. No need to edit this file.
 
 `common/run.py` calls the functions; the training state in `train.py` inherits from `State`.
 """
@@ -24,8 +24,8 @@ from common.datasets import ArrayDataset
 from common.errors import UserError
 from common.report import log, log_weights
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
-np.bool = bool  # MXNet uses this name, which NumPy dropped in 1.24
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin briefly before they sleep
+np.bool = bool  # MXNet uses this name, which NumPy 1.24 removed
 
 _HINT = "It exists for Linux on x86-64 and Python up to 3.12: pip install mxnet==1.9.1"
 with errors.importing("MXNet", _HINT):
@@ -46,7 +46,7 @@ SEED_ONCE_PER_BATCH = True  # also the random numbers of a data set, for that re
 def start(args, workers):
     """Return the list of contexts to compute on.
 
-    The devices change the speed, never which data or how many epochs.
+    The devices change only the speed, not the data or the number of epochs.
     """
     devices = _find_devices(args)
     device = str(devices[0].device_type)
@@ -54,7 +54,7 @@ def start(args, workers):
         raise UserError("--device cuda: MXNet finds no GPU; use --device auto or cpu")
     if args.precision == "fp16" and device != "gpu":
         raise UserError("--precision fp16: MXNet has it on GPUs only; use --precision bf16 or fp32")
-    os.environ.setdefault("MXNET_ENFORCE_DETERMINISM", str(int(args.deterministic)))  # concerns GPUs
+    os.environ.setdefault("MXNET_ENFORCE_DETERMINISM", str(int(args.deterministic)))  # affects GPUs only
     _set_precision(args)
     mx.random.seed(args.seed)
     shards = workers.describe_shards(args.batch_size, "samples of a batch")
@@ -71,12 +71,12 @@ def _find_devices(args):
         gpus = [mx.gpu(number) for number in range(mx.context.num_gpus())][: args.num_gpus]
     if gpus:
         return gpus
-    num_cpus = int(os.environ.get("MXNET_CPU_CONTEXTS", 1))  # more than one: for tests of several devices
+    num_cpus = int(os.environ.get("MXNET_CPU_CONTEXTS", 1))  # tests use several
     return [mx.cpu(number) for number in range(num_cpus)]
 
 
 def _set_precision(args):
-    """Let MXNet compute in the lower precision of the flags, which it then does in the whole process."""
+    """Set the precision of the flags, which MXNet then uses in the whole process."""
     before = getattr(amp, "precision_of_process", None)
     if before not in (None, args.precision):
         raise UserError(
@@ -89,7 +89,7 @@ def _set_precision(args):
 
 
 class State:
-    """The part of the training state that no model changes: device, precision, workers, and moving data.
+    """The training state shared by all models: device, precision, workers, and moving data.
 
     A subclass sets `model` and `optimizer` and then calls `prepare`.
 
@@ -101,12 +101,12 @@ class State:
         scaler: the loss scale of `--precision fp16` and when it changes next; otherwise empty.
         loss_scales: that loss scale on each device; None in another precision.
         optimizer_state: the optimizer's arrays by index of the weight, and its attributes, always up to date.
-        job: what makes a job, beside the flags and the data.
-        model_facts: what `model.json` says about the model, beside the data.
+        job: what identifies the job, besides the flags and the data.
+        model_facts: what `model.json` says about the model, besides the data.
     """
 
     def __init__(self, args, run, data):
-        mx.name.NameManager().__enter__()  # layers have the same names in each training of a process
+        mx.name.NameManager().__enter__()  # give layers the same names in each training of a process
         self.args = args
         self.data = data
         self.devices = run.device
@@ -127,7 +127,7 @@ class State:
             self._describe_own_data()
 
     def _describe_own_data(self):
-        """Log what is done differently for a data set of the user's."""
+        """Log how the user's own data set is treated differently."""
         if self.args.loaders:
             log(
                 "Batches are loaded between the steps, without --loaders: the data set may draw some of "
@@ -138,7 +138,7 @@ class State:
             log(f"Samples of shape {sample.shape}: read as (channels, height, width), as ToTensor makes them")
 
     def place(self, model):
-        """Return the model on the devices, with the layers initialized that are not yet, after one trial.
+        """Return the model on the devices with all layers initialized, after one trial.
 
         Raises UserError if the model cannot take samples of this shape.
         """
@@ -147,7 +147,7 @@ class State:
                 f"build_model returns a {type(model).__name__}: expected a HybridBlock, which can be exported"
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they name the layers that are initialized already
+            warnings.simplefilter("ignore")  # about layers that are already initialized
             model.initialize(mx.init.Xavier())
         try:
             outputs = model(self._zeros(mx.cpu()))
@@ -209,7 +209,7 @@ class State:
         if self.job["optimizer"] in ("LBSGD", "SGLD"):
             name = self.job["optimizer"]
             log(f"{name} has a state that is not saved: a resumed training is not bit-identical")
-        # The devices of this process only; the workers are added up below.
+        # Only the devices of this process; gradients of the workers are added up below.
         trainer._kvstore_params = {"kvstore": "device", "update_on_kvstore": False}
         if self.workers.size > 1:
             trainer._scale /= self.workers.size  # gradients are averaged over workers
@@ -222,9 +222,9 @@ class State:
             self.scaler = vars(trainer._amp_loss_scaler)
 
     def _describe_layers(self, trainer):
-        """Return lines about the layers and, in their order, the parameters, to which the optimizer counts.
+        """Return lines that describe the layers, and the parameters in the order of the optimizer.
 
-        Not the symbol of the network: other layers are in it with --precision bf16.
+        The symbol of the network is not used: --precision bf16 adds layers to it.
         """
         lines = [repr(self.model)]
         lines += [f"{name}: {parameter.shape}" for name, parameter in self.parameters.items()]
@@ -238,7 +238,7 @@ class State:
         self.servers.add_up([parameter.list_grad() for parameter in trained])
 
     def _send_parameters(self, parameters):
-        """Give each of the parameters the value that it has on the first device of the main process."""
+        """Set each parameter to its value on the first device of the main process."""
         if self.workers.size == 1 and len(self.devices) == 1:
             return
         for parameter in parameters:
@@ -278,7 +278,7 @@ class State:
         images = batch.images
         if images.ndim == 4:
             images = images.transpose(0, 3, 1, 2)
-        devices = self.devices[: len(batch.labels)]  # a small batch does not reach all of them
+        devices = self.devices[: len(batch.labels)]  # a small batch does not need all of them
         columns = [[images], [batch.labels], [batch.weights]]
         if len(devices) > 1:
             columns = [np.array_split(column, len(devices)) for [column] in columns]
@@ -296,11 +296,11 @@ class State:
         self._in_flight.append(parts[0][0])
         if len(self._in_flight) > 2:
             earlier = self._in_flight.pop(0)
-            mx.base.check_call(mx.base._LIB.MXNDArrayWaitToWrite(earlier.handle))  # until it is read no more
+            mx.base.check_call(mx.base._LIB.MXNDArrayWaitToWrite(earlier.handle))  # until it is unused
         return parts
 
     def _replay(self, epoch, step):
-        """Draw again what the network has drawn since the last seeding, such as dropout's random numbers."""
+        """Repeat the random draws of the network since the last seeding, such as those of dropout."""
         statistics = [array for each in self._statistics for array in each.list_data()]
         saved = [array.copy() for array in statistics]
         mx.nd.waitall()
@@ -320,7 +320,7 @@ class State:
         mx.nd.waitall()
 
     def _scale_loss(self):
-        """Set the loss scale of the step that begins."""
+        """Set the loss scale of the next step."""
         trainer = self.optimizer
         scale = trainer._amp_loss_scaler.loss_scale
         self.loss_scales = [mx.nd.full((1,), scale, device) for device in self.devices]
@@ -358,7 +358,7 @@ class State:
         trainer = self.optimizer
         optimizer = trainer.optimizer
         if not set(saved["arrays"]) <= set(map(str, range(len(trainer._params)))):
-            raise ValueError("build_optimizer has other parameters than the checkpoint")
+            raise ValueError("the parameters of build_optimizer differ from those of the checkpoint")
         attributes = saved["attributes"]
         for updater, device in zip(trainer._updaters, self.devices):
             for index, state in saved["arrays"].items():
@@ -382,12 +382,12 @@ class State:
         return all(np.isfinite(arrays[name]).all() for name in trained if name in arrays)
 
     def load_weights(self, path):
-        """Load a .params file, except layers that the model has in another shape."""
+        """Load a .params file, except layers whose shape differs in the model."""
         weights = _read_weights(path)
         parameters = self.parameters
         fitting = {}
         for name, parameter in parameters.items():
-            key = name if name in weights else parameter.name  # the second is that of an exported model
+            key = name if name in weights else parameter.name  # the second one is for an exported model
             if key in weights and weights[key].shape == parameter.shape:
                 fitting[name] = key
         if not fitting:
@@ -419,7 +419,7 @@ class State:
 
 
 def _forget_versions(path):
-    """Make the file of a symbol independent of how often MXNet has traced the network."""
+    """Make the file of a symbol independent of the number of times that MXNet has traced the network."""
     symbol = json.loads(path.read_text())
     for node in symbol["nodes"]:
         node["inputs"] = [[source, output, min(version, 1)] for source, output, version in node["inputs"]]
@@ -464,7 +464,7 @@ def _read_weights(path):
         if content[-len(_CHECKSUM.format(0)) :].startswith(_CHECKSUM[:8].encode()):
             return read_checkpoint(io.BytesIO(content))["model"]
         weights = mx.nd.load_frombuffer(content)
-    except Exception as error:  # MXNet and NumPy have several types for a damaged file
+    except Exception as error:  # MXNet and NumPy raise several types of errors for a damaged file
         raise UserError(f"--weights {path} cannot be read: {errors.first_line(error)}") from error
     if not isinstance(weights, dict):
         raise UserError(f"--weights {path} has no names: expected arrays by name")
@@ -504,11 +504,11 @@ class GreyInput(gluon.HybridBlock):
 def zoo_model(name, data):
     """Return a network of Gluon's model zoo, untrained. Grey images are repeated for three channels.
 
-    Raises UserError if there is none with this name; the message has the nearest names.
+    Raises UserError for an unknown name; the message suggests the nearest ones.
     """
     try:
         network = gluon.model_zoo.vision.get_model(name, classes=data.num_classes)
-    except ValueError as error:  # its message is the only list of the names
+    except ValueError as error:  # only its message lists the names
         errors.check_choice("--model", name, ["cnn", *str(error).split("\n\t")[1:]])
         raise
     if data.sample_shape[-1] == 1:
@@ -541,7 +541,7 @@ class AdamW(mx.optimizer.Optimizer):
         decay = learning_rate * self._get_wd(index)
         if decay:
             weight *= 1 - decay
-        # adam_update corrects no bias of the means; its square root is inside that of the second mean.
+        # adam_update has no bias correction: the learning rate and epsilon contain it.
         correction = np.sqrt(1 - self.beta2**count)
         mean, variance = state
         mx.nd.adam_update(
@@ -561,8 +561,8 @@ class AdamW(mx.optimizer.Optimizer):
 
 # Several workers --------------------------------------------------------------------------------------------
 
-# While it is imported, MXNet decides by a variable whether the process is a server. The process ends when its
-# standard input is closed: it never outlives its worker, however the worker ends.
+# On import, MXNet reads from a variable whether the process is a server. The process ends when its standard
+# input is closed, so that it never outlives its worker.
 _SERVER = """
 import sys
 sys.path[:] = {!r}
@@ -577,10 +577,10 @@ import mxnet
 class ParameterServers:
     """Adds up gradients over all workers by MXNet's parameter servers, bit-identical in each run.
 
-    Gluon's Trainer does the same, but over several workers it is wrong now and then: it does not wait for the
-    first weights before it sends gradients, which then replace the weights. Here only sums are sent back.
+    Gluon's Trainer is sometimes wrong with several workers: it does not wait for the first weights before it
+    sends gradients, which then replace the weights. Here the servers only return sums.
 
-    Each worker has a server, and the main process has a scheduler. One worker alone has neither.
+    Each worker has a server, and the main process has a scheduler. A single worker has neither.
     """
 
     def __init__(self, workers):
@@ -605,16 +605,16 @@ class ParameterServers:
             self._start_process("scheduler")
         self._start_process("server")
         self._store = mx.kv.create("dist_sync")  # waits for all of them
-        # At the end no worker waits for the others, which may be gone: the servers end with their workers.
+        # At exit no worker waits for the others, which may be gone: the servers end with their workers.
         mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(self._store.handle, 0))
-        atexit.register(self._close)  # before MXNet itself is taken down
+        atexit.register(self._close)  # before MXNet shuts down
 
     def add_up(self, gradients):
         """Replace each gradient by the sum over all workers.
 
-        A server adds in the order of arrival. The sum of two terms has the same bits in either order, a sum
-        of more terms has not. So the servers add up pairs of workers, and each worker adds up the pairs: for
-        n workers n/2 times the bytes of a plain sum.
+        A server adds in the order of arrival. Only a sum of two terms has the same bits in any order. So the
+        servers add up pairs of workers, and each worker adds up the pairs. With n workers this sends n/2
+        times the bytes of a plain sum.
 
         Args:
             gradients: a list for each parameter with its gradient, once for each device of this worker.
@@ -622,11 +622,11 @@ class ParameterServers:
         if not self._pairs:
             num_pairs = (self.workers.size + 1) // 2
             self._pairs = [mx.nd.zeros((num_pairs, *copies[0].shape)) for copies in gradients]
-            first = [array.copy() for array in self._pairs]  # MXNet writes to what it gets here
+            first = [array.copy() for array in self._pairs]  # MXNet writes to this array
             self._store.init(list(range(len(first))), first)
         for key, (copies, pairs) in enumerate(zip(gradients, self._pairs)):
-            # The engine orders the operations on one array: each push waits for the pull of the step before.
-            # Else a server would count this worker twice. A new array in each step would wait for nothing.
+            # MXNet orders the operations on one array: each push waits for the pull of the previous step.
+            # Otherwise a server would count this worker twice. A new array in each step would not wait.
             pairs[:] = 0
             copies[0].copyto(pairs[self.workers.rank // 2])
             self._store.pushpull(key, pairs, priority=-key)
@@ -640,9 +640,9 @@ class ParameterServers:
         self._store = None
 
     def _start_process(self, role):
-        """Start a scheduler or a server in a process of its own; if it ends early, this worker ends too.
+        """Start a scheduler or a server in a separate process; if it ends early, this worker ends too.
 
-        Signals to the whole group do not reach it: it is needed until the state is saved.
+        Signals to the process group do not reach it, because saving the state needs it.
         """
         signals = set(preemption.NUMBERS)
         command = [sys.executable, "-c", _SERVER.format(sys.path)]
@@ -660,7 +660,7 @@ class ParameterServers:
             self.workers.fail(reason)
             errors.fail(reason)
         finally:
-            os._exit(1)  # the main thread may be waiting for it for ever
+            os._exit(1)  # the main thread may be waiting for it forever
 
 
 # Reading data -----------------------------------------------------------------------------------------------
@@ -672,7 +672,7 @@ def seed_sample(seed):
 
 
 def to_array(sample):
-    """Return a sample as a NumPy array; an NDArray of floats with three dimensions has the channels first."""
+    """Return a sample as a NumPy array; a 3-D NDArray of floats has the channels first."""
     if not isinstance(sample, mx.nd.NDArray):
         return np.asarray(sample)
     array = sample.asnumpy()
@@ -680,7 +680,7 @@ def to_array(sample):
 
 
 def _has_channels_first(sample):
-    """Return whether a sample has the layout of Gluon's `ToTensor`: images that are still uint8 have not."""
+    """Return whether a sample has the layout of Gluon's `ToTensor`, which images of uint8 do not have."""
     return sample.ndim == 3 and np.dtype(sample.dtype).kind == "f"
 
 
@@ -698,18 +698,18 @@ def load_with_processes(loader, steps, num_processes):
 # In MXNet's own format, for mx.nd.load and load_parameters(path, ignore_extra=True). They are not written by
 # mx.nd.save, which does not notice a full disk, nor by Trainer.save_states, which writes a pickle.
 
-_ARRAY = "__array__"  # the key in the place of an array; the value is the array's name
+_ARRAY = "__array__"  # the key that replaces an array; the value is the array's name
 _CHECKSUM = "CRC-32: {:08x}"
 _TYPES = ("float32", "float64", "float16", "uint8", "int32", "int8", "int64")  # by MXNet's numbers
 
 
 def copy_to_host(content, memory, prefix=None):
-    """Return the arrays of `content` by name, copied, and `content` with names in the place of its arrays.
+    """Return copies of the arrays of `content` by name, and `content` with names instead of its arrays.
 
     Args:
         content: dictionaries, lists and tuples, NDArrays and plain values. Other objects are left out.
-        memory: has the copies by name, and is used again for the next save.
-        prefix: of the names of the values inside; None for the whole content.
+        memory: the copies by name, reused by the next save.
+        prefix: of the names of nested values; None for the whole content.
     """
     if isinstance(content, mx.nd.NDArray):
         name = prefix[:-1]
@@ -732,7 +732,7 @@ def copy_to_host(content, memory, prefix=None):
 
 
 def write_checkpoint(content, file):
-    """Write what `copy_to_host` has returned, and a checksum behind it, which MXNet does not read.
+    """Write the result of `copy_to_host`, followed by a checksum, which MXNet does not read.
 
     The format is that of `mx.nd.save`, see NDArray::Save in MXNet's src/ndarray/ndarray.cc; little-endian.
     """
@@ -761,7 +761,7 @@ def read_checkpoint(file):
     if file.read().startswith(_CHECKSUM[:8].encode()):  # otherwise it may be of any size
         file.seek(0)
         whole = file.read()
-    # MXNet's own reader takes many damaged files for whole ones, and crashes over others.
+    # MXNet's own reader accepts many damaged files, and crashes on others.
     if whole[end:] != _CHECKSUM.format(zlib.crc32(whole[:end])).encode():
         raise ValueError("its checksum is wrong: the file is damaged, or not a checkpoint of this script")
     arrays = {name: array.asnumpy() for name, array in mx.nd.load_frombuffer(whole).items()}
@@ -780,7 +780,7 @@ def read_checkpoint(file):
 
 
 def describe_machine(args):
-    """Return what changes the bits of the result, but not its quality."""
+    """Return the facts that change the bits of the result, but not its quality."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     num_threads = int(threads) if threads.isdigit() and int(threads) else machine.num_cores()
     return {

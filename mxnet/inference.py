@@ -3,8 +3,8 @@
 Local:      python mxnet/inference.py photos/ --model-dir output/mxnet/model
 SageMaker:  its MXNet container finds this file in `code/` of the model; see launch/deploy.py
 
-The exported network contains the normalization of its images: after a change of `build_model` nothing changes
-here. The four functions are those of SageMaker's inference toolkit,
+The exported network contains the normalization of its images: this file needs no change if `build_model`
+changes. The four functions are those of SageMaker's inference toolkit,
 https://github.com/aws/sagemaker-mxnet-inference-toolkit.
 """
 

@@ -18,17 +18,17 @@ from common.errors import UserError
 MAGIC = struct.pack("<I", 0xCED7230A)  # before each part of a record
 PART_HEADER = struct.Struct("<4sI")  # magic number; kind and length of the part
 LENGTH_BITS = 29
-WHOLE, FIRST, MIDDLE, LAST = range(4)  # kinds: a record that contains the magic number is split there
+WHOLE, FIRST, MIDDLE, LAST = range(4)  # kinds: a record is split at each magic number in it
 HEADER = struct.Struct("<IfQQ")  # number of labels that follow, or 0; the label; two identifiers
 LABEL = struct.Struct("<f")
-BEGINNING = HEADER.size + LABEL.size  # bytes of a record that are read for its label
-MAX_LABEL = 2**24  # above it not every integer is a float
+BEGINNING = HEADER.size + LABEL.size  # bytes read of a record for its label
+MAX_LABEL = 2**24  # larger integers are not all exact floats
 
 
 class RecordFile:
     """The images of a RecordIO file.
 
-    Only the labels are read at once. What stays in memory is the places of the records.
+    At first only the labels are read. The positions of the records stay in memory.
 
     Args:
         path: of the file.
@@ -42,7 +42,7 @@ class RecordFile:
     """
 
     EXPECTED = "RecordIO files (.rec) with a label for each image"
-    COMPANIONS = (".idx", ".lst")  # the endings of files that may be beside them
+    COMPANIONS = (".idx", ".lst")  # suffixes of files that may be beside them
 
     def __init__(self, path):
         self.path = path
@@ -68,7 +68,7 @@ class RecordFile:
 
     def read(self, index):
         """Return the bytes of an encoded image. Raises MXNet's errors."""
-        # A reader is not made for several threads, nor for a process that was forked.
+        # A reader supports neither several threads nor forked processes.
         reader = recordio.MXRecordIO(str(self.path), "r")
         with contextlib.closing(reader):
             offset = ctypes.c_size_t(self._offsets[index])
@@ -84,7 +84,7 @@ class RecordFile:
             offset = end
             kind, length, beginning, end = self._read_part(descriptor, offset, num_bytes)
             if kind not in (WHOLE, FIRST):
-                raise self._error("it begins with the rest of another record; replace the file")
+                raise self._error("it starts with the rest of another record; replace the file")
             while kind not in (WHOLE, LAST):
                 kind, more, content, end = self._read_part(descriptor, end, num_bytes)
                 if kind not in (MIDDLE, LAST):
@@ -102,7 +102,7 @@ class RecordFile:
         content = os.pread(descriptor, PART_HEADER.size + BEGINNING, offset)
         if len(content) < PART_HEADER.size or not content.startswith(MAGIC):
             raise self._error(
-                "it does not begin as the records of MXNet's RecordIO do: expected a file that im2rec has "
+                "it does not start like a record of MXNet's RecordIO: expected a file that im2rec has "
                 "written; it is damaged, or of another format; replace it"
             )
         _, word = PART_HEADER.unpack_from(content)

@@ -1,4 +1,4 @@
-"""Device, precision, several GPUs and hosts, and checkpoint files for `train.py`; nobody edits this file.
+"""Device, precision, several GPUs and hosts, and checkpoint files for `train.py`. No need to edit this file.
 
 `common/run.py` calls the functions; the training state in `train.py` inherits from `State`.
 """
@@ -15,7 +15,7 @@ from common import atomic_io, batches, errors, model_folder, preemption
 from common.errors import UserError
 from common.report import log, log_weights
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin briefly before they sleep
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 )  # without it cuBLAS may change bits from run to run
@@ -38,7 +38,7 @@ PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)  # be
 def start(args, workers):
     """Return the torch.device to compute on, after connecting the workers.
 
-    The device changes the speed, never which data or how many epochs.
+    The device changes only the speed, not the data or the number of epochs.
     """
     available = torch.cuda.is_available() and args.num_gpus != 0
     if args.device == "cuda" and not available:
@@ -48,10 +48,10 @@ def start(args, workers):
     )  # set by torchrun: the number of this process on this host
     device = torch.device(f"cuda:{local_rank}" if available and args.device != "cpu" else "cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # also the one whose random numbers are seeded
+        torch.cuda.set_device(device)  # torch.cuda.manual_seed seeds this device
         torch.set_float32_matmul_precision("high")  # TF32 for products; convolutions use it anyway
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a slow debugging aid
     torch.manual_seed(args.seed)
     shards = workers.describe_shards(args.batch_size, "samples of a batch")
     log(f"Device: {device} ({args.precision}){shards}")
@@ -61,7 +61,7 @@ def start(args, workers):
 
 
 def _connect(device, workers):
-    """Start PyTorch's own engine, which sums gradients: NCCL between GPUs, otherwise Gloo."""
+    """Start PyTorch's process group, which sums gradients: NCCL between GPUs, otherwise Gloo."""
     workers.check_same({"device": device.type})
     interface = os.environ.get("SM_NETWORK_INTERFACE_NAME")
     if workers.address.startswith("127."):
@@ -71,7 +71,7 @@ def _connect(device, workers):
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     store = None
     if workers.is_main_process:
-        # A store that listens by itself does so at all addresses.
+        # Without a listener the store would listen at all addresses.
         listener = socket.create_server((workers.address, 0))
         port = listener.getsockname()[1]
         store = distributed.TCPStore(
@@ -85,15 +85,15 @@ def _connect(device, workers):
 
 
 class State:
-    """The part of the training state that no model changes: device, precision, workers, and moving data.
+    """The training state shared by all models: device, precision, workers, and moving data.
 
     A subclass sets `model` and `optimizer` and then calls `prepare`.
 
     Attributes:
-        network: the model to train with; it may be compiled, or average the gradients of several workers.
+        network: the model to train with; it may be compiled, or average gradients over workers.
         predict: the model to evaluate with.
-        job: what makes a job, beside the flags and the data.
-        model_facts: what `model.json` says about the model, beside the data.
+        job: what identifies the job, besides the flags and the data.
+        model_facts: what `model.json` says about the model, besides the data.
         scaler: the loss scaler of `--precision fp16`; otherwise it does nothing.
     """
 
@@ -137,7 +137,7 @@ class State:
                 copy.deepcopy(model).train()(sample)
         except ValueError as error:
             raise UserError(
-                f"--batch-size {self.args.batch_size} makes batches of one sample for each worker, from "
+                f"--batch-size {self.args.batch_size} makes batches of one sample per worker, from "
                 f"which this model cannot learn ({error}): raise it"
             ) from error
 
@@ -173,8 +173,8 @@ class State:
             "ignore", message="Grad strides do not match"
         )  # costs nothing with a small network
         network = nn.parallel.DistributedDataParallel(model.eval())
-        # The first step decides on the order in which gradients are summed, which rounds: take it before any
-        # counts.
+        # The first step sets the order in which gradients are summed, and so their rounding: it must not
+        # depend on the batch with which a run starts.
         outputs = network(torch.zeros(1, *self._shape(), device=self.device))
         sum(output.sum() for output in tree_leaves(outputs)).backward()
         return network
@@ -229,13 +229,13 @@ class State:
         """Load an optimizer's state.
 
         The settings of its parameter groups are those of this run, except those that training changes, such
-        as the number of steps that an optimizer counts, or a momentum that a scheduler sets.
+        as a step count of the optimizer, or a momentum set by a scheduler.
         """
         settings = self.optimizer.state_dict()["param_groups"]
         saved_settings = saved["param_groups"]
         groups = [len(group["params"]) for group in settings]
         if groups != [len(group["params"]) for group in saved_settings]:
-            raise ValueError("build_optimizer has other parameter groups than the checkpoint")
+            raise ValueError("the parameter groups of build_optimizer differ from those of the checkpoint")
         for number, (now, then) in enumerate(zip(settings, saved_settings)):
             for name, value in then.items():
                 was = tuple(value) if isinstance(now.get(name), tuple) else value
@@ -264,7 +264,7 @@ class State:
 
 
 # (images - mean) / deviation per channel in one kernel, for training and prediction: a function of images
-# (n, channels, height, width) of float32, and of what `channel_statistics` returns; with eps=0.
+# (n, channels, height, width) of float32 and of the result of `channel_statistics`; with eps=0.
 normalize = nn.functional.batch_norm
 
 
@@ -293,7 +293,7 @@ def _read_weights(path):
                 from safetensors.torch import load_file
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has many types for a damaged file
+    except Exception as error:  # torch raises many types of errors for a damaged file
         raise UserError(f"--weights {path} cannot be read: {errors.first_line(error)}") from error
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):  # a checkpoint of this script
         weights = weights["model"]
@@ -305,7 +305,7 @@ def _read_weights(path):
 
 
 def _describe_layers(model, optimizer):
-    """Return lines about the layers and, in their order, the parameters, to which the optimizer counts."""
+    """Return lines that describe the layers, and the parameters in the order of the optimizer."""
     lines = [f"{name}: {type(layer).__name__}({layer.extra_repr()})" for name, layer in model.named_modules()]
     names = {}
     for name, parameter in model.named_parameters():
@@ -339,9 +339,9 @@ def to_float32(value):
 
 
 def zoo_model(name, data):
-    """Return an untrained network of torchvision's model zoo; grey images are repeated for its channels.
+    """Return an untrained network of torchvision's model zoo; grey images are repeated for three channels.
 
-    Raises UserError if there is none with this name; the message has the nearest names.
+    Raises UserError for an unknown name; the message suggests the nearest ones.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     errors.check_choice("--model", name, ["cnn", *names])
@@ -399,13 +399,13 @@ def load_with_processes(loader, steps, num_processes):
         collate_fn=_as_tensors,
         worker_init_fn=_start_loader,
         generator=torch.Generator(),  # otherwise it would draw from the global one
-        multiprocessing_context="fork",  # the loader has modules in it, which no other method passes on
+        multiprocessing_context="fork",  # the loader contains modules, which cannot be pickled
     )
     return iter(data_loader)
 
 
 def _as_tensors(batch):
-    tensors = [torch.as_tensor(array) for array in batch[:3]]  # which travel in shared memory
+    tensors = [torch.as_tensor(array) for array in batch[:3]]  # in shared memory
     return type(batch)(*tensors, *batch[3:])
 
 
@@ -418,7 +418,7 @@ def _start_loader(number):
 
 
 def copy_to_host(state, memory, name=()):
-    """Return `state` with copies of its tensors in `memory`, which is used again for the next save.
+    """Return `state` with copies of its tensors in `memory`, which is reused by the next save.
 
     Raises UserError for a type that torch.load refuses.
     """
@@ -436,7 +436,7 @@ def copy_to_host(state, memory, name=()):
         return state
     raise UserError(
         f"state_dict() returns a {type(state).__name__} as {'/'.join(map(str, name))}: expected tensors, "
-        "numbers, text, lists and dictionaries, as reading a checkpoint must execute nothing"
+        "numbers, text, lists and dictionaries, because reading a checkpoint must not execute code"
     )
 
 
@@ -453,5 +453,5 @@ def read_checkpoint(file):
 
 
 def describe_machine(args):
-    """Return what changes the bits of the result, but not its quality."""
+    """Return the facts that change the bits of the result, but not its quality."""
     return {"CPU threads": torch.get_num_threads(), FRAMEWORK: VERSION}

@@ -3,8 +3,8 @@
 Local:      python pytorch/inference.py photos/ --model-dir output/pytorch/model
 SageMaker:  its PyTorch container finds this file in `code/` of the model; see launch/deploy.py
 
-The network is that of `build_model`, its images are normalized as in the training: after a change of either
-nothing changes here. The four functions are those of SageMaker's inference toolkit,
+The network is that of `build_model`, and images are normalized as in training: this file needs no change if
+either changes. The four functions are those of SageMaker's inference toolkit,
 https://github.com/aws/sagemaker-pytorch-inference-toolkit.
 """
 

@@ -164,7 +164,7 @@ def train(args, run, state):
         state.train()
         for batch in run.training_batches(epoch, augment):
             metrics = train_step(args, state, batch)
-            run.finish_step(metrics)  # saves when it is time, and ends the training after a signal
+            run.finish_step(metrics)  # saves a checkpoint if one is due, and ends the training after a signal
         evaluate(run, state)
         is_over = run.finish_epoch()  # saves checkpoint-{epoch}.pt and logs the metrics
         if is_over:  # --patience
@@ -172,8 +172,8 @@ def train(args, run, state):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The training state: all that a checkpoint holds. Random numbers and learning rates follow from (seed, epoch,
-# step).
+# The training state: everything that a checkpoint contains. Random numbers and learning rates follow from
+# (seed, epoch, step).
 # ------------------------------------------------------------------------------------------------------------
 
 

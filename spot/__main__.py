@@ -3,10 +3,9 @@
     python -m spot pytorch/train.py --interrupt-after 20s,upload,20s --verify -- --epochs 10
     python -m spot xgboost/train.py --mean-time-between-interruptions 15s --forward-sigterm -- --num-round 500
 
-What stands after `--` are the script's own flags; they become hyperparameters. The script runs under
-SageMaker's own toolkit, its checkpoints are copied to an S3 server that runs on this machine meanwhile, and
-each attempt starts with what is there. At the end it tells what the interruptions have cost, and writes a
-report and a picture of it.
+The flags after `--` are passed to the script as hyperparameters. The script runs under SageMaker's own
+toolkit. Its checkpoints are copied to a local S3 server, and back before each attempt. At the end the command
+prints the cost of the interruptions and writes a report and a picture.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from common import errors
 from common.flags import hyperparameters, integer, real
 from common.s3 import list_objects
 
-with errors.importing("what requirements/spot.txt lists", "pip install -r requirements/spot.txt"):
+with errors.importing("the packages in requirements/spot.txt", "pip install -r requirements/spot.txt"):
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -65,7 +64,7 @@ def channel(text):
 
 
 def s3_folder(text):
-    """Parse `s3://bucket/folder/`; with the slash, without which `job-1` is the beginning of `job-10` too."""
+    """Parse `s3://bucket/folder/`; add the slash, without which `job-1` also matches `job-10`."""
     if not re.fullmatch("s3://[^/]+/.*[^/]/*", text):
         raise argparse.ArgumentTypeError(
             f"expected an address such as s3://bucket/job/checkpoints/, got {text!r}"
@@ -94,7 +93,7 @@ def parse_args(argv=None):
         type=moments,
         default=[],
         metavar="20s,5epochs,upload,...",
-        help="when to interrupt each attempt: so long after its start, after so many of its epochs, or "
+        help="when to interrupt each attempt: a time after its start, after a number of epochs, or "
         "in the middle of its second upload",
     )
     when.add_argument(
@@ -103,15 +102,15 @@ def parse_args(argv=None):
     add(
         "--interruptions",
         type=integer(0),
-        help="how many; default: as many as --interrupt-after has, or 3 random ones",
+        help="number of interruptions; default: one for each entry of --interrupt-after, or 3 random ones",
     )
-    add("--seed", type=int, default=0, help="of the random moments")
+    add("--seed", type=int, default=0, help="seed of the random moments")
     add(
         "--forward-sigterm",
         action="store_true",
-        help="with the entry point of our launchers, which passes it on",
+        help="start with the entry point of the launchers, which forwards SIGTERM to the script",
     )
-    add("--grace", type=seconds, default=120, metavar="120s", help="from SIGTERM to SIGKILL")
+    add("--grace", type=seconds, default=120, metavar="120s", help="time from SIGTERM to SIGKILL")
     add(
         "--channel",
         type=channel,
@@ -124,25 +123,25 @@ def parse_args(argv=None):
         "--checkpoint-s3-uri",
         type=s3_folder,
         default="s3://simulator/job/checkpoints/",
-        help="where they go in S3",
+        help="address of the checkpoints in S3",
     )
     add(
         "--endpoint-url",
         type=endpoint,
-        help="an S3 server; default: one that runs on the loopback address meanwhile",
+        help="S3 server; default: a new one on the loopback address",
     )
     add("--instance-count", type=integer(1), default=1, help="machines that train together")
     add(
         "--stop-sync-after",
         type=integer(1),
-        help="uploads of an attempt after which nothing reaches S3 any more, a known fault of the service",
+        help="number of uploads in an attempt after which S3 receives no more, a known fault of the service",
     )
     add("--upload-rate", type=real(0.001), default=50, help="megabytes per second to S3")
     add(
         "--spot-price",
         type=real(0, 1),
         default=0.3,
-        help="of a Spot instance, as a share of the on-demand price",
+        help="price of a Spot instance, as a share of the on-demand price",
     )
     add(
         "--verify",
@@ -180,7 +179,7 @@ def plan(args):
 def script_hyperparameters(script, words):
     """Return the script's flags as hyperparameters, with a log line after each step, which the report counts.
 
-    Raises UserError where the script does not start at all.
+    Raises UserError if the script does not start.
     """
     values = hyperparameters(words)
     asked = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
@@ -192,20 +191,20 @@ def script_hyperparameters(script, words):
 
 
 def environment(script):
-    """Return the variables of the container: in SageMaker only that of TensorFlow has TensorFlow."""
+    """Return the variables of the container. In SageMaker only TensorFlow's image contains TensorFlow."""
     if re.search(r"^\s*(import|from)\s+(tensorflow|keras)\b", script.read_text(), re.MULTILINE):
         return {}
     return {"PYTHONPATH": str(Path(__file__).with_name("without_tensorflow"))}
 
 
 def show(event):
-    """Print what has happened to the job, but for the lines that count the steps."""
+    """Print an event of the job, except for log lines that count steps."""
     text = {
         "started": "a container starts",
         "log": event.get("line"),
         "uploaded": f"{event.get('name')} is in S3",
         "deleted": f"{event.get('name')} is deleted in S3",
-        "stalled": f"the upload of {event.get('name')} has come half way",
+        "stalled": f"the upload of {event.get('name')} stops half way",
         "sigterm": "SIGTERM is sent to process 1",
         "killed": "the machine is gone",
         "ended": f"process 1 has ended with exit code {event.get('code')}",
@@ -215,7 +214,7 @@ def show(event):
 
 
 def main(args):
-    """Run the job, print what it has cost, and compare its model with that of an uninterrupted job."""
+    """Run the job, print its cost, and compare its model with that of an uninterrupted job."""
     values = script_hyperparameters(args.script, args.script_flags)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in ("job", "uninterrupted"):  # of an earlier run
@@ -223,7 +222,7 @@ def main(args):
             shutil.rmtree(args.output / name)
     place = "a plain process group (no PID namespaces here)"
     if namespace():
-        place = "process 1 of its own PID namespace"
+        place = "process 1 of a separate PID namespace"
     print(f"The training runs as {place}", flush=True)
     with service.s3_server(args.endpoint_url) as s3:
         uri = args.checkpoint_s3_uri
@@ -234,7 +233,7 @@ def main(args):
         differences = []
         if args.verify:
             print("Training once more, without interruption", flush=True)
-            untouched = f"{uri[:-1]}-uninterrupted-{time.time():.0f}/"  # nothing is there yet
+            untouched = f"{uri[:-1]}-uninterrupted-{time.time():.0f}/"  # a new address
             _, whole = run(args, s3, "uninterrupted", untouched, values, [], lambda event: None)
             differences = compare.differences(model, whole)
             numbers["bit-identical"] = not differences
@@ -242,7 +241,7 @@ def main(args):
     report.show(numbers)
     if numbers["interruptions"] < len(moments):
         happened = f"{numbers['interruptions']} of {len(moments)} interruptions"
-        print(f"Only {happened}: the training ended before the others; let it train longer")
+        print(f"Only {happened}: the training ended first; let it train longer")
     print(f"Report: {args.output / 'report.json'}, {args.output / 'timeline.png'}")
     if differences:
         raise errors.UserError(f"the models differ: {', '.join(differences)}")
@@ -267,7 +266,7 @@ ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def end(number, frame):
-    """End after a signal, but not without ending the container."""
+    """End after a signal, and end the container too."""
     for ending in ENDINGS:
         signal.signal(ending, signal.SIG_IGN)
     sys.exit(128 + number)

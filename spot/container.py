@@ -1,4 +1,4 @@
-"""What a training container is for its script: the base folder (/opt/ml in SageMaker), and process 1."""
+"""The training container of a script: the base folder (/opt/ml in SageMaker) and process 1."""
 
 import contextlib
 import functools
@@ -15,8 +15,8 @@ import psutil
 
 from common.s3 import download
 
-ADDRESS = "127.0.0.{}"  # of the instances, counted from 1; all of them are this machine
-# What a shell does in a new namespace before it becomes process 1: names of hosts from a file, and its own.
+ADDRESS = "127.0.0.{}"  # of the instances, counted from 1; all are on this machine
+# Run by a shell in a new namespace before it becomes process 1: set the host names.
 NAMING = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
 
 
@@ -28,7 +28,7 @@ def hosts_of(request):
 
 
 def lay_out(folder, request, s3, host=None):
-    """Make the base folder of a new container, as the service does it, for a CreateTrainingJob request."""
+    """Make the base folder of a new container for a CreateTrainingJob request, as the service does."""
     for name in ("model", "output/data", "checkpoints", "input/config", "input/data", "code"):
         (folder / name).mkdir(parents=True)
     channels = request.get("InputDataConfig", [])
@@ -58,10 +58,10 @@ def lay_out(folder, request, s3, host=None):
 
 @functools.cache
 def namespace():
-    """Return the command that makes another one process 1 of a container, or [] if that is forbidden.
+    """Return the command that runs another command as process 1 of a container, or [] if that is forbidden.
 
-    Its namespaces are those of processes, mounts and names. Two words follow it: a file in place of
-    /etc/hosts, and the name of the host.
+    It creates namespaces for processes, mounts and names. Its two arguments are a file that replaces
+    /etc/hosts, and the host name.
     """
     as_root = ["unshare", "--pid", "--fork", "--mount-proc", "--uts", "--kill-child"]
     as_user = ["unshare", "--user", "--map-root-user", *as_root[1:]]
@@ -74,15 +74,15 @@ def namespace():
 
 
 class Container:
-    """A running container: process 1 and what it has started.
+    """A running container: process 1 and its descendants.
 
     Args:
         folder: its base folder.
         request: the CreateTrainingJob request.
-        tell: called with each line of its log.
+        on_line: called with each line of the log.
     """
 
-    def __init__(self, folder, request, tell):
+    def __init__(self, folder, request, on_line):
         command = request["AlgorithmSpecification"].get("ContainerEntrypoint", ["train"])
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("SM_", "SAGEMAKER_"))
@@ -103,12 +103,12 @@ class Container:
             errors="replace",
             start_new_session=True,
         )
-        self.reader = threading.Thread(target=self._read, args=(tell,), daemon=True)
+        self.reader = threading.Thread(target=self._read, args=(on_line,), daemon=True)
         self.reader.start()
 
-    def _read(self, tell):
+    def _read(self, on_line):
         for line in self.process.stdout:
-            tell(line.rstrip("\n"))
+            on_line(line.rstrip("\n"))
 
     def terminate(self):
         """Send SIGTERM to process 1, as the service does."""
@@ -118,13 +118,13 @@ class Container:
             time.sleep(0.01)
 
     def kill(self):
-        """End all of the container's processes at once, as if the machine was gone."""
+        """Kill all processes of the container at once, as if the machine was gone."""
         self._signal_process_1(signal.SIGKILL)  # the kernel ends the rest of the namespace
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def wait(self, seconds=None):
-        """Return the exit code of process 1, after ending all others; None if it is still running."""
+        """Return the exit code of process 1 after killing all others; None if it is still running."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:

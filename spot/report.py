@@ -1,4 +1,4 @@
-"""What a simulated job has cost: figures, a picture, and a file for machines, all from its events."""
+"""The cost of a simulated job as figures, a picture and JSON, computed from its events."""
 
 import json
 import re
@@ -13,10 +13,10 @@ EPOCH = re.compile(r"epoch=(\d+) ")
 def read_attempts(events):
     """Return a list with a dictionary for each attempt.
 
-    `start`, `end`: times in seconds since the first one started. `steps`: a list of (time, step), the step
-    counted from the training's beginning, the first entry being where the attempt began. `epochs`: a list of
-    (time, epoch, metrics). `uploaded`: a list of (time, name). `interruption`: stalled (an upload), sigterm
-    or None. `code`: the exit code or None.
+    `start`, `end`: times in seconds since the start of the first attempt. `steps`: a list of (time, step),
+    the step counted from the start of the training; the first entry is the start of the attempt. `epochs`: a
+    list of (time, epoch, metrics). `uploaded`: a list of (time, name). `interruption`: stalled (an upload),
+    sigterm or None. `code`: the exit code or None.
     """
     lines = (STEP.match(event.get("line", "")) for event in events)
     steps_per_epoch = next((int(match[2]) for match in lines if match), 1)
@@ -67,10 +67,10 @@ def _read_line(attempt, moment, line, steps_per_epoch):
 
 
 def figures(attempts, num_checkpoints, spot_price):
-    """Return what the job has cost as a dictionary; times are in seconds.
+    """Return the cost of the job as a dictionary; times are in seconds.
 
     Args:
-        num_checkpoints: how many are in S3.
+        num_checkpoints: the number of checkpoints in S3.
         spot_price: the price of a Spot instance as a share of the on-demand price.
     """
     trained = [attempt for attempt in attempts if attempt["steps"]]
@@ -99,7 +99,7 @@ def figures(attempts, num_checkpoints, spot_price):
 
 
 def show(numbers):
-    """Print the figures: first SageMaker's own lines, then the truth."""
+    """Print the figures, SageMaker's own lines first."""
     print(f"Training seconds: {numbers['training_seconds']}")
     print(f"Billable seconds: {numbers['billable_seconds']}")
     print(f"Managed Spot Training savings: {numbers['savings_percent']}%")

@@ -1,8 +1,8 @@
-"""The part of SageMaker: it starts a training job in a container, interrupts it, and starts it again.
+"""The simulated SageMaker: starts a training job in a container, interrupts it, and starts it again.
 
-All that happens becomes a list of events, each a dictionary with `time` (seconds since 1970), `attempt` (from
-1) and `event`: started, log (a line), stalled, uploaded, deleted (a file), sigterm, killed, ended (an exit
-code).
+Everything that happens becomes an event in a list, a dictionary with `time` (seconds since 1970), `attempt`
+(from 1) and `event`: started, log (a line), stalled, uploaded, deleted (a file), sigterm, killed, ended (an
+exit code).
 """
 
 import contextlib
@@ -34,16 +34,16 @@ UPLOAD = "upload"
 
 
 class Epochs(NamedTuple):
-    """An interruption after so many epochs of an attempt, however long they take."""
+    """An interruption after a number of epochs of an attempt, however long they take."""
 
     count: int
 
 
 @contextlib.contextmanager
 def s3_server(endpoint_url=None):
-    """Yield a client of an S3 server to which the environment points meanwhile.
+    """Yield a client of an S3 server, and point the environment to that server inside the block.
 
-    It is a given one, with the usual AWS credentials, or one that runs meanwhile on the loopback address.
+    The server is a given one, with the usual AWS credentials, or a new one on the loopback address.
     """
     server, variables = None, {}
     if endpoint_url is None:
@@ -76,17 +76,17 @@ def make_request(
         hyperparameters: a dictionary of strings.
         channels: local folders by channel name.
         checkpoint_uri: where the checkpoints go in S3.
-        entry_point: the command of process 1; default: the one of SageMaker's own images, `train`.
+        entry_point: the command of process 1; default: `train`, as in SageMaker's own images.
         environment: variables for the container.
         count: the number of instances.
     """
     bucket, _ = split_uri(checkpoint_uri)
-    with contextlib.suppress(ClientError):  # mostly it exists
+    with contextlib.suppress(ClientError):  # it usually exists
         s3.create_bucket(Bucket=bucket)
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz", dereference=True) as tar:
         for path in sorted(script.parent.iterdir()):
-            if path.name not in ("__pycache__", "output"):  # what the script and this simulator have written
+            if path.name not in ("__pycache__", "output"):  # written by the script and this simulator
                 tar.add(path, path.name)
     key = f"{name}-source/sourcedir.tar.gz"
     s3.put_object(Bucket=bucket, Key=key, Body=archive.getvalue())
@@ -115,9 +115,9 @@ class Job:
     Args:
         s3: a boto3 client.
         request: a CreateTrainingJob request.
-        folder: where the containers' base folders and logs go.
+        folder: for the containers' base folders and logs.
         interruptions: for each attempt the seconds after which it is interrupted, or Epochs, or UPLOAD: in
-            the middle of its second upload; further attempts are left alone.
+            the middle of its second upload; later attempts are not interrupted.
         grace: seconds from SIGTERM to SIGKILL.
         sync: flags of `spot.sync`.
         watch: called with each event.
@@ -139,7 +139,7 @@ class Job:
         self.num_epochs = 0  # of this attempt
 
     def run(self):
-        """Run attempt after attempt; return the base folder of the one that completed.
+        """Run attempts until one completes; return its base folder.
 
         Raises UserError, with the job's FailureReason, when the training fails.
         """
@@ -155,10 +155,10 @@ class Job:
                 raise UserError(f"the training job failed: {reason.strip()}; its log is {folder / 'log.txt'}")
 
     def _attempt(self, attempt, folder, interruption):
-        """Return the first exit code of a process 1 that is not 0, or 0; None where it was interrupted."""
+        """Return the first nonzero exit code of a process 1, otherwise 0; None after an interruption."""
         self.num_epochs = 0
 
-        def tell(event, **more):
+        def emit(event, **more):
             self.events.append({"time": time.time(), "attempt": attempt, "event": event, **more})
             self.watch(self.events[-1])
 
@@ -170,31 +170,31 @@ class Job:
                 container.lay_out(folders[host], self.request, self.s3, host)
             for place in folders.values():
                 stall = interruption == UPLOAD and place == folder
-                sync = _SyncProcess(place / "checkpoints", self.request, self.sync, stall, tell)
+                sync = _SyncProcess(place / "checkpoints", self.request, self.sync, stall, emit)
                 exits.callback(sync.kill)
                 copies.append(sync)
             for sync in copies:
                 sync.ready.wait()
-            tell("started")
+            emit("started")
             for place in folders.values():
-                box = self._start(place, exits, tell if place == folder else None)
+                box = self._start(place, exits, emit if place == folder else None)
                 exits.callback(box.wait)
                 exits.callback(box.kill)
                 boxes.append(box)
-            return self._watch(boxes, copies, interruption, tell)
+            return self._watch(boxes, copies, interruption, emit)
 
-    def _start(self, folder, exits, tell):
+    def _start(self, folder, exits, emit):
         log = exits.enter_context(open(folder / "log.txt", "w"))  # noqa: SIM115
 
         def tell_line(line):
-            if tell:
-                tell("log", line=line)
+            if emit:
+                emit("log", line=line)
                 self.num_epochs += bool(EPOCH.match(line))
             log.write(line + "\n")
 
         return container.Container(folder, self.request, tell_line)
 
-    def _watch(self, boxes, copies, interruption, tell):
+    def _watch(self, boxes, copies, interruption, emit):
         interrupt_at = (
             time.monotonic() + interruption if isinstance(interruption, (int, float)) else float("inf")
         )
@@ -204,22 +204,22 @@ class Job:
             for sync in copies:
                 sync.check()
             codes = [box.wait(0.02) for box in boxes]
-            if None not in codes or any(codes):  # one that fails ends all
-                tell("ended", code=_first_failure(codes))
+            if None not in codes or any(codes):  # workers fail together
+                emit("ended", code=_first_failure(codes))
                 for sync in copies:
                     sync.finish()
                 return _first_failure(codes)
-        tell("sigterm")
+        emit("sigterm")
         for box in boxes:
             box.terminate()
         deadline = time.monotonic() + self.grace
         codes = [box.wait(max(0, deadline - time.monotonic())) for box in boxes]
         if None not in codes:
-            tell("ended", code=_first_failure(codes))
+            emit("ended", code=_first_failure(codes))
             for sync in copies:
                 sync.finish(deadline - time.monotonic())
             return None if any(codes) else 0
-        tell("killed")
+        emit("killed")
         for process in [*copies, *boxes]:
             process.kill()
         return None
@@ -232,39 +232,39 @@ def _first_failure(codes):
 class _SyncProcess:
     """Runs `spot.sync` beside a container."""
 
-    def __init__(self, folder, request, flags, stall, tell):
+    def __init__(self, folder, request, flags, stall, emit):
         command = [sys.executable, "-m", "spot.sync", str(folder), request["CheckpointConfig"]["S3Uri"]]
         command += [*flags, f"--stall-upload={2 if stall else 0}"]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         self.ready, self.stalled = threading.Event(), threading.Event()
-        self.reader = threading.Thread(target=self._read, args=(tell,), daemon=True)
+        self.reader = threading.Thread(target=self._read, args=(emit,), daemon=True)
         self.reader.start()
 
-    def _read(self, tell):
+    def _read(self, emit):
         for line in self.process.stdout:
             happened = json.loads(line)
             if happened["event"] == "ready":
                 self.ready.set()
                 continue
-            tell(happened["event"], name=happened["name"])
+            emit(happened["event"], name=happened["name"])
             if happened["event"] == "stalled":
                 self.stalled.set()
-        self.ready.set()  # where it has failed, `check` tells it
+        self.ready.set()  # if it has failed, `check` raises
 
     def check(self):
-        """Raise UserError where it has failed: nothing would be saved any more."""
+        """Raise UserError if it has failed: S3 would receive nothing more."""
         if self.process.poll() is not None:
             raise UserError("copying to S3 has failed, for the reason above")
 
     def finish(self, seconds=None):
-        """Copy what is left, for so many seconds at most."""
+        """Copy the rest, for at most this number of seconds."""
         self.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(None if seconds is None else max(seconds, 0))
         self.kill()
 
     def kill(self):
-        """End it at once."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
         self.reader.join()

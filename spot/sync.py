@@ -1,9 +1,9 @@
-"""The part of the service that copies between the checkpoint folder and S3; a process of its own, as there.
+"""Copy between the checkpoint folder and S3 in a separate process, as the service does.
 
 At the start all objects under the prefix are copied into the folder. While the training runs, new and changed
-files are copied out one after the other, and what is deleted in the folder is deleted in S3.
-`<name>.sagemaker-uploading` and `<name>.sagemaker-uploaded` beside a file tell the training how far its
-upload is; names ending in `.sagemaker-ignore` stay where they are.
+files are uploaded one after the other, and files deleted in the folder are deleted in S3.
+`<name>.sagemaker-uploading` and `<name>.sagemaker-uploaded` beside a file mark the progress of its upload;
+files whose names end with `.sagemaker-ignore` are not uploaded.
 
 https://docs.aws.amazon.com/sagemaker/latest/dg/model-checkpoints.html
 """
@@ -28,7 +28,7 @@ ONE_BY_ONE = TransferConfig(use_threads=False)
 
 
 class Sync:
-    """Copies what is new in `folder` to S3, as long as `run` runs.
+    """Copies new files of `folder` to S3 while `run` runs.
 
     Args:
         s3: a boto3 client.
@@ -37,12 +37,12 @@ class Sync:
         rate: bytes per second.
         stall_upload: the number of the upload, counted from 1, that stops half way until `stop` is called;
             0: none.
-        tell: called with what happens and the name of the file.
-        stop_after: the number of uploads after which nothing more is copied, a known fault of the service.
+        emit: called with the event and the name of the file.
+        stop_after: the number of uploads after which copying stops, a known fault of the service.
     """
 
-    def __init__(self, s3, folder, uri, rate, stall_upload, tell, stop_after=None):
-        self.s3, self.folder, self.stall_upload, self.tell = s3, folder, stall_upload, tell
+    def __init__(self, s3, folder, uri, rate, stall_upload, emit, stop_after=None):
+        self.s3, self.folder, self.stall_upload, self.emit = s3, folder, stall_upload, emit
         self.bucket, self.prefix = split_uri(uri)
         self.rate, self.stop_after = rate, stop_after
         self.num_uploads = 0
@@ -50,13 +50,13 @@ class Sync:
         self.copied = self.scan()
 
     def stop(self):
-        """Let `run` copy what is left, and end."""
+        """Let `run` copy the rest and end."""
         self.stopping = True
 
     def run(self):
-        """Copy until `stop` is called, and then once more what is left."""
+        """Copy until `stop` is called, and then copy the rest."""
         ending, parent = False, os.getppid()
-        while not ending and os.getppid() == parent:  # not without the simulator
+        while not ending and os.getppid() == parent:  # ends with the simulator
             time.sleep(SCAN_SECONDS)
             ending = self.stopping
             if self.num_uploads == self.stop_after:
@@ -69,18 +69,18 @@ class Sync:
                     self.upload(name, found[name])
 
     def scan(self):
-        """Return size and time of change of each file that is to be copied, by its name in the folder."""
+        """Return size and modification time of each file to copy, by its name in the folder."""
         found = {}
         for path in self.folder.rglob("*"):
             if not path.name.endswith(NOT_COPIED):
-                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                with contextlib.suppress(FileNotFoundError):  # deleted by the training
                     if path.is_file():
                         status = path.stat()
                         found[str(path.relative_to(self.folder))] = (status.st_size, status.st_mtime_ns)
         return found
 
     def upload(self, name, version):
-        """Copy a file to S3, with a marker beside it that tells how far this is."""
+        """Copy a file to S3, with a marker beside it for the progress."""
         path = self.folder / name
         uploading, uploaded = (path.with_name(path.name + marker) for marker in (UPLOADING, UPLOADED))
         self.num_uploads += 1
@@ -92,7 +92,7 @@ class Sync:
             time.sleep(max(0, began + sent / self.rate - time.monotonic()))
             if self.num_uploads == self.stall_upload and sent >= version[0] / 2 and not self.stopping:
                 self.stall_upload = 0
-                self.tell("stalled", name)
+                self.emit("stalled", name)
                 while not self.stopping:
                     time.sleep(SCAN_SECONDS)
 
@@ -100,24 +100,24 @@ class Sync:
         uploaded.unlink(missing_ok=True)
         try:
             self.s3.upload_file(str(path), self.bucket, self.prefix + name, Callback=count, Config=ONE_BY_ONE)
-        except FileNotFoundError:  # deleted meanwhile
+        except FileNotFoundError:  # deleted by the training
             uploading.unlink()
             return
         uploading.rename(uploaded)
         self.copied[name] = version
-        self.tell("uploaded", name)
+        self.emit("uploaded", name)
 
     def delete(self, name):
-        """Repeat in S3 what has happened in the folder."""
+        """Repeat the changes of the folder in S3."""
         self.s3.delete_object(Bucket=self.bucket, Key=self.prefix + name)
         path = self.folder / name
         path.with_name(path.name + UPLOADED).unlink(missing_ok=True)
         del self.copied[name]
-        self.tell("deleted", name)
+        self.emit("deleted", name)
 
 
 def main():
-    """Copy until SIGTERM, telling each event as a line of JSON."""
+    """Copy until SIGTERM, and print each event as a line of JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,14 +128,14 @@ def main():
     parser.add_argument("--stop-after", type=int)
     args = parser.parse_args()
 
-    def tell(event, name):
+    def emit(event, name):
         print(json.dumps({"event": event, "name": name}), flush=True)
 
-    options = args.rate, args.stall_upload, tell, args.stop_after
+    options = args.rate, args.stall_upload, emit, args.stop_after
     sync = Sync(boto3.client("s3"), args.folder, args.uri, *options)
     signal.signal(signal.SIGTERM, lambda number, frame: sync.stop())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the simulator, which ends this
-    tell("ready", "")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the simulator handles Ctrl-C and ends this process
+    emit("ready", "")
     sync.run()
 
 

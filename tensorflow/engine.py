@@ -41,19 +41,19 @@ CHECKPOINT = "checkpoint-{}.keras"
 FIRST_NUMBER = 1  # in the name of the checkpoint after the first epoch
 FRAMEWORK = "tensorflow"
 VERSION = str(tf.__version__)
-SERVING_REQUIREMENTS = "numpy", "pillow"  # SageMaker's container for SavedModels installs them
+SERVING_REQUIREMENTS = "numpy", "pillow"  # SageMaker's container for SavedModels installs these
 
 POLICIES = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
 SEEDS_PER_REPLICA = 2**20
-KERAS_PLACE = r"Exception encountered when calling .*|\x1b\[\dm"  # before the reason, and how it is printed
+KERAS_PLACE = r"Exception encountered when calling .*|\x1b\[\dm"  # precedes the reason, and its colors
 
 
 def start(args, workers):
     """Return the tf.distribute.Strategy to train with, after connecting the workers.
 
-    The device changes the speed, never which data or how many epochs.
+    The device changes only the speed, not the data or the number of epochs.
     """
-    keras.utils.clear_session(free_memory=False)  # layers have the same names in each training of a process
+    keras.utils.clear_session(free_memory=False)  # give layers the same names in each training of a process
     gpus = [] if args.device == "cpu" else tf.config.list_physical_devices("GPU")[: args.num_gpus]
     _check_flags(args, gpus)
     # Each GPU needs a sample, and a batch may be half full.
@@ -83,20 +83,20 @@ def _check_flags(args, gpus):
         raise UserError("--precision fp16: TensorFlow has it on GPUs only; use --precision bf16 or fp32")
     if args.compile and (args.deterministic or len(gpus) > 1 or len(args.hosts) > 1):
         raise UserError(
-            "--compile: XLA cannot compute max pooling deterministically, nor on several devices here: "
+            "--compile: XLA supports neither deterministic max pooling nor several devices here: "
             "add --no-deterministic, and use one host and --num-gpus 1"
         )
 
 
 def _logical_cpus():
-    """Return the devices of a CPU that has been divided, as tests do: they are used like several GPUs."""
+    """Return the logical devices of a divided CPU, which tests use like several GPUs."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     configurations = tf.config.get_logical_device_configuration(cpu) or []
     return [f"CPU:{index}" for index in range(len(configurations))]
 
 
 def _connect(num_gpus, workers):
-    """Start TensorFlow's own engine, which sums gradients over all workers, each with `num_gpus` GPUs."""
+    """Start TensorFlow's collectives, which sum gradients over all workers with `num_gpus` GPUs each."""
     workers.check_same({"number of GPUs (--num-gpus)": num_gpus})
     with socket.create_server((workers.address, 0)) as free:
         port = free.getsockname()[1]
@@ -107,16 +107,16 @@ def _connect(num_gpus, workers):
 
 
 class State:
-    """The part of the training state that no model changes: devices, workers, and the functions of a step.
+    """The training state shared by all models: devices, workers, and the functions of a step.
 
     A subclass sets `model`, compiled, and `callbacks`, and then calls `prepare`.
 
     Attributes:
-        strategy: what `start` returns. Each device of it is a replica, which has a copy of the model.
+        strategy: the result of `start`. Each of its devices is a replica with a copy of the model.
         steps_per_epoch: the number of steps in an epoch.
         metrics: the variables of the metrics of the running epoch; their last values during the validation.
-        job: what makes a job, beside the flags and the data.
-        model_facts: what `model.json` says about the model, beside the data.
+        job: what identifies the job, besides the flags and the data.
+        model_facts: what `model.json` says about the model, besides the data.
     """
 
     def __init__(self, args, run, data):
@@ -129,7 +129,7 @@ class State:
         keras.utils.set_random_seed(args.seed)  # of the initial weights and of dropout
         self.steps_per_epoch = num_batches(args, data.train)
         self.batch_size = None  # the number of samples in the running step, if they come from a Stream
-        self.mean_count = 0.0  # the number of samples in the running step, divided by that of replicas
+        self.mean_count = 0.0  # the same divided by the number of replicas
         self.has_weights = False
         if args.augment and isinstance(data.train, Stream):
             log("Warning: --augment does nothing for a tf.data.Dataset: its samples change in load_data only")
@@ -154,7 +154,7 @@ class State:
             ) from error
 
     def prepare(self):
-        """Make the functions that Keras calls for each step, and all variables, which `restore` needs."""
+        """Create the functions that Keras calls for each step, and all variables for `restore`."""
         model = self.model
         sample = self._one_sample()
         with self.strategy.scope():
@@ -198,7 +198,7 @@ class State:
 
         def run_step(iterator):
             batch = next(iterator)
-            return compiled(batch[: len(self.spec)])  # Keras may have added None in the place of weights
+            return compiled(batch[: len(self.spec)])  # Keras may have added None instead of weights
 
         return run_step
 
@@ -213,7 +213,7 @@ class State:
 
         def run_on_replica(batch, mean_count):
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group % num_local
-            with tf.device("CPU:0"):  # each GPU gets its part only
+            with tf.device("CPU:0"):  # each GPU gets only its part
                 count = tf.shape(batch[0])[0]
                 part = slice(count * replica // num_local, count * (replica + 1) // num_local)
                 batch = tuple(tensor[part] for tensor in batch)
@@ -232,7 +232,7 @@ class State:
         return run_step
 
     def _train_step(self, data, mean_count):
-        """Do what `keras.Model.train_step` does, for replicas with different numbers of samples.
+        """Train like `keras.Model.train_step`, for replicas with different numbers of samples.
 
         Args:
             data: the samples of this replica.
@@ -251,7 +251,7 @@ class State:
             scaled_loss = model.optimizer.scale_loss(loss * factor)
         gradients = tape.gradient(scaled_loss, model.trainable_variables)
         if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
-            # An overflow on one replica makes all of them skip the step: the sum is 0, or else not a number.
+            # An overflow on one replica makes all of them skip the step: the sum is 0 or else not a number.
             overflow = tf.add_n(
                 [tf.reduce_sum(0 * gradient) for gradient in gradients if gradient is not None]
             )
@@ -265,7 +265,7 @@ class State:
     # Keras' loop --------------------------------------------------------------------------------------------
 
     def finish_epoch(self, training, validation):
-        """Finish the epoch that was interrupted; return the epoch for `model.fit` to begin with.
+        """Finish the epoch that was interrupted; return the epoch at which `model.fit` starts.
 
         Args:
             training, validation: the batches, as for `model.fit`.
@@ -277,7 +277,7 @@ class State:
         metrics = self.metrics
         callbacks.on_train_begin()
         callbacks.on_epoch_begin(progress.epoch)
-        callbacks.load()  # again, like the learning rate: the epoch had begun before the interruption
+        callbacks.load()  # again, like the learning rate: the epoch started before the interruption
         if rate is not None:
             model.optimizer.learning_rate = rate
         self._load_metrics(metrics)
@@ -305,19 +305,19 @@ class State:
         return {name: float(np.mean(value)) for name, value in self.model.get_metrics_result().items()}
 
     def _load_metrics(self, values):
-        """Load the metrics of the epoch that was interrupted: `values`, or what Run has of each worker."""
+        """Load the metrics of the interrupted epoch from `values`, or from those of each worker in Run."""
         sums = self.run.progress.sums
         if sums:
             values = [np.asarray(sums[f"{index}"][0]) for index in range(len(sums))]
         elif not self.workers.is_main_process:
             values = [0 * value for value in values]  # the number of workers has changed
         if len(values) != len(self.metrics):
-            raise UserError("the number of GPUs has changed inside an epoch: use as many as before")
+            raise UserError("the number of GPUs has changed inside an epoch: use the same number as before")
         for part, value in zip(self.metrics, values):
             part.assign(value)
 
     def find_metrics(self):
-        """Set `metrics` to the variables of the metrics on each replica of this worker; their sum counts."""
+        """Set `metrics` to the metric variables of each replica of this worker, to be summed."""
         self.metrics = []
         for variable in self.model.metrics_variables:
             self.metrics += self.strategy.experimental_local_results(variable.value)
@@ -343,7 +343,7 @@ class State:
         return [variable for variable in self.model.variables if "seed_generator_state" in variable.path]
 
     def spread_seeds(self):
-        """Let dropout draw other numbers on each replica: those of the first one are in the checkpoint."""
+        """Seed dropout differently on each replica; the checkpoint contains the seed of the first one."""
         if self.num_replicas == 1:
             return
         for variable in self._seeds():
@@ -359,11 +359,11 @@ class State:
         return self.callbacks.restored_epoch()
 
     def export(self, folder):
-        """Write a SavedModel that takes samples of any number: `pixels`, as they are in the files.
+        """Write a SavedModel that takes batches of any size of `pixels`, as they are in the files.
 
-        Its signatures are `serving_default` for float32, which TensorFlow Serving makes of JSON numbers, and
+        Its signatures are `serving_default` for float32, as TensorFlow Serving converts JSON numbers, and
         for images of uint8 also `serving_uint8`. They return `logits`, `class`, `class_name` and
-        `probability` for a classifier, otherwise what the network returns.
+        `probability` for a classifier, otherwise the outputs of the network.
         """
         for variable in self._seeds():  # dropout's counters are not part of the model
             variable.assign([variable.numpy()[0], 0])
@@ -385,14 +385,14 @@ class State:
         for name, dtype in signatures.items():
             spec = tf.TensorSpec((None, *data.sample_shape), dtype, name="pixels")
             signatures[name] = tf.function(answer, input_signature=[spec])
-        # Not Keras' own export, which writes the variables in another order each time.
+        # Not Keras' own export, which writes the variables in a different order each time.
         module = tf.Module()
         module.weights = [variable.value for variable in model.variables]
         tf.saved_model.save(module, str(folder), signatures)
         _fix_fingerprint(folder / "fingerprint.pb")
 
     def share_statistics(self):
-        """Give all replicas the batch-normalization statistics of the first one, which checkpoints hold."""
+        """Copy the batch-normalization statistics of the first replica to all; checkpoints contain these."""
         if self.num_replicas == 1:
             return
         seeds = {id(variable) for variable in self._seeds()}
@@ -402,7 +402,7 @@ class State:
                 variable.assign(np.frombuffer(content, variable.dtype).reshape(variable.shape))
 
     def load_weights(self, path):
-        """Load a .keras or .weights.h5 file, except the layers that the model has in another shape."""
+        """Load a .keras or .weights.h5 file, except layers whose shape differs in the model."""
         weights = _read_weights(path)
         own = _own_weights(self.model)
         fitting = {
@@ -423,7 +423,7 @@ class State:
 
 
 def _name_outputs(outputs, kind, classes):
-    """Return the outputs of a network by name; those of a classifier with class and probability."""
+    """Return the outputs of a network by name, with class and probability for a classifier."""
     if kind == "values":
         if isinstance(outputs, dict):
             return outputs
@@ -463,16 +463,16 @@ def _describe_layers(model):
     for layer in layers:
         try:
             config = _structure_of(layer.get_config(), names)
-        except (NotImplementedError, TypeError):  # a subclass with arguments of its own
+        except (NotImplementedError, TypeError):  # a subclass with its own arguments
             config = None
         lines.append(f"{type(layer).__name__} {json.dumps(config, sort_keys=True, default=repr)}")
     return lines + [str(tuple(weight.shape)) for weight in model.weights]
 
 
 def _structure_of(config, names):
-    """Return a part of a configuration with numbers for the `names` of layers, which count up in a process.
+    """Return part of a configuration, with numbers instead of the `names` of layers, which contain counters.
 
-    The code of a lambda is left out, as each version of Python compiles another one.
+    The code of a lambda is left out, because it differs between versions of Python.
     """
     if isinstance(config, dict):
         if config.get("class_name") == "__lambda__":
@@ -509,7 +509,7 @@ def _read_weights(path):
         with zipfile.ZipFile(path) as archive:
             content = archive.read("model.weights.h5")
         return _read_hdf5(io.BytesIO(content))
-    except Exception as error:  # h5py and zipfile have many types for a damaged file
+    except Exception as error:  # h5py and zipfile raise many types of errors for a damaged file
         raise UserError(f"--weights {path} cannot be read: {errors.first_line(error)}") from error
 
 
@@ -526,10 +526,10 @@ def _read_hdf5(file):
 
 
 def zoo_model(name, data, pixels):
-    """Return the logits of an untrained network of keras.applications. Grey images get its three channels.
+    """Return the logits of an untrained network of keras.applications. Grey images get three channels.
 
     Args:
-        name: such as MobileNetV2; UserError if there is none with this name has the nearest names.
+        name: such as MobileNetV2; the UserError for an unknown name suggests the nearest ones.
         data: what `run.load_data` returns.
         pixels: the normalized images, a Keras tensor.
     """
@@ -560,14 +560,14 @@ BATCH_HOOKS += ("on_train_batch_begin", "on_train_batch_end", "on_test_batch_beg
 
 
 class Callbacks(keras.callbacks.CallbackList):
-    """The user's callbacks and, after them, the saves, the log, and the end of the training after a signal.
+    """Calls the user's callbacks, then saves and logs, and ends the training after a signal.
 
     Args:
         callbacks: a list of Keras callbacks.
         state: the training state, with a compiled `model`.
 
     Attributes:
-        states: for the checkpoint, a dictionary of each callback in plain values.
+        states: for the checkpoint, the state of each callback as a dictionary of plain values.
         best_weights: for the checkpoint, the arrays of EarlyStopping(restore_best_weights=True).
     """
 
@@ -587,14 +587,14 @@ class Callbacks(keras.callbacks.CallbackList):
         self.set_params({"epochs": state.args.epochs, "steps": state.steps_per_epoch, "verbose": 0})
 
     def on_train_begin(self, logs=None):
-        """Begin the training, once, with the callbacks in the state of the newest checkpoint."""
+        """Start the training once, with the callbacks in the state of the newest checkpoint."""
         if self._has_begun:
             return
         self._has_begun = True
         self.state.find_metrics()
         names = [type(callback).__name__ for callback in self._own]
         if self.states and names != [saved["name"] for saved in self.states]:
-            log("Warning: the callbacks have changed, and begin anew")
+            log("Warning: the callbacks have changed, and start without state")
             self.states = []
         self._load_files()
         super().on_train_begin(logs)
@@ -606,8 +606,8 @@ class Callbacks(keras.callbacks.CallbackList):
                 self._attributes[callback] = _attributes(callback)
 
     def on_train_batch_end(self, batch, logs=None):
-        """Save when it is time, and end the training after a signal."""
-        if self._has_batch_hooks:  # otherwise the numbers stay on the device: nothing waits for it
+        """Save a checkpoint if one is due, and end the training after a signal."""
+        if self._has_batch_hooks:  # otherwise the numbers stay on the device, and no step waits for it
             super().on_train_batch_end(batch, logs)
             self._keep()
         self.run.finish_step({}, self.state.batch_size)
@@ -625,12 +625,12 @@ class Callbacks(keras.callbacks.CallbackList):
         self.run.finish_validation_step({})
 
     def on_test_end(self, logs=None):
-        """Go on with the metrics of the training."""
+        """Continue with the metrics of the training."""
         super().on_test_end(logs)
         self.state.find_metrics()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Save a checkpoint with the state that the user's callbacks have left, and log the metrics."""
+        """Save a checkpoint with the new state of the user's callbacks, and log the metrics."""
         super().on_epoch_end(epoch, logs)
         self._keep()
         self._report_unsaved()
@@ -644,7 +644,7 @@ class Callbacks(keras.callbacks.CallbackList):
     # The callbacks' state -----------------------------------------------------------------------------------
 
     def load(self):
-        """Put the callbacks into the state of the checkpoint, after they have reset theirs."""
+        """Restore the state of the callbacks from the checkpoint, after they have reset it."""
         for callback, saved in zip(self._own, self.states):
             if hasattr(callback, "load_state_dict"):
                 callback.load_state_dict(saved["state"])
@@ -664,7 +664,7 @@ class Callbacks(keras.callbacks.CallbackList):
         return None
 
     def _load_files(self):
-        """Write the CSV files as they were: a row of an epoch that is repeated would be in them twice."""
+        """Restore the CSV files; otherwise a repeated epoch would be in them twice."""
         for callback, saved in zip(self._own, self.states):
             if isinstance(callback, keras.callbacks.CSVLogger):
                 Path(callback.filename).write_bytes(saved["state"]["content"].encode())
@@ -680,7 +680,7 @@ class Callbacks(keras.callbacks.CallbackList):
                 self.best_weights += callback.best_weights or []
 
     def _report_unsaved(self):
-        """Log once which callbacks have changed their attributes, which no checkpoint holds."""
+        """Log once which callbacks have changed attributes that no checkpoint contains."""
         changed = []
         for callback, before in self._attributes.items():
             after = _attributes(callback)
@@ -690,7 +690,7 @@ class Callbacks(keras.callbacks.CallbackList):
         self._attributes = {}
         if changed:
             log(
-                f"Warning: no checkpoint holds the state of {', '.join(changed)}: it begins anew after an "
+                f"Warning: no checkpoint holds the state of {', '.join(changed)}: it is lost after an "
                 "interruption, unless the class has the methods state_dict() and load_state_dict(state)"
             )
 
@@ -699,17 +699,17 @@ SAVED = (*STATES, keras.callbacks.CSVLogger)
 
 
 def _check_callbacks(callbacks, optimizer):
-    """Raise UserError for callbacks that cannot work here."""
+    """Raise UserError for unsupported callbacks."""
     for callback in callbacks:
         name = type(callback).__name__
         if isinstance(callback, keras.callbacks.BackupAndRestore):
             raise UserError(
-                f"{name} would load weights over those of a checkpoint: remove it, this script resumes itself"
+                f"{name} would overwrite the weights of a checkpoint: remove it, the script resumes by itself"
             )
         sets_rate = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
         if isinstance(callback, sets_rate) and not isinstance(optimizer.learning_rate, keras.Variable):
             raise UserError(
-                f"{name} sets the learning rate, which is a schedule already: remove one of them, such as by "
+                f"{name} sets the learning rate, which has a schedule: remove one of them, such as by "
                 "--schedule constant and --warmup-epochs 0"
             )
 
@@ -739,7 +739,7 @@ def _restores_weights(callback):
 
 
 def _attributes(callback):
-    """Return what can be compared of a callback's attributes."""
+    """Return the comparable attributes of a callback."""
     plain = (bool, int, float, str, list, tuple, dict, set, np.ndarray, type(None))
     return {
         name: repr(value) if isinstance(value, plain) else id(value)
@@ -787,11 +787,11 @@ class Batches(DataAdapter, tf.distribute.DistributedDataset):
 
 
 class TrainingBatches(Batches):
-    """The batches that are left of the running epoch.
+    """The remaining batches of the running epoch.
 
     Args:
         run: the Run.
-        augment: a function (images, labels, rng) that returns changed ones; used with `--augment`.
+        augment: a function (images, labels, rng) that returns a changed batch; used with `--augment`.
     """
 
     def __init__(self, run, augment=None):
@@ -844,7 +844,7 @@ class Stream:
         self.element_spec = dataset.element_spec
         count = int(dataset.cardinality())
         if count == tf.data.INFINITE_CARDINALITY:
-            raise UserError("a tf.data.Dataset in load_data has no end: expected the batches of one epoch")
+            raise UserError("a tf.data.Dataset in load_data is infinite: expected the batches of one epoch")
         if count == tf.data.UNKNOWN_CARDINALITY:
             log("Counting the batches of a tf.data.Dataset, as its cardinality() is unknown")
             count = sum(1 for _ in dataset)
@@ -854,7 +854,7 @@ class Stream:
         return self._count
 
     def __getitems__(self, indices):
-        """Return arrays of the first samples: one for one index, otherwise enough for statistics."""
+        """Return arrays of the first samples: one for a single index, otherwise enough for statistics."""
         wanted = datasets.STATISTICS_SAMPLES if len(indices) > 1 else 1
         parts, count = [], 0
         for tensors in self._open():
@@ -874,7 +874,7 @@ class Stream:
         }
 
     def batches(self, epoch=0, first_step=0):
-        """Yield the batches of an epoch, from a step on. Raises UserError if some are missing."""
+        """Yield the batches of an epoch, starting at a step. Raises UserError if batches are missing."""
         step = first_step
         for tensors in self._open(epoch, first_step):
             yield tensors
@@ -895,7 +895,7 @@ class Stream:
         batches_again = list(itertools.islice(self.batches(), 2))
         rest = list(itertools.islice(self.batches(first_step=1), 1)) if self._count > 1 else []
         if not self_check.is_same(*map(tf.nest.flatten, (batches, batches_again))):
-            return  # a warning about that comes later
+            return  # a later check warns about that
         if not self_check.is_same(*map(tf.nest.flatten, (batches[1:], rest))):
             log(
                 "Warning: the tf.data.Dataset for epoch 0 and first step 1 does not begin with the second "
@@ -920,7 +920,7 @@ class Stream:
 class Reseeding:
     """A data set that draws random numbers of `tf.random`, which are seeded here for each sample.
 
-    That takes some milliseconds, as TensorFlow forgets its kernels, so that other data sets go without.
+    Seeding takes some milliseconds, because TensorFlow drops its kernels. Other data sets are not seeded.
     """
 
     def __init__(self, dataset):
@@ -942,7 +942,7 @@ class Reseeding:
 
 
 def wrap_data_sets(train, validation):
-    """Return both data sets in a form that `common/` knows."""
+    """Return both data sets in a form that `common/` accepts."""
     wrapped = _wrap(train), _wrap(validation)
     if isinstance(wrapped[0], Stream):
         wrapped[0].check_order()
@@ -995,7 +995,7 @@ def to_device(value):
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------
-# A .keras file for keras.models.load_model. What Keras leaves out is in more members, which it ignores.
+# A .keras file for keras.models.load_model. Additional members, which Keras ignores, hold the rest.
 
 WEIGHTS = "model.weights.h5"
 FACTS = "training/state.json"
@@ -1003,12 +1003,12 @@ ARRAY = "training/{}.npy"
 
 
 class Archive:
-    """What Keras writes into the .keras file of a model, apart from the values of the variables.
+    """The content of a model's .keras file, except for the values of the variables.
 
-    Keras itself could not save the values of an earlier step, which a checkpoint in the background needs.
+    Keras cannot save the values of an earlier step, which a checkpoint in the background needs.
 
     Args:
-        model: built and compiled. Its variables have other values for a moment.
+        model: built and compiled. Its variables change temporarily.
 
     Attributes:
         members: the contents of the archive's other files by name; empty if Keras cannot save the model.
@@ -1036,13 +1036,13 @@ class Archive:
         finally:
             for variable, value in zip(variables.values(), values):
                 variable.assign(value)
-        if self.members:  # its learning rate was that of the other values
+        if self.members:  # Keras has computed its learning rate from the temporary values
             config = json.loads(self.members["config.json"])
             config["compile_config"] = model.get_compile_config()
             self.members["config.json"] = json.dumps(config)
 
     def _save(self, model, variables):
-        """Let Keras save the model, whose variables are numbered in this order; keep what it has written."""
+        """Save the model with Keras, its variables numbered in this order, and keep the written content."""
         keys = list(variables)
         buffer = io.BytesIO()  # model.save() needs a file, and the disk may be full
         saving_lib._save_model_to_fileobj(model, buffer, "h5")
@@ -1062,7 +1062,7 @@ class Archive:
 
 
 def _hdf5_items(file):
-    """Return groups and arrays of an HDF5 file by name, without those that are in other files."""
+    """Return groups and arrays of an HDF5 file by name, except those stored in other files."""
     names = []
     file.visit(names.append)  # follows no links to other files
     items = {name: file[name] for name in names}
@@ -1076,7 +1076,7 @@ def _hdf5_items(file):
 def copy_to_host(content, memory):
     """Return (arrays by name, everything else, Archive): a list of arrays as `key/0`, `key/1` and so on.
 
-    The arrays are tensors that are no copies yet: while they are held, TensorFlow copies what a step changes.
+    The arrays are tensors that are not copied yet: TensorFlow copies them when a step changes them.
     """
     arrays, facts = {}, {}
     for key, value in content.items():
@@ -1116,7 +1116,7 @@ def write_checkpoint(content, file):
 
 
 def _to_plain(value):
-    """Return NumPy's numbers and arrays, in the state of a callback, as Python's numbers and lists."""
+    """Convert NumPy numbers and arrays in the state of a callback to Python numbers and lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     kind = type(value).__name__
@@ -1154,7 +1154,7 @@ def read_checkpoint(file):
 
 
 def describe_machine(args):
-    """Return what changes the bits of the result, but not its quality."""
+    """Return the facts that change the bits of the result, but not its quality."""
     wanted = tf.config.threading.get_intra_op_parallelism_threads() or os.environ.get(
         "TF_NUM_INTRAOP_THREADS"
     )

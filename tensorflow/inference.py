@@ -3,8 +3,8 @@
 Local:      python tensorflow/inference.py photos/ --model-dir output/tensorflow/model
 SageMaker:  its TensorFlow container finds this file in `code/` of the model; see launch/deploy.py
 
-The SavedModel contains the normalization of its images: after a change of `build_model` nothing changes here.
-The two handlers are those of SageMaker's container, where TensorFlow Serving computes and TensorFlow is not
+The SavedModel contains the normalization of its images: this file needs no change if `build_model` changes.
+The two handlers are those of SageMaker's container, where TensorFlow Serving predicts and TensorFlow is not
 installed: https://github.com/aws/sagemaker-tensorflow-serving-container. That container answers a bad request
 with the status 500 and the reason.
 """

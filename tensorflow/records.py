@@ -18,7 +18,7 @@ IMAGE = "image/encoded"
 LABEL = "image/class/label"
 NAME = "image/class/text"
 FILE_NAME = r".+\.tfrec(ords?)?(\.gz)?|.+-\d{5}-of-\d{5}"
-COMPRESSED = (b"\x1f\x8b", b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")  # as gzip and zlib begin
+COMPRESSED = (b"\x1f\x8b", b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")  # first bytes of gzip and zlib
 LENGTH_SIZE = 12  # the length of a record and the checksum of the length
 CHECKSUM_SIZE = 4  # after the record
 
@@ -26,7 +26,7 @@ CHECKSUM_SIZE = 4  # after the record
 class RecordFile:
     """The images of a TFRecord file.
 
-    All records are read once, for their labels and checksums. What stays in memory is their places.
+    All records are read once, for their labels and checksums. Only their positions stay in memory.
 
     Args:
         path: of the file.
@@ -40,7 +40,7 @@ class RecordFile:
     """
 
     EXPECTED = f"TFRecord files with the features {IMAGE} and {LABEL}"
-    COMPANIONS = ()  # the endings of files that may be beside them
+    COMPANIONS = ()  # suffixes of files that may be beside them
 
     def __init__(self, path):
         self.path = path
@@ -69,7 +69,7 @@ class RecordFile:
             raise ValueError("the file has changed since the training started") from error
 
     def _find_records(self):
-        """Find the places of all records. A wrong length is an error before anything of that size is read."""
+        """Find the positions of all records. Reject a wrong length before anything of that size is read."""
         with open(self.path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
             offset = 0
@@ -129,19 +129,19 @@ def _parse(content):
 
 def _only_value(features, name, kind):
     """Return the value of a feature that has one. Raises ValueError for another feature, or none."""
-    if name not in features:  # reading it would add it
+    if name not in features:  # reading a missing feature would add it
         names = [each if each.isprintable() else repr(each) for each in sorted(features)[:20]]
         found = ", ".join(names) or "nothing"
         raise ValueError(f"it has the features {found}: expected {IMAGE} and {LABEL}")
     values = getattr(features[name], kind).value
     if len(values) != 1:
         expected = {"bytes_list": "one text of bytes", "int64_list": "one integer"}[kind]
-        raise ValueError(f"its feature {name} is not {expected}, which is expected")
+        raise ValueError(f"its feature {name} is not {expected}")
     return values[0]
 
 
 def _class_name(features):
-    """Return the name of the class of a record, or None, also for a text that no line of the log can show."""
+    """Return the name of the class of a record, or None, also if the text is not printable."""
     try:
         text = _only_value(features, NAME, "bytes_list").decode()
     except ValueError:  # also for a text that is not UTF-8

@@ -79,8 +79,8 @@ def build_model(args, data):
 def compile_model(args, model, steps_per_epoch):
     """Set the optimizer, the loss and the metrics of the network.
 
-    The loss is for training only. The log shows the metric named "loss" in its place, so that label smoothing
-    in the training leaves the validation loss alone.
+    The loss is for training only. The log shows the metric named "loss" instead, so that label smoothing
+    in the training does not affect the validation loss.
     """
     learning_rate = learning_rate_schedule(args, steps_per_epoch)
     if args.optimizer == "adamw":
@@ -112,14 +112,14 @@ def learning_rate_schedule(args, steps_per_epoch):
         decay_steps = max(1, args.epochs * steps_per_epoch - warmup_steps)
         return schedules.CosineDecay(first, decay_steps, warmup_target=peak, warmup_steps=warmup_steps)
     if warmup_steps:
-        return schedules.PolynomialDecay(first, warmup_steps, end_learning_rate=peak)  # a line that rises
+        return schedules.PolynomialDecay(first, warmup_steps, end_learning_rate=peak)  # a linear warm-up
     return peak
 
 
 def callbacks(args):
     """Return your own Keras callbacks, such as keras.callbacks.EarlyStopping.
 
-    Checkpoints hold the state of EarlyStopping, ReduceLROnPlateau, CSVLogger and TensorBoard, and that of
+    Checkpoints contain the state of EarlyStopping, ReduceLROnPlateau, CSVLogger and TensorBoard, and that of
     callbacks with the methods `state_dict()`, which returns plain values, and `load_state_dict(state)`.
     """
     return []
@@ -135,7 +135,7 @@ def train(args, run, state):
     initial_epoch = run.restore(state)  # the number of finished epochs, 0 without a checkpoint
     training = engine.TrainingBatches(run, augment)
     validation = engine.ValidationBatches(run)
-    if run.progress.step:  # Keras' fit cannot begin inside an epoch
+    if run.progress.step:  # Keras' fit cannot start inside an epoch
         initial_epoch = state.finish_epoch(training, validation)
     state.model.fit(
         training,
@@ -148,7 +148,8 @@ def train(args, run, state):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The training state: all that a checkpoint holds. Data and learning rates follow from (seed, epoch, step).
+# The training state: everything that a checkpoint contains. Data and learning rates follow from (seed, epoch,
+# step).
 # ------------------------------------------------------------------------------------------------------------
 
 

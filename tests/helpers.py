@@ -1,6 +1,6 @@
-"""What the tests share: running the scripts as users do, and reading what they have written.
+"""Shared helpers of the tests: run the scripts as users do, and read the files that they write.
 
-Each script runs in a process of its own, in an empty folder. `train` and `engine` exist four times: no test
+Each script runs in a separate process, in an empty folder. `train` and `engine` exist four times, so no test
 imports them into its own process.
 """
 
@@ -43,11 +43,11 @@ MODEL_FILES = {
     "xgboost": "xgboost-model",
 }
 
-# XGBoost before 3.4, which Python 3.11 has, draws other samples after a restart.
+# XGBoost before 3.4, used with Python 3.11, draws different samples after a restart.
 HAS_EXACT_SAMPLING = tuple(map(int, version("xgboost").split(".")[:2])) >= (3, 4)
 SAMPLING = ("--subsample", 0.7, "--colsample-bytree", 0.5) if HAS_EXACT_SAMPLING else ()
 
-LATER = pytest.mark.integration  # for variants that show the same as another one, and take long
+LATER = pytest.mark.integration  # for slow variants of another test
 
 # The flags of shared trainings; an epoch of XGBoost is a boosting round, which takes milliseconds.
 EPOCHS = {**dict.fromkeys(IMAGE_FRAMEWORKS, 12), "xgboost": 100}
@@ -55,20 +55,20 @@ INTERRUPTIBLE = dict.fromkeys(IMAGE_FRAMEWORKS, ("--epochs", 2, "--batch-size", 
 INTERRUPTIBLE["xgboost"] = ("--epochs", 30, *SAMPLING)
 STEPS = 102  # per epoch of an interruptible training: 1,618 digits in batches of 16
 
-# requirements.txt installs MXNet here; no other platform has it.
+# requirements.txt installs MXNet on this platform only.
 HAS_MXNET = sys.platform == "linux" and platform.machine() == "x86_64" and sys.version_info < (3, 13)
 NO_MXNET = "MXNet 1.9.1 exists for Linux on x86-64 and Python up to 3.12"
 
-SECONDS = 300  # after which a run counts as hanging
+SECONDS = 300  # time limit of a run
 
 
 # Running ----------------------------------------------------------------------------------------------------
 
 
 def environment(**variables):
-    """Return this process's environment without what SageMaker might have set, and with `variables`.
+    """Return this process's environment without SageMaker's variables, and with `variables`.
 
-    Unless PYTHONPATH is one of them, there is no matplotlib: most tests look at no picture.
+    Unless PYTHONPATH is one of them, matplotlib cannot be imported: most tests need no pictures.
     """
     unwanted = ("SM_", "SAGEMAKER_", "MLFLOW_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
@@ -76,7 +76,7 @@ def environment(**variables):
 
 
 def choose(framework):
-    """Return a framework; skip the test if it does not exist here."""
+    """Return a framework; skip the test if it is not available."""
     if framework == "mxnet" and not HAS_MXNET:
         pytest.skip(NO_MXNET)
     return framework
@@ -106,7 +106,7 @@ class Result:
 
     @property
     def error_line(self):
-        """The one line on standard error that is an error of ours; a traceback fails the test."""
+        """Our error line on standard error; a traceback fails the test."""
         assert "Traceback" not in self.errors, self.errors
         lines = [line for line in self.errors.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.errors
@@ -147,11 +147,11 @@ def run(framework, *flags, cwd, env=None, code=0, **options):
 
 
 def run_python(code, *arguments, cwd, env=None, exit_code=0):
-    """Run Python code in a process of its own; return its Result."""
+    """Run Python code in a separate process; return its Result."""
     return finish(start_command([sys.executable, "-c", code, *map(str, arguments)], cwd, env), exit_code)
 
 
-# Makes something happen at an exact place of a script.
+# Causes an event at an exact point of a script.
 EVENTS = """
 import contextlib, io, json, os, resource, runpy, signal, sys, time
 from common.run import Run
@@ -175,7 +175,7 @@ def limit_file_size(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 """
 
-# Runs a script as its user does, with an event.
+# Runs a script as a user does, with an event.
 SCRIPT = """
 import sys
 event, path, *flags = sys.argv[1:]
@@ -188,7 +188,7 @@ runpy.run_path(path, run_name="__main__")
 
 
 def run_with(event, framework, *flags, cwd, code, env=None):
-    """Run a script in which `event`, a piece of Python that may use EVENTS, is prepared; return a Result."""
+    """Run a script after executing `event`, Python code that may use EVENTS; return the Result."""
     result = run_python(SCRIPT, event, script_of(framework), *flags, cwd=cwd, env=env, exit_code=code)
     assert "Traceback" not in result.errors, result.errors
     return result
@@ -226,7 +226,7 @@ def run_many(framework, jobs, cwd, env=None):
     """Call `main` for each of the `jobs` in one process; return their Results.
 
     A job is (folder, flags) or (folder, flags, event). Starting a process and importing a framework takes
-    longer than most tests of a mistake.
+    longer than most tests of an error.
     """
     jobs = [(str(folder), list(map(str, flags)), "".join(event)) for folder, flags, *event in jobs]
     script = MANY.replace("{EVENTS}", EVENTS)
@@ -241,7 +241,7 @@ def copy_script(framework, folder, changes=()):
 
     Args:
         framework: its name.
-        folder: a new one is made in it.
+        folder: the copy is created in it.
         changes: pairs (old, new); each old text must be in the script.
     """
     copy = folder / f"my-{framework}"
@@ -263,7 +263,7 @@ def copy_with(folder, framework, changes, imports=""):
     Args:
         folder: a new one.
         framework: its name.
-        changes: functions and classes in the place of those with these names, or added to them.
+        changes: functions and classes that replace those of the same name or are added.
         imports: statements before that section.
     """
     shutil.copytree(ROOT / framework, folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -303,7 +303,7 @@ def replace_body(script, **bodies):
     script.write_text(text)
 
 
-# Bodies of build_model without dropout and batch normalization, which see only a device's part of a batch.
+# Bodies of build_model without dropout and batch normalization, which depend on the shard of a device.
 PLAIN_NETWORKS = {
     "pytorch": """
     layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10)]
@@ -325,7 +325,7 @@ PLAIN_NETWORKS = {
 
 
 def once(folder, make):
-    """Return `folder` after `make(folder)` has filled it, once for all processes of the tests."""
+    """Return `folder`, filled by `make(folder)` once for all test processes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     finished = folder.with_name(f"{folder.name}.finished")
     with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
@@ -388,7 +388,7 @@ def metrics(folder, framework):
 
 
 def assert_same_bits(folder, other, framework):
-    """Fail if two runs have not ended with the same bits."""
+    """Fail if two runs are not bit-identical."""
     assert history(folder, framework) == history(other, framework)
     assert model_bytes(folder, framework) == model_bytes(other, framework)
 
@@ -397,7 +397,7 @@ def assert_same_bits(folder, other, framework):
 
 
 def save_images(folder, pixels, labels, suffixes=(".png",), size=None):
-    """Write one folder per class, with files of these kinds in turns, resized to `size` x `size` pixels."""
+    """Write one folder per class, alternating between these suffixes, resized to `size` x `size` pixels."""
     for index, (array, label) in enumerate(zip(pixels, labels)):
         path = folder / f"class-{label}" / f"{index}{suffixes[index % len(suffixes)]}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -439,7 +439,7 @@ TABLE_WRITERS = {"csv": write_csv, "libsvm": write_libsvm, "txt": write_libsvm, 
 
 
 def free_port():
-    """Return a port of the loopback address that nobody uses now."""
+    """Return an unused port of the loopback address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
@@ -451,7 +451,7 @@ def worker_environment(**variables):
 
 
 class Workers:
-    """The workers of a training: a process each, in the folders `1` (the main process), `2` and so on.
+    """The workers of a training: one process each, in the folders `1` (the main process), `2` and so on.
 
     They have loopback addresses and the environment that SageMaker gives to hosts.
     """
@@ -471,14 +471,14 @@ class Workers:
         return start(self.framework, *self.flags, *flags, cwd=folder, env=env)
 
     def wait_for(self, line):
-        """Return when the main process has printed a line with this beginning."""
+        """Return when the main process has printed a line that starts with `line`."""
         for printed in self.processes[0].stdout:
             if printed.startswith(line):
                 return
         raise AssertionError(f"no line {line}: {self.processes[0].stderr.read()}")
 
     def finish(self, *codes, seconds=240):
-        """Return the Results of all workers; fail if one runs too long or ends with none of `codes`."""
+        """Return the Results of all workers; fail if one runs too long or its exit code is not in `codes`."""
         deadline = time.monotonic() + seconds
         results = []
         try:
@@ -496,7 +496,7 @@ class Workers:
 def train_together(framework, size, *flags, folder):
     """Train on `size` workers to the end; return the Result of the main process."""
     results = Workers(framework, size, *flags, folder=folder).finish()
-    for rank, result in enumerate(results[1:], start=1):  # the others print one line, and XGBoost another one
+    for rank, result in enumerate(results[1:], start=1):  # they print one line, XGBoost two
         own = re.sub(r"^\[.*\] Task \d+ got rank \d+\n", "", result.output, flags=re.MULTILINE)
         assert own == f"Worker {rank + 1} of {size} started; see the log of 127.0.0.1\n"
     return results[0]

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: finding the newest one, and never harming one."""
+"""The checkpoint folder: finding the newest checkpoint, and never damaging one."""
 
 import contextlib
 import copy
@@ -48,7 +48,7 @@ FOREIGN = st.one_of(
             "checkpoint-12-3-4.pt",
             "checkpoint-12.pt.damaged",
             "checkpoint-.pt",
-            "checkpoint-1٣.pt",  # an Arabic digit, which \d and int() take
+            "checkpoint-1٣.pt",  # an Arabic digit, which \d and int() accept
             "xcheckpoint-13.pt",
             "checkpoint-14xpt",
             "Checkpoint-15.pt",
@@ -126,14 +126,14 @@ POSITIONS = st.tuples(st.integers(0, 10**12), st.one_of(st.just(0), st.integers(
 
 @given(st.sets(POSITIONS, max_size=8), st.sets(FOREIGN, max_size=8))
 @example({(9, 0), (10, 0), (100, 0), (10, 9), (10, 10), (9, 11)}, {"checkpoint-11.pt.sagemaker-ignore"})
-def test_checkpoints_are_found_by_number_whatever_else_lies_there(positions, foreign):
+def test_checkpoints_are_found_by_number_beside_other_files(positions, foreign):
     with tempfile.TemporaryDirectory() as folder:
         write(folder, *map(name, positions), *foreign)
         found = find_checkpoints(folder, PATTERN)
     assert found == [(position, name(position)) for position in sorted(positions, reverse=True)]
 
 
-def test_a_checkpoint_inside_an_epoch_lies_between_those_of_the_epochs(tmp_path):
+def test_a_checkpoint_inside_an_epoch_is_between_those_of_the_epochs(tmp_path):
     write(tmp_path, *map(PATTERN.format, ["3", "3-9", "3-10", "4", "0-1"]))
     found = [name for _, name in find_checkpoints(tmp_path, PATTERN)]
     assert found == [PATTERN.format(text) for text in ("4", "3-10", "3-9", "3", "0-1")]
@@ -141,12 +141,12 @@ def test_a_checkpoint_inside_an_epoch_lies_between_those_of_the_epochs(tmp_path)
         assert checkpoints_in(tmp_path).name_of(epoch, step) == name((epoch, step))
 
 
-def test_a_folder_with_the_name_of_a_checkpoint_is_none(tmp_path):
+def test_a_folder_with_the_name_of_a_checkpoint_is_ignored(tmp_path):
     (tmp_path / "checkpoint-5.pt").mkdir()
     assert find_checkpoints(tmp_path, PATTERN) == []
 
 
-def test_the_xgboost_container_names_are_found_from_zero(tmp_path):
+def test_names_of_the_xgboost_container_count_from_zero(tmp_path):
     write(
         tmp_path,
         "xgboost-checkpoint.0",
@@ -171,7 +171,7 @@ SMALL = st.tuples(st.integers(0, 9), st.integers(0, 3))
     st.dictionaries(SMALL, st.sampled_from(["good", "bad", "empty"]), max_size=8),
     st.sets(FOREIGN, max_size=4),
 )
-def test_the_newest_readable_checkpoint_is_used_and_damaged_ones_never_count_again(kinds, foreign):
+def test_the_newest_readable_checkpoint_is_used_and_damaged_ones_are_set_aside(kinds, foreign):
     with tempfile.TemporaryDirectory() as folder:
         write(folder, *foreign)
         contents = {}
@@ -244,7 +244,7 @@ GOOD = {
 
 
 def changed(path, value):
-    """Return GOOD with another value in one place; the value `...` removes what is there."""
+    """Return GOOD with another value at one path; the value `...` removes the entry."""
     content = copy.deepcopy(GOOD)
     *parents, last = path
     owner = content
@@ -290,7 +290,7 @@ def test_a_readable_file_with_other_content_is_damaged_too(tmp_path, log, path, 
     checkpoint_schema.check(GOOD)
 
     class Prepared(Engine):
-        """Reads values that JSON cannot hold, as the formats of other frameworks can."""
+        """Reads values that JSON cannot contain but the formats of other frameworks can."""
 
         @staticmethod
         def read_checkpoint(file):
@@ -305,7 +305,7 @@ def test_a_readable_file_with_other_content_is_damaged_too(tmp_path, log, path, 
 
 
 def places(content, path=()):
-    """Return the paths of all values in a content."""
+    """Return the paths of all values in the content of a checkpoint."""
     items = content.items() if isinstance(content, dict) else enumerate(content)
     found = []
     for key, value in items:
@@ -326,7 +326,7 @@ ANY = st.recursive(
 @example(10**400)
 @example("text")
 @example(...)
-def test_whatever_a_checkpoint_holds_it_is_refused_or_can_be_used(value):
+def test_any_content_of_a_checkpoint_is_refused_or_usable(value):
     for path in places(GOOD):
         content = changed(path, value)
         try:
@@ -357,9 +357,7 @@ def test_the_schema_has_the_fields_of_the_progress():
         (RuntimeError("std::bad_alloc"), "parse"),
     ],
 )
-def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(
-    tmp_path, monkeypatch, error, operation
-):
+def test_a_checkpoint_that_is_temporarily_unreadable_is_not_damaged(tmp_path, monkeypatch, error, operation):
     write(tmp_path, "checkpoint-2.pt", "checkpoint-1.pt", content=b"x" * 100)
 
     def fail(*_):
@@ -369,11 +367,11 @@ def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(
         readinto = readall = fail
 
     class BadFile(atomic_io.ErrorKeepingReader, BadDisk):
-        """As a file on a disk with a bad block."""
+        """A file on a disk with a bad block."""
 
     class Careless(Engine):
         @staticmethod
-        def read_checkpoint(file):  # as the scripts do, for which a disk that fails is a damaged file
+        def read_checkpoint(file):  # as in the scripts, for which a failing disk is a damaged file
             try:
                 return fail() if operation == "parse" else atomic_io.check_zip(file)
             except OSError as error:
@@ -389,7 +387,7 @@ def test_a_checkpoint_that_only_cannot_be_read_now_is_not_called_damaged(
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1.pt", "checkpoint-2.pt"]
 
 
-def test_atomic_write_shows_the_name_only_with_the_whole_content(tmp_path):
+def test_atomic_write_shows_the_name_only_with_the_complete_content(tmp_path):
     path = tmp_path / "checkpoint-1.pt"
     with atomic_io.atomic_write(path) as file:
         file.write(b"half")
@@ -423,7 +421,7 @@ def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path, error
     assert path.read_bytes() == b"earlier"
 
 
-def test_a_file_system_that_cannot_flush_folders_is_said_once(tmp_path, monkeypatch, log):
+def test_a_file_system_that_cannot_flush_folders_is_reported_once(tmp_path, monkeypatch, log):
     flush = os.fsync
 
     def refuse_folders(descriptor):
@@ -439,7 +437,7 @@ def test_a_file_system_that_cannot_flush_folders_is_said_once(tmp_path, monkeypa
     assert log().count("cannot flush folders (Invalid argument)") == 1
 
 
-def test_no_link_is_followed_when_files_are_written(tmp_path):
+def test_links_are_not_followed_when_files_are_written(tmp_path):
     outside = tmp_path / "outside"
     outside.write_bytes(b"precious")
     folder = tmp_path / "checkpoints"
@@ -472,7 +470,7 @@ def test_a_model_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["1"]
 
 
-# A worker that is not the main process exports its model, and is killed.
+# A worker other than the main process exports its model and is killed.
 KILLED = """
 import os, signal, sys
 from common.distributed import Workers
@@ -493,7 +491,7 @@ def test_a_worker_that_is_killed_leaves_no_model_behind(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_the_mark_of_a_damaged_checkpoint_does_not_count_for_its_successor(tmp_path, log):
+def test_the_mark_of_a_damaged_checkpoint_does_not_apply_to_its_successor(tmp_path, log):
     write(tmp_path, "checkpoint-1.pt", content=content_of((1, 0)))
     write(tmp_path, "checkpoint-2.pt", "checkpoint-2.pt.sagemaker-uploaded")
     folder = checkpoints_in(tmp_path, keep_checkpoints=1)
@@ -503,7 +501,7 @@ def test_the_mark_of_a_damaged_checkpoint_does_not_count_for_its_successor(tmp_p
     assert [name for _, name in find_checkpoints(tmp_path, PATTERN)] == ["checkpoint-2.pt", "checkpoint-1.pt"]
 
 
-def test_a_disk_that_will_be_full_is_said_after_the_first_save(tmp_path, monkeypatch, log):
+def test_a_disk_that_will_be_full_is_reported_after_the_first_save(tmp_path, monkeypatch, log):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     folder = checkpoints_in(tmp_path, epochs=300)
     for epoch in (1, 2):
@@ -515,7 +513,7 @@ def test_a_disk_that_will_be_full_is_said_after_the_first_save(tmp_path, monkeyp
     assert "will not fit" not in log()
 
 
-def test_a_checkpoint_that_cannot_be_deleted_stays_and_the_training_goes_on(tmp_path, monkeypatch, log):
+def test_a_checkpoint_that_cannot_be_deleted_stays_and_the_training_continues(tmp_path, monkeypatch, log):
     write(tmp_path, *map(PATTERN.format, (1, 2, 3)))
     folder = checkpoints_in(tmp_path, keep_checkpoints=2)
 
@@ -528,7 +526,7 @@ def test_a_checkpoint_that_cannot_be_deleted_stays_and_the_training_goes_on(tmp_
     assert log().count(f"cannot delete {tmp_path}/checkpoint-1.pt: Operation not permitted") == 1
 
 
-def test_a_link_or_a_folder_with_the_name_of_the_next_checkpoint_is_no_checkpoint(tmp_path):
+def test_a_link_or_folder_with_the_name_of_the_next_checkpoint_is_not_overwritten(tmp_path):
     write(tmp_path, "checkpoint-1.pt")
     (tmp_path / "checkpoint-2.pt").symlink_to("checkpoint-1.pt")
     (tmp_path / "checkpoint-3.pt").mkdir()
@@ -539,7 +537,7 @@ def test_a_link_or_a_folder_with_the_name_of_the_next_checkpoint_is_no_checkpoin
         folder.write("checkpoint-3.pt", "new", None)
 
 
-def test_an_export_replaces_what_was_there_when_all_of_it_is_written(tmp_path):
+def test_an_export_replaces_the_earlier_model_when_it_is_complete(tmp_path):
     (tmp_path / "1").mkdir()
     write(tmp_path, "1/old", "shapes.json", "other", content=b"old")
 
@@ -565,12 +563,12 @@ def test_an_export_replaces_what_was_there_when_all_of_it_is_written(tmp_path):
 
 
 def retain(folder, keep, best=None):
-    """Apply `--keep-checkpoints` and return what is left."""
+    """Apply `--keep-checkpoints` and return the remaining checkpoints."""
     checkpoints_in(folder, keep_checkpoints=keep).remove_old(best)
     return [position for position, _ in find_checkpoints(folder, PATTERN)]
 
 
-def test_only_the_newest_epochs_are_kept_and_the_best(tmp_path):
+def test_only_the_newest_epochs_and_the_best_one_are_kept(tmp_path):
     write(tmp_path, *map(PATTERN.format, range(1, 13)), "checkpoint-x.pt")
     assert len(retain(tmp_path, keep=0)) == 12
     assert retain(tmp_path, keep=3, best=5) == [(12, 0), (11, 0), (10, 0), (5, 0)]
@@ -578,14 +576,14 @@ def test_only_the_newest_epochs_are_kept_and_the_best(tmp_path):
     assert (tmp_path / "checkpoint-x.pt").exists()
 
 
-def test_a_checkpoint_inside_an_epoch_goes_when_a_newer_one_is_there_and_never_counts(tmp_path):
+def test_a_checkpoint_inside_an_epoch_is_deleted_after_a_newer_one_and_not_counted(tmp_path):
     write(tmp_path, *map(PATTERN.format, ["1", "2", "2-50", "2-100"]))
     assert retain(tmp_path, keep=2) == [(2, 100), (2, 0), (1, 0)]
     write(tmp_path, PATTERN.format(3))
     assert retain(tmp_path, keep=2) == [(3, 0), (2, 0)]
 
 
-def test_what_is_being_uploaded_stays_until_later(tmp_path):
+def test_checkpoints_are_kept_while_they_are_uploaded(tmp_path):
     write(tmp_path, *map(PATTERN.format, ["1", "2", "2-50", "3"]))
     write(tmp_path, "checkpoint-1.pt.sagemaker-uploading", "checkpoint-2-50.pt.sagemaker-uploading")
     assert retain(tmp_path, keep=1) == [(3, 0), (2, 50), (1, 0)]
@@ -593,7 +591,7 @@ def test_what_is_being_uploaded_stays_until_later(tmp_path):
     assert retain(tmp_path, keep=1) == [(3, 0), (1, 0)]
 
 
-def test_what_is_in_s3_stays_until_what_replaces_it_is_there_too(tmp_path):
+def test_checkpoints_in_s3_are_kept_until_their_successors_are_in_s3(tmp_path):
     write(tmp_path, *map(PATTERN.format, ["1", "1-50", "2"]))
     write(tmp_path, "checkpoint-1.pt.sagemaker-uploaded", "checkpoint-1-50.pt.sagemaker-uploaded")
     write(tmp_path, "checkpoint-2.pt.sagemaker-uploading")
@@ -602,7 +600,7 @@ def test_what_is_in_s3_stays_until_what_replaces_it_is_there_too(tmp_path):
     assert retain(tmp_path, keep=1) == [(2, 0)]
 
 
-def test_what_came_from_s3_stays_until_something_is_uploaded(tmp_path, monkeypatch):
+def test_checkpoints_from_s3_are_kept_until_another_one_is_uploaded(tmp_path, monkeypatch):
     monkeypatch.setenv("SM_MODEL_DIR", str(tmp_path))
     write(tmp_path, *map(PATTERN.format, ["1", "2"]))
     folder = checkpoints_in(tmp_path, keep_checkpoints=1)
@@ -621,7 +619,7 @@ def test_what_came_from_s3_stays_until_something_is_uploaded(tmp_path, monkeypat
     st.integers(0, 3),
     st.one_of(st.none(), st.integers(0, 9)),
 )
-def test_whatever_the_markers_the_newest_and_the_newest_uploaded_stay(markers, keep, best):
+def test_the_newest_and_the_newest_uploaded_are_kept_with_any_markers(markers, keep, best):
     with tempfile.TemporaryDirectory() as folder:
         for position, words in markers.items():
             write(folder, name(position), *(f"{name(position)}.sagemaker-{word}" for word in words))
@@ -638,7 +636,7 @@ def test_whatever_the_markers_the_newest_and_the_newest_uploaded_stay(markers, k
         assert left == newest_inside + epochs[:keep]
 
 
-def test_leftovers_of_killed_saves_are_removed_and_nothing_else(tmp_path):
+def test_only_leftovers_of_killed_saves_are_removed(tmp_path):
     write(tmp_path, "checkpoint-3.pt.sagemaker-ignore", "checkpoint-3.pt", "notes.sagemaker-ignore")
     folder = checkpoints_in(tmp_path)
     folder.open()
@@ -665,7 +663,7 @@ def test_another_job_is_refused_and_changed_flags_are_logged(tmp_path, log):
     assert check(description(flags={"--new-flag": "1", "--epochs": "10", "--loaders": "2"})) == ""
     rate = "--learning-rate was 0.1 and is now 0.2"
     assert check(description(flags={"--learning-rate": "0.2"})) == f"{changed}{rate}\n"
-    cosine = description(flags={"--schedule": "cosine", "--epochs": "10"})  # its rates follow from --epochs
+    cosine = description(flags={"--schedule": "cosine", "--epochs": "10"})  # depends on --epochs
     assert "--epochs was 5 and is now 10" in check(cosine)
     other_bits = "the result will be equally good but not bit-identical\n"
     threads = "CPU threads was 2 and is now 1"
@@ -683,7 +681,7 @@ def test_another_job_is_refused_and_changed_flags_are_logged(tmp_path, log):
     assert changes in check(other, resume_anyway=True)
 
 
-def test_a_structure_is_compared_only_between_runs_that_describe_it_alike(tmp_path, log):
+def test_structures_are_compared_only_if_both_runs_describe_them_in_the_same_way(tmp_path, log):
     def description(structure, version):
         job = {"optimizer": "SGD", **structure}
         return {"job": job, "data": {}, "machine": {"torch": version}, "flags": {}}
@@ -694,7 +692,7 @@ def test_a_structure_is_compared_only_between_runs_that_describe_it_alike(tmp_pa
     folder = checkpoints_in(tmp_path, Torch)
     first, second = {STRUCTURE: "1"}, {STRUCTURE: "2"}
     folder.check_same_job("checkpoint-5.pt", description(first, "1"), description(first, "1"))
-    folder.check_same_job("checkpoint-5.pt", description({}, "1"), description(first, "1"))  # an older one
+    folder.check_same_job("checkpoint-5.pt", description({}, "1"), description(first, "1"))  # an earlier one
     assert log() == ""
     with pytest.raises(UserError, match=f"{STRUCTURE} was 1 and is now 2"):
         folder.check_same_job("checkpoint-5.pt", description(first, "1"), description(second, "1"))
@@ -715,7 +713,7 @@ def test_a_state_that_does_not_fit_is_an_error_of_one_line(tmp_path):
     assert "load_state_dict ends with RuntimeError: size mismatch for 3: expected. Build" in str(error)
 
 
-def test_the_lock_of_the_folder_goes_with_the_run(tmp_path):
+def test_the_lock_of_the_folder_ends_with_the_run(tmp_path):
     first, second = checkpoints_in(tmp_path), checkpoints_in(tmp_path)
     first.open()
     first.close()
@@ -754,7 +752,7 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_damaged():
 @given(
     st.dictionaries(st.text("abc/", min_size=1), st.binary(max_size=50), min_size=1, max_size=3), st.data()
 )
-def test_damage_to_a_zip_file_is_found_or_does_no_harm(members, data):
+def test_damage_to_a_zip_file_is_found_or_harmless(members, data):
     def write_members(file):
         with zipfile.ZipFile(file, "w") as archive:
             for member, content in members.items():

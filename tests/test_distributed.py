@@ -1,4 +1,4 @@
-"""Several workers that train one model: processes on loopback addresses, as on several hosts."""
+"""Several workers train one model, as processes on loopback addresses instead of hosts."""
 
 import contextlib
 import itertools
@@ -50,7 +50,7 @@ from verify import compare
 IMAGES = ["--epochs", 4, "--batch-size", 128, "--augment"]
 TREES = ["--epochs", 40, *SAMPLING]
 STEPS = 13  # per epoch: 1,618 digits in batches of 128
-MARK = "TEST_WORKERS"  # in the environment of all processes that a test starts
+MARK = "TEST_WORKERS"  # marks all processes that a test starts
 
 
 def flags_of(framework):
@@ -58,7 +58,7 @@ def flags_of(framework):
 
 
 def started_processes():
-    """Return the processes that this test has started, and theirs."""
+    """Return the processes that this test has started, and their descendants."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -70,7 +70,7 @@ def started_processes():
 
 
 def assert_only_this_machine_can_connect(framework):
-    """Except to the port that each worker of these two engines opens at all addresses."""
+    """Except for the port that each worker of two engines opens at all addresses."""
     addresses = [
         connection.laddr.ip
         for process in started_processes()
@@ -84,7 +84,7 @@ def assert_only_this_machine_can_connect(framework):
 
 @pytest.fixture(autouse=True)
 def _no_process_stays(monkeypatch):
-    """Fail if a test leaves one of its processes behind, or of theirs."""
+    """Fail if a test leaves a process running."""
     monkeypatch.setenv(MARK, uuid.uuid4().hex)
     yield
 
@@ -99,7 +99,7 @@ def _no_process_stays(monkeypatch):
 
 @pytest.fixture(scope="session")
 def whole(shared_folder):
-    """Return the folder of a training on several workers that nothing interrupted."""
+    """Return the folder of an uninterrupted training on several workers."""
 
     def folder_of(framework, size):
         def train(folder):
@@ -119,7 +119,7 @@ def assert_same(folder, other, framework):
 
 
 def assert_one_set_of_files(folder, framework, *epochs):
-    """The main process has these checkpoints, the model and the metrics; the others have written nothing."""
+    """Check that only the main process has written checkpoints, the model and metrics."""
     for worker in sorted(folder.iterdir())[1:]:
         assert not [path for path in worker.rglob("*") if path.is_file() and path.name != "indices"], worker
     assert files(folder / "1", framework) == names(framework, *epochs)
@@ -138,7 +138,7 @@ RECORDING = """
         reads = 0
 
         def __getitems__(self, indices):
-            if len(indices) not in (1, STATISTICS_PART):  # otherwise it is being described
+            if len(indices) not in (1, STATISTICS_PART):  # otherwise the script describes the data
                 Recorded.reads += 1
                 with open("indices", "a") as file:
                     file.write(" ".join(map(str, indices)) + "\\n")
@@ -155,7 +155,7 @@ RECORDING = """
 
 
 def own_copy(framework, folder, recorded=None):
-    """Copy a script with another model; it records what is read of data set 0 (training) or 1."""
+    """Copy a script with another model that records the samples read from data set 0 (training) or 1."""
     script = copy_script(framework, folder)
     replace_body(script, build_model=PLAIN_NETWORKS[framework])
     if recorded is not None:
@@ -170,7 +170,7 @@ def own_copy(framework, folder, recorded=None):
 def test_the_loss_curves_of_one_two_and_four_workers_agree(framework, tmp_path):
     choose(framework)
     script = framework if framework == "xgboost" else own_copy(framework, tmp_path)
-    # Without augmentation, which draws other random numbers for each worker.
+    # Without augmentation, which draws different random numbers on each worker.
     flags = ["--epochs", 15] if framework == "xgboost" else [*IMAGES, "--no-augment"]
     curves = []
     for size in (1, 2, 4):
@@ -191,11 +191,11 @@ OFTEN = [["--checkpoint-steps", 5], ["--checkpoint-seconds", 0.02]]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_worker_is_killed_all_stop_and_a_restart_ends_with_the_same_bits(
+def test_when_one_worker_is_killed_all_stop_and_a_restart_is_bit_identical(
     framework, tmp_path, whole, victim
 ):
     if victim == 0 and framework in ("tensorflow", "mxnet"):
-        pytest.skip("shown with the other worker: here these scripts take minutes")
+        pytest.skip("tested with the other worker: these scripts take minutes with this one")
     flags = [*flags_of(framework), *([] if framework == "xgboost" else OFTEN[victim])]
     workers = Workers(framework, 2, *flags, folder=tmp_path)
     workers.wait_for("epoch=3 " if framework == "xgboost" else "epoch=2 ")  # the first has been saved
@@ -215,11 +215,11 @@ def test_when_one_worker_is_killed_all_stop_and_a_restart_ends_with_the_same_bit
 
 
 @pytest.mark.parametrize(("size", "receivers"), [(2, [1]), (4, [0, 1, 2, 3])])
-def test_after_sigterm_all_save_at_the_same_step_and_a_restart_ends_with_the_same_bits(
+def test_after_sigterm_all_save_at_the_same_step_and_a_restart_is_bit_identical(
     framework, tmp_path, whole, size, receivers
 ):
     if size == 4 and framework in ("tensorflow", "mxnet"):
-        pytest.skip("shown with two workers: here these scripts take minutes")
+        pytest.skip("tested with two workers: these scripts take minutes with more")
     workers = Workers(framework, size, *flags_of(framework), folder=tmp_path)
     workers.wait_for("epoch=2 ")
     for number in receivers:
@@ -251,7 +251,7 @@ def test_a_signal_during_the_validation_and_a_run_with_nothing_left(image_framew
 
 @pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER)])
 def test_another_number_of_workers_continues_the_same_sequence_of_batches(image_framework, tmp_path):
-    """Begun on two, interrupted in the second epoch, continued on three: each sample once."""
+    """Start on two, interrupt in the second epoch, continue on three: each sample is read once."""
     choose(image_framework)
     script = own_copy(image_framework, tmp_path, recorded=0)
     flags = ["--epochs", 3, "--batch-size", 128, "--loaders", 0]
@@ -270,7 +270,7 @@ def test_another_number_of_workers_continues_the_same_sequence_of_batches(image_
     assert "Warning: number of workers was 2 and is now 3: " in result.output
     num_left = 2 * STEPS - position[1]
     rest = [read_batches(folder / worker) for worker in ("1", "2", "3")]
-    # After the first batch MXNet reads earlier ones again, for their random numbers.
+    # After the first batch MXNet reads earlier ones again, to repeat their random draws.
     rest = [[*steps[:1], *steps[1 - num_left :]] for steps in rest]
     together = [np.concatenate(parts) for parts in [*zip(*trained), *zip(*rest)]]
     alone = tmp_path / "alone"
@@ -288,7 +288,7 @@ def test_another_number_of_workers_continues_the_same_sequence_of_batches(image_
 
 
 def read_batches(folder):
-    """Return the indices that a worker has read for each training step.
+    """Return the indices that a worker has read in each training step.
 
     Keras reads the first batch a second time, to build the model.
     """
@@ -316,7 +316,7 @@ def test_xgboost_continues_with_another_number_of_workers(tmp_path, whole):
 
 
 def test_if_the_folders_disagree_the_main_process_decides_for_all(framework, tmp_path, whole):
-    """Its newest checkpoint is damaged; the other worker has a newer one, and one that it lacks."""
+    """Its newest checkpoint is damaged; the other worker has a newer one, and a missing one."""
     for worker in ("1", "2"):
         shutil.copytree(whole(framework, 2) / "1", tmp_path / worker)
     epochs = flags_of(framework)[1]
@@ -401,8 +401,8 @@ def test_a_host_must_be_one_of_the_hosts(tmp_path):
 
 
 @pytest.mark.parametrize("framework", ["pytorch", "xgboost"])
-def test_all_workers_need_all_of_the_data(framework, tmp_path):
-    """Each has a part of the same size, as SageMaker's ShardedByS3Key would hand it out."""
+def test_all_workers_need_all_data(framework, tmp_path):
+    """Each has a part of the same size, as with SageMaker's ShardedByS3Key."""
     generator = np.random.default_rng(0)
     for part in ("1", "2"):
         folder = tmp_path / part / "data"
@@ -430,7 +430,7 @@ def test_a_signal_before_the_training_ends_all_with_nothing_to_save(framework, t
     assert not list((tmp_path / "2").iterdir())
 
 
-def test_strangers_at_the_port_do_not_matter(tmp_path):
+def test_other_programs_that_connect_to_the_port_are_ignored(tmp_path):
     workers = Workers("xgboost", 0, "--epochs", 2, folder=tmp_path)
     workers.hosts = ["127.0.0.1", "127.0.0.2"]
     main_process = workers.start("127.0.0.1")
@@ -450,7 +450,7 @@ def test_strangers_at_the_port_do_not_matter(tmp_path):
     assert workers.finish()[0].epochs == [1, 2]
 
 
-# The main process, or the other worker, and how the join ended.
+# Runs the main process or the other worker, and prints the result of joining.
 JOIN = """
 import os, sys
 from common.distributed import Workers
@@ -473,7 +473,7 @@ def join(rank, port, seconds):
 
 
 def drip(connection):
-    """Send a byte now and then, as slow as a person types."""
+    """Send single bytes slowly."""
     with contextlib.suppress(OSError):
         for byte in HEADER.pack(b"V", 40) + b"[" * 40:
             connection.sendall(bytes([byte]))
@@ -481,7 +481,7 @@ def drip(connection):
 
 
 def reset(connection):
-    """Send something, and end the connection as a crash does."""
+    """Send some bytes, and reset the connection, as a crash does."""
     connection.sendall(b"V")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
@@ -492,7 +492,7 @@ def say_hello(connection):
     connection.sendall(HEADER.pack(b"V", len(hello)) + hello)
 
 
-STRANGERS = {  # how many do what, and the reason of the main process
+STRANGERS = {  # a number of strangers and their behaviour, and the error of the main process
     "drip": (1, drip, "waited 3 seconds for other: only 1 of 2 workers have joined"),
     "idle": (30, lambda connection: None, "waited 3 seconds for other: only 1 of 2 workers have joined"),
     "reset": (3, reset, "waited 3 seconds for other: only 1 of 2 workers have joined"),
@@ -501,7 +501,7 @@ STRANGERS = {  # how many do what, and the reason of the main process
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
-def test_no_stranger_makes_the_main_process_wait_longer(stranger):
+def test_other_programs_do_not_make_the_main_process_wait_longer(stranger):
     count, behave, reason = STRANGERS[stranger]
     port = free_port()
     main_process = join(0, port, 3)
@@ -538,7 +538,7 @@ def test_a_worker_that_reaches_another_program_tries_again():
                     assert worker.communicate(timeout=30)[0] == "joined\n"
 
 
-def test_a_worker_names_what_answers_at_the_port():
+def test_a_worker_reports_another_program_at_the_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         worker = join(1, server.getsockname()[1], 2)
         while worker.poll() is None:
@@ -556,7 +556,7 @@ def test_there_must_be_a_sample_for_each_worker(image_framework, tmp_path):
         assert "expected a sample for each" in result.error_line
 
 
-# A worker that gets a signal while it is sending a long message to the main process, which does not read yet.
+# A worker that receives a signal while it sends a long message, which the main process does not read yet.
 STOPPED = """
 import sys, threading
 from common.distributed import Workers
@@ -571,7 +571,7 @@ workers.all_gather("x" * 20_000_000)
 """
 
 
-def test_a_signal_in_the_middle_of_a_message_lets_it_be_finished():
+def test_a_signal_in_the_middle_of_a_message_does_not_truncate_it():
     with socket.create_server(("127.0.0.1", 0)) as server:
         command = [sys.executable, "-c", STOPPED, str(server.getsockname()[1])]
         process = start_command(command, ROOT, stdin=subprocess.PIPE)
@@ -581,7 +581,7 @@ def test_a_signal_in_the_middle_of_a_message_lets_it_be_finished():
         hello = json.loads(connection.recv(length))
         assert (kind, hello) == (b"V", {"rank": 1, "names": ["main", "other"]})
         connection.sendall(HEADER.pack(b"V", 0))
-        received = connection.recv(1)  # the message has begun
+        received = connection.recv(1)  # the message has started
         print(file=process.stdin, flush=True)
         assert process.stdout.readline().startswith("stopping")
         received += b"".join(iter(lambda: connection.recv(2**20), b""))
@@ -619,7 +619,7 @@ def test_torchrun_starts_the_same_training(tmp_path, whole):
 
 
 def test_sagemakers_toolkit_starts_the_same_training(tmp_path, whole):
-    """Two containers of one job, as `train` of sagemaker-training finds them laid out by the service."""
+    """Two containers of one job, laid out for `train` of sagemaker-training as the service does."""
     hosts, port = ["127.0.0.1", "127.0.0.2"], free_port()
     flags = {"epochs": 4, "batch-size": 128, "augment": True, "port": port}
     program = {"sagemaker_program": "train.py", "sagemaker_submit_directory": str(ROOT / "pytorch")}
@@ -653,7 +653,7 @@ def test_sagemakers_toolkit_starts_the_same_training(tmp_path, whole):
 
 @pytest.fixture
 def two_networks():
-    """Return two network namespaces that see each other, as (name, address) pairs; both have an `eth0`."""
+    """Return two connected network namespaces as (name, address) pairs; both have an `eth0`."""
     suffix = uuid.uuid4().hex[:6]
     networks = [(f"host{number}-{suffix}", f"10.77.0.{number}") for number in (1, 2)]
     commands = [["ip", "netns", "add", name] for name, _ in networks]
@@ -670,7 +670,7 @@ def two_networks():
             except OSError as error:
                 pytest.skip(f"this machine has no `ip`: {error}")
             if finished.returncode != 0:
-                pytest.skip(f"this user may not make a network: {finished.stderr}")
+                pytest.skip(f"this user may not create a network: {finished.stderr}")
         yield networks
     finally:
         for name, _ in networks:
@@ -694,7 +694,7 @@ def start_in_networks(networks, framework, *flags, folder):
 @pytest.mark.parametrize(
     "framework", ["pytorch", pytest.param("tensorflow", marks=LATER), "mxnet", "xgboost"]
 )
-def test_two_hosts_with_a_network_each(framework, tmp_path, whole, two_networks):
+def test_two_hosts_with_separate_networks(framework, tmp_path, whole, two_networks):
     choose(framework)
     processes = start_in_networks(two_networks, framework, *flags_of(framework), folder=tmp_path)
     outputs = [process.communicate(timeout=240)[0] for process in processes]
@@ -713,7 +713,7 @@ def test_when_the_network_is_cut_both_end_within_a_minute(tmp_path, two_networks
     assert time.monotonic() - cut < 60
     assert [process.returncode for process in processes] == [1, 1], "\n".join(outputs)
     for output, (_, other) in zip(outputs, reversed(two_networks)):
-        # Which error the kernel reports depends on what it was sending.
+        # The kernel's error depends on the data in flight.
         reason = r"\((Connection timed out|No route to host)\)"
         pattern = rf"error: {re.escape(other)} closed the connection without a reason {reason}"
         assert re.search(pattern, output)

@@ -1,7 +1,7 @@
-"""An error of the disk, or a signal, at each file operation of a run: nothing that is saved is ever lost.
+"""A disk error or a signal at each file operation of a run never loses a saved checkpoint.
 
-strace makes one system call of a training fail, or sends a signal when it begins. The training is a new one,
-in an empty folder, or it resumes from checkpoints. Four words describe a fault, as in "fsync EIO 1
+strace makes one system call of a training fail, or sends a signal when the call starts. The training is new,
+in an empty folder, or resumes from checkpoints. Four words describe a fault, as in "fsync EIO 1
 checkpoints/xgboost-checkpoint.3.sagemaker-ignore": the call, what happens, at which one of the calls with
 this path, and the path below --output.
 
@@ -44,7 +44,7 @@ from helpers import (
 )
 
 DISK = ("EIO", "ENOSPC", "EDQUOT")
-ERRORS = {  # that a call can end with
+ERRORS = {  # possible errors of each call
     "openat": ("EIO", "ENOSPC", "EMFILE", "ENOMEM"),
     "newfstatat": ("EIO",),
     "getdents64": ("EIO", "ENOMEM"),
@@ -64,19 +64,19 @@ ERRORS = {  # that a call can end with
     "rmdir": ("EIO",),
 }
 SIGNALS = ("SIGTERM", "SIGKILL")
-ENDING = set(ERRORS) - {"newfstatat", "close", "flock"}  # calls that signals come at: these change no file
-CODES = {"SIGTERM": (0, 143), "SIGKILL": (-9,)}  # 0: the training was over
-SECONDS = 120  # after which a run counts as hanging; one takes two to ten
+ENDING = set(ERRORS) - {"newfstatat", "close", "flock"}  # without signals: these calls change no file
+CODES = {"SIGTERM": (0, 143), "SIGKILL": (-9,)}  # 0: the training had finished
+SECONDS = 120  # limit for a run, which takes two to ten
 
 BEGINNINGS = ("new", "resumed")
-# The fault meets the first run, or the second one, which continues the first.
+# The fault is in the first run, or in the second one, which continues the first.
 FIRST = {"xgboost": ("--num-round", 3)}
 SECOND = {"xgboost": ("--num-round", 6)}
 ALWAYS = {"xgboost": ("--checkpoint-steps", 1, "--keep-checkpoints", 2)}
 FIRST_EPOCH, SECOND_EPOCH = ("--epochs", 1), ("--epochs", 2)
 IN_EPOCH = ("--checkpoint-steps", 10, "--keep-checkpoints", 2)
 
-FOUND = [  # these have once made a good checkpoint count as damaged
+FOUND = [  # faults that once made a good checkpoint count as damaged
     "newfstatat EIO 2 checkpoints/xgboost-checkpoint.2",
     "close EIO 1 checkpoints/xgboost-checkpoint.2",
 ]
@@ -88,16 +88,16 @@ MXNET_CHECKSUM = "CRC-32: {:08x}"  # at the end of its checkpoints
 
 @pytest.fixture(scope="session")
 def strace():
-    """Skip a test where strace is missing or may not trace."""
+    """Skip a test if strace is missing or not permitted."""
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     probe = subprocess.run(["strace", "-f", "true"], capture_output=True, text=True)
     if probe.returncode:
-        pytest.skip(f"strace cannot trace here: {probe.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"strace cannot trace: {probe.stderr.strip().splitlines()[-1]}")
 
 
 def check_file(path):
-    """Fail if a checkpoint is not whole; each format has its own checksums."""
+    """Fail if a checkpoint is damaged; each format has its own checksums."""
     content = path.read_bytes()
     if path.suffix in (".pt", ".keras"):
         atomic_io.check_zip(io.BytesIO(content))
@@ -108,8 +108,8 @@ def check_file(path):
         atomic_io.check_seal(content)
 
 
-# Runs trainings, each in a process of its own, which begins with the framework imported: seconds less than a
-# script needs. A line of the input is a job; another one starts it, when strace is attached to the process.
+# Runs each training in a forked process with the framework already imported, which saves seconds. A line of
+# the input is a job; a second line starts it, after strace has been attached to the process.
 SERVER = """
 import json, os, sys
 path = sys.argv[1]
@@ -135,7 +135,7 @@ while line := requests.readline():
 
 
 class Faults:
-    """The faults of one script: prepares a folder, and trains there with each of them.
+    """Prepares a folder for one script, and trains there with each fault.
 
     Args:
         framework: the script.
@@ -218,7 +218,7 @@ class Faults:
         ]
 
     def good_checkpoints(self, folder):
-        """Return the checkpoints in the run's folder; fail if there is half a file, or a damaged one."""
+        """Return the checkpoints in the run's folder; fail if a file is incomplete or damaged."""
         folder = checkpoint_folder(folder, self.framework)
         if not folder.is_dir():  # nothing has been saved
             return []
@@ -236,7 +236,7 @@ class Faults:
         return [f"--trace={call}", f"--trace-path={self.output / path}", inject]
 
     def inject(self, fault):
-        """Train with a fault and check the rules; return what has happened in a word."""
+        """Train with a fault and check the rules; return the outcome in a word."""
         effect = fault.split()[1]
         result = self.train_again(*self.options_of(fault))
         assert result.code in CODES.get(effect, (0, 1)), f"exit code {result.code}"
@@ -254,10 +254,10 @@ class Faults:
         assert_same_bits(self.folder, self.undisturbed, self.framework)
         if not re.search(r"INJECTED|--- SIG(TERM|KILL)|killed by", self.trace.read_text()):
             return "not reached"
-        return {0: "went on", 1: "error"}.get(result.code, "ended")
+        return {0: "continued", 1: "error"}.get(result.code, "ended")
 
     def inject_all(self, faults):
-        """Try all these faults, print what each has done, and fail if one broke a rule."""
+        """Try all these faults, print the outcome of each, and fail if one broke a rule."""
         counts, broken = collections.Counter(), []
         for fault in faults:
             try:
@@ -272,14 +272,14 @@ class Faults:
 
 
 def without_copies(faults):
-    """Leave out what happens to many files in the same way: one of the model's common/ stands for all."""
+    """Leave out repeated faults: keep one file of the model's common/."""
     kept = [fault for fault in faults if "/code/common/" not in fault or fault.endswith("/run.py")]
     return [fault for fault in kept if not fault.endswith("/code/common") or int(fault.split()[2]) <= 2]
 
 
 def sample(faults, number):
-    """Return some of the faults, always the same ones."""
-    return random.Random(SEED).sample(faults, min(number, len(faults)))  # noqa: S311 - no secret
+    """Return a fixed sample of the faults."""
+    return random.Random(SEED).sample(faults, min(number, len(faults)))  # noqa: S311 - not for secrets
 
 
 def choose_faults(framework, found):

@@ -1,4 +1,4 @@
-"""Reading images from class folders and arrays, and one clear line for each mistake in them."""
+"""Images in class folders and arrays are read; each mistake in them is one clear line."""
 
 import io
 import os
@@ -63,7 +63,7 @@ def test_without_a_folder_the_digits_are_used(log):
     assert "1618 training and 179 validation images of shape (8, 8, 1), 10 classes, 0.1 MB" in log()
 
 
-def test_the_held_out_tenth_is_drawn_with_the_seed_and_shares_no_image():
+def test_the_held_out_tenth_depends_on_the_seed_and_shares_no_image():
     first, again, other = load(seed=1), load(seed=1), load(seed=2)
     held_out, labels = rows_of(first[1])
     np.testing.assert_array_equal(held_out, rows_of(again[1])[0])
@@ -155,8 +155,8 @@ def test_images_that_do_not_fit_into_memory_are_decoded_again(tmp_path, digits, 
     assert not data[0].is_in_memory
 
 
-def test_an_image_is_read_when_it_is_first_asked_for(tmp_path, digits):
-    """And never again, while memory permits; the other images may be missing."""
+def test_an_image_is_read_when_it_is_first_needed(tmp_path, digits):
+    """It is not read again if memory permits; the other images may be missing."""
     save_images(tmp_path, *digits)
     train, _ = load(train=tmp_path)
     first = train[0][0]
@@ -175,7 +175,7 @@ PNG = [("png", mode) for mode in ("RGB", "L", "RGBA", "LA", "P", "1")]
 
 
 def all_kinds(folder, kinds):
-    """Write 400 images of 64 x 48 pixels in four classes, of all these kinds in turns."""
+    """Write 400 images of 64 x 48 pixels in four classes, alternating between these formats."""
     generator = np.random.default_rng(0)
     for index in range(400):
         suffix, mode = kinds[index % len(kinds)]
@@ -190,7 +190,7 @@ def all_kinds(folder, kinds):
 
 
 @pytest.mark.parametrize("image_size", [None, 12])
-def test_all_cores_read_the_same_as_pillow_alone(tmp_path, monkeypatch, image_size):
+def test_all_cores_read_the_same_pixels_as_pillow_alone(tmp_path, monkeypatch, image_size):
     all_kinds(tmp_path, JPEG + PNG)
     monkeypatch.setattr(decoder, "_find_simplejpeg", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
@@ -227,7 +227,7 @@ def test_a_signal_ends_the_threads_that_decode(tmp_path, suffix):
         (tmp_path / name).mkdir()
         for index in range(100):
             os.link(image, tmp_path / name / f"{index}{suffix}")
-    env = environment(OPENBLAS_NUM_THREADS="1")  # no threads but ours
+    env = environment(OPENBLAS_NUM_THREADS="1")  # no other threads
     with start_command([sys.executable, "-c", LOAD, str(tmp_path)], ROOT, env) as process:
         process.stdout.readline()
         while psutil.Process(process.pid).num_threads() == 1:
@@ -320,7 +320,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_in_the_data_is_told_with_its_place(tmp_path, digits, name):
+def test_a_mistake_in_the_data_is_reported_with_its_location(tmp_path, digits, name):
     write, parts = MISTAKES[name]
     write(tmp_path, digits)
     with pytest.raises(UserError) as caught:
@@ -362,19 +362,19 @@ def test_folders_without_images_are_named_and_skipped(tmp_path, digits, log):
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".bmp", ".gif", ".tif", ".jfif", ".ppm"])
-def test_what_pillow_reads_is_read(tmp_path, digits, suffix):
+def test_all_formats_of_pillow_are_read(tmp_path, digits, suffix):
     save_images(tmp_path / "train", digits[0][:30], digits[1][:30], (".png", suffix))
     train, validation = load(train=tmp_path / "train")
     assert len(train) + len(validation) == 30
 
 
-def test_a_photo_that_was_taken_sideways_is_turned(tmp_path):
-    """Whether Pillow reads it or another library."""
+def test_a_photo_taken_sideways_is_rotated(tmp_path):
+    """By Pillow and by the other library."""
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8] = 255  # the upper half is white
     upright = Image.fromarray(pixels)
     exif = Image.Exif()
-    exif[decoder.ORIENTATION] = 6  # to be turned clockwise
+    exif[decoder.ORIENTATION] = 6  # rotate clockwise
     for suffix in (".png", ".jpg"):
         folder = tmp_path / suffix[1:]
         for name in ("cat", "dog"):
@@ -386,7 +386,7 @@ def test_a_photo_that_was_taken_sideways_is_turned(tmp_path):
             np.testing.assert_allclose(image, pixels, atol=2)
 
 
-def test_what_is_transparent_becomes_white_and_the_log_says_so(tmp_path, log):
+def test_transparent_pixels_become_white_and_the_log_says_so(tmp_path, log):
     icon = np.zeros((8, 8, 4), np.uint8)
     icon[:4, :, 3] = 255  # the upper half is black, the lower one transparent
     for name in ("arrow", "cross"):
@@ -440,7 +440,7 @@ def test_deep_and_animated_images_are_read_and_the_log_says_so_once(tmp_path, lo
 def test_the_aspect_ratio_is_kept(tmp_path):
     """The shorter side is resized, and the centre cropped; arrays are treated like files."""
     pixels = np.zeros((2, 20, 40, 3), np.uint8)
-    pixels[:, :, 8:32] = 200  # the square in the middle, and a little more
+    pixels[:, :, 8:32] = 200  # the square in the middle with a margin
     for name, image in zip("ab", pixels):
         (tmp_path / "files" / name).mkdir(parents=True)
         Image.fromarray(image).save(tmp_path / "files" / name / "1.png")
@@ -461,7 +461,7 @@ def test_linked_folders_are_read_once(tmp_path, digits):
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Train", "Test"), ("training", "validation", "test")])
-def test_a_folder_of_data_sets_is_not_taken_for_one_of_classes(tmp_path, digits, names):
+def test_a_folder_of_data_sets_is_not_read_as_class_folders(tmp_path, digits, names):
     for name in names:
         save_images(tmp_path / name, *digits)
     with pytest.raises(UserError, match=f"look like data sets, not classes; pass .*{sorted(names)[0]}"):
@@ -474,7 +474,7 @@ def test_a_validation_folder_inside_the_training_folder_is_refused(tmp_path, dig
         load(train=tmp_path, validation=tmp_path / "class-3")
 
 
-def test_each_class_gives_its_share_of_the_held_out_tenth(tmp_path, digits):
+def test_each_class_contributes_its_share_to_the_held_out_tenth(tmp_path, digits):
     labels = np.array([0] * 200 + [1] * 5)
     save_images(tmp_path, digits[0][:205], labels)
     train, validation = load(train=tmp_path)
@@ -522,7 +522,7 @@ def test_validation_must_fit_the_training_data(tmp_path, digits):
 
 
 def encoded(form):
-    """Return an image of 12 x 10 pixels in a form, as bytes."""
+    """Return an image of 12 x 10 pixels in a format, as bytes."""
     pixels = np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form)
@@ -534,7 +534,7 @@ ENCODED = [encoded(form) for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP
 
 @st.composite
 def damaged_images(draw):
-    """Any bytes, or an image with some bytes replaced, most of them in its header, or without its end."""
+    """Any bytes, or an image that is truncated or has some bytes replaced, most of them in its header."""
     content = bytearray(draw(st.sampled_from(ENCODED)))
     places = st.integers(0, 40) | st.integers(0, len(content) - 1)
     for position, value in draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=4)):
@@ -545,11 +545,11 @@ def damaged_images(draw):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=damaged_images(), name=st.sampled_from(["cat/0.png", "dog/8.jpg"]))
-@pytest.mark.filterwarnings("ignore")  # of Pillow, about huge images and odd tags
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about huge images and odd tags
 def test_any_file_in_a_class_folder_is_an_image_or_named(tmp_path, monkeypatch, content, name):
-    """Also the first one, whose size the others get.
+    """The first file too, which sets the size of all images.
 
-    Up to Pillow's limit a few bytes may be an image of many pixels, which would need gigabytes here.
+    Below Pillow's limit a few bytes may still be an image of many pixels, which would need gigabytes.
     """
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     for label in ("cat", "dog"):

@@ -386,7 +386,7 @@ def test_one_line_warns_if_xgboost_cannot_resume_exactly(tmp_path):
         run("xgboost", "--epochs", 2, *flags, cwd=folder)
         older = 'import xgboost\nxgboost.__version__ = "3.2.0"'
         result = run_with(older, "xgboost", "--epochs", 3, *flags, cwd=folder, code=0)
-        assert ("Warning: XGBoost before 3.4 draws other row" in result.output) is warned
+        assert ("Warning: XGBoost before 3.4 draws different row" in result.output) is warned
 
 
 def test_harmless_changes_are_not_reported(framework, tmp_path, uninterrupted):
@@ -676,8 +676,8 @@ def test_a_damaged_file_of_sagemakers_container_is_skipped(tmp_path, uninterrupt
         assert lines[0].startswith(f"Cannot read {newest}, trying the one before: ValueError: "), kind
         assert result.epochs == [3, 4], kind
         assert (checkpoint_folder(tmp_path / f"job-{kind}", "xgboost") / f"{newest}.damaged").is_file()
-    assert "XGBoost crashes over it with SIGSEGV" in damaged[0].output
-    assert "XGBoost crashes over it with SIGSEGV" in damaged[1].output
+    assert "XGBoost crashes while reading it, with SIGSEGV" in damaged[0].output
+    assert "XGBoost crashes while reading it, with SIGSEGV" in damaged[1].output
 
 
 FLIP_BITS = """

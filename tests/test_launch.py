@@ -1,4 +1,4 @@
-"""The launchers: their requests to SageMaker, and the code that they upload; a moto server replaces AWS."""
+"""The launchers: their requests to SageMaker and the uploaded code; a moto server replaces AWS."""
 
 import contextlib
 import json
@@ -34,17 +34,17 @@ SECRETS = {
 DATA = ("--train", "s3://data/train/", "--validation", "s3://data/validation/")
 IMAGE_FLAGS = ("--num-classes", "10", "--num-training-samples", "1000")
 MASKS = ("--train-annotation", "s3://data/masks/", "--validation-annotation", "s3://data/more-masks/")
-BUILT_IN = {  # the flags without which each is refused
+BUILT_IN = {  # their required flags
     "xgboost": (*DATA, "--", "--num-round", "10"),
     "image-classification": (*DATA, "--", *IMAGE_FLAGS),
     "object-detection": (*DATA, "--", *IMAGE_FLAGS),
     "semantic-segmentation": (*DATA, *MASKS, "--", *IMAGE_FLAGS),
 }
-OURS = ("estimator", "model_trainer")  # which launch our scripts
+OURS = ("estimator", "model_trainer")  # launchers of our scripts
 ALL = [(launcher, framework) for launcher in OURS for framework in FRAMEWORKS]
 ALL += [("built_in", algorithm) for algorithm in BUILT_IN]
 
-# Python runs this at its start: whoever looks up or calls another machine gets an error, and is written down.
+# Python runs this at its start: looking up or calling another machine raises an error and is recorded.
 NO_NETWORK = """
 import os, socket
 
@@ -77,7 +77,7 @@ def python(sdk):
 
 @pytest.fixture
 def launch(tmp_path):
-    """Return a function that runs a launcher in an empty folder, with no settings of AWS and no network."""
+    """Return a function that runs a launcher in an empty folder, without AWS settings and network."""
     (tmp_path / "start").mkdir()
     (tmp_path / "start/sitecustomize.py").write_text(NO_NETWORK)
     (tmp_path / "here").mkdir()
@@ -100,14 +100,14 @@ def launch(tmp_path):
         result = Result(finished, finished.stdout, finished.stderr)
         assert result.code == code, f"exit code {result.code}\n{result.output}\n{result.errors}"
         assert not called.exists(), called.read_text()
-        assert {path.name for path in (tmp_path / "here").iterdir()} <= {"output"}  # that of local mode
+        assert {path.name for path in (tmp_path / "here").iterdir()} <= {"output"}  # the output of local mode
         return result
 
     return run
 
 
 class AWS:
-    """A moto server, and the requests for training jobs as they arrived."""
+    """A moto server, and the requests for training jobs that it has received."""
 
     def __init__(self, address, config):
         self.requests = []
@@ -117,14 +117,14 @@ class AWS:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             "SAGEMAKER_USER_CONFIG_OVERRIDE": str(config),
-            "SAGEMAKER_VALIDATE_ROLE": "false",  # moto cannot tell what a role may do
+            "SAGEMAKER_VALIDATE_ROLE": "false",  # moto does not know the permissions of a role
         }
         session = boto3.Session("testing", "testing", region_name="us-east-1")
         self.s3 = session.client("s3", endpoint_url=address)
         self.sagemaker = session.client("sagemaker", endpoint_url=address)
 
     def download(self, uri, folder):
-        """Copy all that is below an address into a folder, as SageMaker does."""
+        """Copy all objects below an address into a folder, as SageMaker does."""
         bucket, _, prefix = uri[len("s3://") :].partition("/")
         for item in self.s3.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]:
             path = folder / (item["Key"][len(prefix) :].lstrip("/") or "file")
@@ -166,7 +166,7 @@ def printed_request(result):
 
 
 def flags_of(launcher, what, *flags):
-    """Return the words of a command line, with what a built-in algorithm needs."""
+    """Return the words of a command line, with the required flags of a built-in algorithm."""
     needed = BUILT_IN[what] if launcher == "built_in" else ("--",)
     end = needed.index("--")
     return (what, "--role", ROLE, *flags, *needed[:end], *needed[end:])
@@ -176,7 +176,7 @@ def dry_run(launch, launcher, what, *flags, code=0, region="us-east-1"):
     return launch(launcher, *flags_of(launcher, what, "--region", region, "--dry-run", *flags), code=code)
 
 
-# What is asked for ------------------------------------------------------------------------------------------
+# Requests ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("launcher", "what"), ALL)
@@ -211,7 +211,7 @@ def test_a_dry_run_prints_the_request_and_needs_neither_credentials_nor_a_networ
 
 
 @pytest.mark.parametrize("launcher", OURS)
-def test_without_spot_the_machines_are_on_demand_ones(launch, launcher):
+def test_without_spot_instances_are_on_demand(launch, launcher):
     request = printed_request(dry_run(launch, launcher, "pytorch"))
     assert not request.get("EnableManagedSpotTraining")
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600}
@@ -232,7 +232,7 @@ def test_an_image_of_your_own(launch, launcher):
 
 
 @pytest.mark.parametrize("launcher", OURS)
-def test_weights_to_start_from_are_the_channel_model(launch, launcher):
+def test_initial_weights_are_the_channel_model(launch, launcher):
     request = printed_request(dry_run(launch, launcher, "pytorch", "--weights", "s3://data/weights/"))
     channels = {channel["ChannelName"]: channel["DataSource"] for channel in request["InputDataConfig"]}
     assert channels["model"]["S3DataSource"]["S3Uri"] == "s3://data/weights/"
@@ -256,7 +256,7 @@ def test_several_machines_share_the_files_of_xgboost(launch):
     ],
 )
 def test_several_machines_train_together(launch, launcher, framework, instance, torchrun, image):
-    """On GPUs torchrun starts a process for each in PyTorch; otherwise the scripts need no launcher."""
+    """On GPUs torchrun starts one process per GPU in PyTorch; otherwise the scripts need no launcher."""
     flags = ("--instance-count", "2", "--instance-type", instance, *image)
     request = printed_request(dry_run(launch, launcher, framework, *flags))
     assert request["ResourceConfig"]["InstanceCount"] == 2
@@ -269,8 +269,8 @@ def test_several_machines_train_together(launch, launcher, framework, instance, 
 
 @pytest.mark.parametrize("launcher", OURS)
 @pytest.mark.parametrize("framework", ["pytorch", "xgboost"])
-def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, launcher, framework):
-    """The script of XGBoost is a copy, with another name and a flag of its own."""
+def test_the_request_arrives_and_the_uploaded_code_runs(launch, aws, tmp_path, launcher, framework):
+    """The XGBoost script is a copy, with another name and an additional flag."""
     flags, script = ("--bucket", "my-bucket", "--spot", "--no-wait", *DATA), ROOT / framework / "train.py"
     own = ()
     if framework == "xgboost":
@@ -314,8 +314,7 @@ def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, l
     }
     assert (channels["train"], channels["validation"]) == ("s3://data/train/", "s3://data/validation/")
 
-    # What the container does with the request: unpack the source, and call the script with the
-    # hyperparameters.
+    # The container unpacks the source and calls the script with the hyperparameters.
     source, values = tmp_path / "source", request["HyperParameters"]
     if launcher == "estimator":
         values = {name: json.loads(value) for name, value in values.items()}
@@ -343,7 +342,7 @@ def test_the_request_arrives_and_what_was_uploaded_runs(launch, aws, tmp_path, l
 @pytest.mark.parametrize(
     ("instance", "driver"), [("ml.g5.12xlarge", "torchrun_driver"), ("ml.m5.xlarge", "basic_sc")]
 )
-def test_sdk_v3_is_told_of_torchrun_in_what_it_uploads(launch, aws, tmp_path, instance, driver):
+def test_the_driver_that_sdk_v3_uploads_uses_torchrun(launch, aws, tmp_path, instance, driver):
     flags = ("--bucket", "my-bucket", "--no-wait", "--instance-type", instance)
     launch("model_trainer", *flags_of("model_trainer", "pytorch", *flags), **aws.variables)
     channels = {channel["ChannelName"]: channel for channel in aws.requests[-1]["InputDataConfig"]}
@@ -352,7 +351,7 @@ def test_sdk_v3_is_told_of_torchrun_in_what_it_uploads(launch, aws, tmp_path, in
 
 
 @pytest.mark.parametrize("launcher", SDK)
-def test_a_second_job_goes_on_from_the_checkpoints_of_the_first(launch, aws, launcher):
+def test_a_second_job_continues_from_the_checkpoints_of_the_first(launch, aws, launcher):
     what = "xgboost"
     aws.s3.create_bucket(Bucket=f"old-{launcher.replace('_', '-')}")
     address = f"s3://old-{launcher.replace('_', '-')}/job-1/checkpoints"
@@ -450,14 +449,14 @@ def test_a_checkpoint_bucket_in_another_region_is_refused(launch, aws, launcher)
             "s3://far/1/",
             "the checkpoint bucket far is in eu-west-1 and the job in us-east-1: expected both in",
         ),
-        ("s3://never-made/1/", "checkpoints at s3://never-made/1/: there is no bucket never-made"),
+        ("s3://never-made/1/", "checkpoints at s3://never-made/1/: no such bucket: never-made"),
     ):
         words = flags_of(launcher, "xgboost", "--bucket", "my-bucket", "--checkpoints", address)
         assert launch(launcher, *words, code=1, **aws.variables).error_line.startswith(f"error: {reason}")
     assert len(aws.requests) == num_requests
 
 
-def test_an_algorithm_without_checkpoints_has_no_address_for_them(launch):
+def test_an_algorithm_without_checkpoints_gets_no_checkpoint_address(launch):
     flags = ("--role", ROLE, "--region", "us-east-1", "--dry-run", *DATA, "--spot", "--max-wait", "3600")
     request = printed_request(launch("built_in", "kmeans", *flags, "--", "--k", "10"))
     assert "CheckpointConfig" not in request
@@ -575,7 +574,7 @@ def test_a_tuner_forwards_sigterm_and_uploads_all_files(launch, aws, tmp_path):
         assert {"train.py", "engine.py", "common/run.py"} <= set(archive.getnames())
 
 
-# What is refused, before anything is sent -------------------------------------------------------------------
+# Errors before anything is sent -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -588,7 +587,7 @@ def test_a_tuner_forwards_sigterm_and_uploads_all_files(launch, aws, tmp_path):
         (["--checkpoints", "s3://abc/1", "--resume-from", "s3://abc/2"], "not allowed with argument"),
         (["--role", "SageMaker"], "expected the ARN of a role such as arn:aws:iam::123456789012:role/"),
         (["--job-name", "my_job"], "expected at most 48 letters, digits and hyphens, got 'my_job'"),
-        (["--epochs", "5"], "unrecognized arguments: --epochs 5 (--help lists all flags; those of what"),
+        (["--epochs", "5"], "unrecognized arguments: --epochs 5 (--help lists all flags; those of the"),
         (["--", "--epoch", "5"], "unknown flag --epoch: did you mean --epochs?"),
         (["--", "--epochs", "none"], "argument --epochs: expected a whole number of at least 1, got 'none'"),
         (["--", "5"], "unexpected argument '5': expected --flag value"),
@@ -635,11 +634,11 @@ def test_a_wrong_flag_is_found_before_anything_is_sent(launch, aws, launcher):
     ("words", "message"),
     [
         (["image-classification"], "image-classification needs --train"),
-        (["image-classification", *DATA], "image-classification needs --num-classes behind `--`"),
+        (["image-classification", *DATA], "image-classification needs --num-classes after `--`"),
         (["semantic-segmentation", *DATA], "semantic-segmentation needs --train-annotation"),
         (
             ["kmeans", *DATA, "--spot"],
-            "--max-wait 7200: kmeans saves no checkpoints, and then SageMaker waits",
+            "--max-wait 7200: kmeans saves no checkpoints, so SageMaker waits",
         ),
         (["kmeans", *DATA, "--resume-from", "s3://abc/1"], "kmeans saves no checkpoints: leave out --checkp"),
         (
@@ -648,18 +647,18 @@ def test_a_wrong_flag_is_found_before_anything_is_sent(launch, aws, launcher):
         ),
     ],
 )
-def test_what_a_built_in_algorithm_needs(launch, words, message):
+def test_a_built_in_algorithm_has_required_flags(launch, words, message):
     result = launch("built_in", "--role", ROLE, *words, code=2)
     assert result.error_line.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("launcher", OURS)
-def test_missing_settings_and_refusals_of_aws_are_one_line(launch, aws, launcher):
+def test_missing_settings_and_refusals_by_aws_are_one_line(launch, aws, launcher):
     words = flags_of(launcher, "xgboost")
     result = launch(launcher, *words, code=1, AWS_EC2_METADATA_DISABLED="true")
     assert result.error_line.startswith("error: no AWS region: add --region")
-    nobody = {name: value for name, value in aws.variables.items() if name not in SECRETS}
-    assert launch(launcher, *words, code=1, **nobody).error_line == "error: Unable to locate credentials"
+    without = {name: value for name, value in aws.variables.items() if name not in SECRETS}
+    assert launch(launcher, *words, code=1, **without).error_line == "error: Unable to locate credentials"
     words = flags_of(
         launcher, "xgboost", "--bucket", "my-bucket", "--no-wait", "--instance-type", "ml.nonsense"
     )
@@ -702,7 +701,7 @@ SERVING_IMAGES = {
 
 @pytest.fixture
 def model(tmp_path):
-    """Return a function that makes a folder with the names of an exported model."""
+    """Return a function that makes a folder with the file names of an exported model."""
 
     def make(framework):
         for name in [*MODELS[framework], *CODE, "code/__pycache__/train.pyc"]:
@@ -720,7 +719,7 @@ def deploy(launch, *words, **options):
 
 
 def printed_requests(result):
-    """Return the requests of a dry run by name; they are JSON objects in a row."""
+    """Return the requests of a dry run by name, parsed from a sequence of JSON objects."""
     objects = json.loads("[" + result.output.replace("\n}\n{\n", "\n},\n{\n") + "]")
     return {name: request for item in objects for name, request in item.items()}
 
@@ -746,7 +745,7 @@ def test_a_dry_run_prints_the_requests_for_an_endpoint(launch, model, tmp_path, 
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_serverless_endpoint_has_memory_instead_of_a_machine(launch, framework):
+def test_a_serverless_endpoint_has_memory_instead_of_an_instance(launch, framework):
     flags = ("--role", ROLE, "--region", "us-east-1", "--job", "job-1", "--dry-run")
     requests = printed_requests(deploy(launch, framework, *flags, "--serverless", "--memory", "4096"))
     [variant] = requests["CreateEndpointConfig"]["ProductionVariants"]
@@ -757,14 +756,14 @@ def test_a_serverless_endpoint_has_memory_instead_of_a_machine(launch, framework
     assert container["ModelDataUrl"].endswith("/job-1/output/model.tar.gz")
 
 
-def test_a_machine_with_gpus_gets_their_image(launch):
+def test_an_instance_with_gpus_gets_the_gpu_image(launch):
     flags = ("--role", ROLE, "--region", "us-east-1", "--job", "job-1", "--dry-run")
     requests = printed_requests(deploy(launch, "pytorch", *flags, "--instance-type", "ml.g5.xlarge"))
     assert "-gpu-" in requests["CreateModel"]["PrimaryContainer"]["Image"]
 
 
-def test_an_endpoint_from_a_folder_to_its_end(launch, aws, model, tmp_path):
-    """It is created, asked, asked once more, deleted; then there is nothing left to delete."""
+def test_an_endpoint_from_a_folder_until_its_deletion(launch, aws, model, tmp_path):
+    """Create the endpoint, send two requests, and delete it; a second deletion finds nothing."""
     sent = []
     invoke = SageMakerRuntimeResponse.invoke_endpoint
 
@@ -844,7 +843,7 @@ def test_the_model_of_a_finished_job(launch, aws):
     deploy(launch, "xgboost", "--endpoint", "trees", "--delete", **aws.variables)
 
 
-def test_what_a_failed_deployment_leaves_is_named_and_can_be_deleted(launch, aws, model):
+def test_the_rest_of_a_failed_deployment_is_named_and_can_be_deleted(launch, aws, model):
     words = ("mxnet", "--role", ROLE, "--bucket", "my-models", "--model-dir", model("mxnet"))
     words += ("--endpoint", "unlucky")
     delete = ("mxnet", "--endpoint", "unlucky", "--delete")
@@ -909,7 +908,7 @@ import subprocess, sys
 script = '''
 import signal, sys, time
 def save(number, frame):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes every second, also in the last moments
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # repeated every second, also while saving
     time.sleep(1)
     print("saved", flush=True)
     sys.exit(143)
@@ -922,14 +921,14 @@ sys.exit(subprocess.call([sys.executable, "-c", script]))
 
 
 @pytest.mark.parametrize("process_1", [True, False])
-def test_sigterm_reaches_the_script_behind_train(tmp_path, process_1):
+def test_train_forwards_sigterm_to_the_script(tmp_path, process_1):
     (tmp_path / "train").write_text(TRAIN.format(python=sys.executable))
     (tmp_path / "train").chmod(0o755)
     command = job.forwarding_sigterm("train")
     if process_1:  # in a PID namespace, as in a container
         command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command]
         if subprocess.run([*command[:5], "true"], capture_output=True).returncode:
-            pytest.skip("this machine does not let its users make PID namespaces")
+            pytest.skip("this machine does not permit PID namespaces")
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with subprocess.Popen(
         command, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True
@@ -942,7 +941,7 @@ def test_sigterm_reaches_the_script_behind_train(tmp_path, process_1):
                     receiver = int(file.read())
             os.kill(receiver, signal.SIGTERM)
             time.sleep(0.3)
-            os.kill(receiver, signal.SIGTERM)  # a second one must not cut it short
+            os.kill(receiver, signal.SIGTERM)  # a second one must not interrupt the save
             assert process.communicate(timeout=30)[0] == "saved\n"
             assert process.returncode == 143
         finally:
@@ -950,7 +949,7 @@ def test_sigterm_reaches_the_script_behind_train(tmp_path, process_1):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_the_words_of_process_1_are_within_the_limits_of_the_api():
+def test_the_command_of_process_1_is_within_the_limits_of_the_api():
     words = job.forwarding_sigterm("train")
     shape = boto3.session.Session()._session.get_service_model("sagemaker").shape_for
     assert all(len(word) <= shape("TrainingContainerEntrypointString").metadata["max"] for word in words)

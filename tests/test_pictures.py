@@ -1,4 +1,4 @@
-"""The pictures of a finished training: drawn last, and never the reason of a failure."""
+"""The pictures of a finished training are drawn last and never make it fail."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytest.importorskip("matplotlib")
 RESULTS = ["history.csv", "metrics.json"]
 CURVES = ["training-curve.png", "confusion-matrix.png"]
 DRAWING = {"PYTHONPATH": ""}
-SHORT = {name: ["--epochs", 1, "--learning-rate", 1e-4] for name in FRAMEWORKS[:3]}  # it learns little
+SHORT = {name: ["--epochs", 1, "--learning-rate", 1e-4] for name in FRAMEWORKS[:3]}  # learns little
 SHORT["xgboost"] = ["--num-round", 3]
 
 
@@ -50,7 +50,7 @@ def test_a_training_ends_with_pictures(framework, tmp_path):
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
-def test_without_matplotlib_one_line_says_so_and_pictures_of_an_earlier_model_go(tmp_path):
+def test_without_matplotlib_one_line_says_so_and_earlier_pictures_are_deleted(tmp_path):
     drawing = environment(**DRAWING)
     run("xgboost", "--num-round", 2, cwd=tmp_path, env=drawing)
     result = run("xgboost", "--num-round", 3, cwd=tmp_path)
@@ -58,7 +58,7 @@ def test_without_matplotlib_one_line_says_so_and_pictures_of_an_earlier_model_go
     assert names(tmp_path, "xgboost") == RESULTS
 
 
-# Says at which epochs the curves have marks, and that matplotlib was not imported during the training.
+# Prints the epochs that the curves mark, and checks that training does not import matplotlib.
 SPY = """
 from common import pictures
 draw_curve = pictures.draw_curve
@@ -72,8 +72,8 @@ at_call(Run, "export", 1, check)
 """
 
 
-def test_the_curve_knows_where_each_run_has_resumed(tmp_path):
-    """Killed in the second epoch, so that it resumes after the first one; then stopped after ten steps."""
+def test_the_curve_marks_where_each_run_has_resumed(tmp_path):
+    """Kill the run in the second epoch, which resumes after the first one; then stop it after ten steps."""
     flags = ["--epochs", 3]
     run_with('at_call(Run, "finish_step", 40, lambda: send(9))', "pytorch", *flags, cwd=tmp_path, code=-9)
     run_with('at_call(Run, "finish_step", 10, lambda: send(15))', "pytorch", *flags, cwd=tmp_path, code=143)
@@ -136,7 +136,7 @@ def test_only_the_main_process_draws(name, tmp_path):
 
 
 def texts(figure):
-    """Return all texts of the first panel."""
+    """Return all texts in the first panel."""
     axes = figure.axes[0]
     labels = [*axes.get_xticklabels(), *axes.get_yticklabels(), *axes.texts, axes.title]
     return [label.get_text() for label in labels]
@@ -160,7 +160,7 @@ def test_a_confusion_matrix_has_names_and_counts():
     assert "Confusion matrix, 9 validation images: 66.7% right" in found
 
 
-def test_that_of_many_classes_lists_the_most_frequent_mistakes():
+def test_a_confusion_matrix_of_many_classes_lists_the_most_frequent_mistakes():
     found = texts(draw_confusion(100, {(0, 0): 5, (71, 98): 3, (71, 71): 1}))
     assert found.count("class 71") == 2  # on both axes
     assert any("class 71 as class 98: 3 of 4" in text for text in found)

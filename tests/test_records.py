@@ -345,7 +345,7 @@ def record(label, content=b"1234", num_labels=0):
 
 GOOD = part(0, record(1))
 RECORDIO_MISTAKES = {
-    "text": (b"label,image\n" * 10, "record 0: it does not begin as the records of MXNet's RecordIO do"),
+    "text": (b"label,image\n" * 10, "record 0: it does not start like a record of MXNet's RecordIO"),
     "short": (MAGIC, "record 0: it does not begin as"),
     "second": (GOOD + bytes(40), "record 1: it does not begin as"),
     "truncated": (GOOD + GOOD[:-1], "record 1: the file ends inside it: it is truncated or damaged"),
@@ -361,8 +361,8 @@ RECORDIO_MISTAKES = {
     "NaN": (part(0, record(np.nan)), "record 0: it has the label nan: expected an integer"),
     "infinity": (part(0, record(np.inf)), "record 0: it has the label inf: expected an integer"),
     "large label": (part(0, record(1e30)), r"record 0: it has the label 1e\+30: expected an integer"),
-    "rest": (part(3, record(0)), "record 0: it begins with the rest of another record"),
-    "unknown kind": (part(7, record(0)), "record 0: it begins with the rest of another record"),
+    "rest": (part(3, record(0)), "record 0: it starts with the rest of another record"),
+    "unknown kind": (part(7, record(0)), "record 0: it starts with the rest of another record"),
     "no end": (part(1, record(0)), "record 0: it does not begin as"),
     "another record": (part(1, record(0)) + GOOD, "record 0: its end is missing"),
 }

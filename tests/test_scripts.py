@@ -1,4 +1,4 @@
-"""Each script as its users run it: train, stop, run again, and find everything in its place."""
+"""Each script as users run it: train, stop, run again, and find all files in their places."""
 
 import contextlib
 import fcntl
@@ -85,12 +85,12 @@ def test_the_default_flags_reach_the_promised_accuracy_and_more_epochs_continue(
 
 
 def test_twelve_starts_of_one_epoch_are_one_run_of_twelve(framework, tmp_path, uninterrupted):
-    """Four of them in each process, so that a second `main` in one process has to be right too."""
+    """Four of them run in one process, so that a second `main` in one process is tested too."""
     folder = checkpoint_folder(tmp_path, framework)
     folder.mkdir(parents=True)
     epochs = 12
     for first in (1, 5, 9):
-        for epoch in range(first, first + 4):  # what SageMaker, an editor or a crash may leave there
+        for epoch in range(first, first + 4):  # possible leftovers of SageMaker, an editor or a crash
             later = checkpoint_name(framework, epoch + 1)
             (folder / (checkpoint_name(framework, epoch - 1) + ".sagemaker-uploaded")).touch()
             (folder / f"{later}.sagemaker-uploading").touch()
@@ -183,11 +183,11 @@ def test_the_log_line_has_the_same_keys_in_all_scripts(framework, uninterrupted)
 
 
 def run_on_terminal(framework, *flags, folder, event="", ctrl_c_at=None, **variables):
-    """Run a script on a terminal; return (exit code, what the terminal shows).
+    """Run a script on a terminal; return (exit code, content of the terminal).
 
     Args:
         event: a piece of Python that is executed first.
-        ctrl_c_at: a text on the terminal; when it appears, somebody presses Ctrl-C.
+        ctrl_c_at: a text; when it appears on the terminal, Ctrl-C is sent.
     """
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
@@ -213,7 +213,7 @@ def run_on_terminal(framework, *flags, folder, event="", ctrl_c_at=None, **varia
     return process.returncode, shown.decode()
 
 
-def test_a_progress_bar_shows_on_a_terminal_only(image_framework, tmp_path, uninterrupted):
+def test_a_progress_bar_appears_only_on_a_terminal(image_framework, tmp_path, uninterrupted):
     flags = ["--epochs", 2, "--batch-size", 8]
     event = "from common import report; report.METRICS_SECONDS = 0.2"
     code, shown = run_on_terminal(image_framework, *flags, folder=tmp_path, event=event)
@@ -224,7 +224,7 @@ def test_a_progress_bar_shows_on_a_terminal_only(image_framework, tmp_path, unin
     assert "epoch 1/12:" not in (uninterrupted(image_framework) / "log").read_text()
 
 
-def test_the_message_after_ctrl_c_is_on_a_line_of_its_own(tmp_path):
+def test_the_message_after_ctrl_c_is_on_a_separate_line(tmp_path):
     flags = ["--epochs", 300]
     code, shown = run_on_terminal("pytorch", *flags, folder=tmp_path, ctrl_c_at="epoch 2/300")
     assert code == 130
@@ -232,7 +232,7 @@ def test_the_message_after_ctrl_c_is_on_a_line_of_its_own(tmp_path):
     assert re.search(r"[\r\n]Interrupted: saved checkpoint-\d+(-\d+)?.pt, run the same command", shown)
 
 
-def test_an_error_is_red_on_a_terminal_only(tmp_path):
+def test_an_error_is_red_only_on_a_terminal(tmp_path):
     run_here = functools.partial(run_on_terminal, "pytorch", "--nope", folder=tmp_path)
     assert run_here()[1].startswith("\x1b[31merror:\x1b[0m unknown flag --nope")
     assert run_here(NO_COLOR="1")[1].startswith("error: unknown flag --nope")
@@ -285,7 +285,7 @@ data = tables.load_tables(flags.xgboost_flags().parse_args([]))
 
 
 def test_the_exported_model_has_the_logged_accuracy_in_a_fresh_process(framework, tmp_path, uninterrupted):
-    """The statistics of the images are in model.json if the model itself does not contain them."""
+    """If the model does not contain the statistics of the images, model.json does."""
     folder = uninterrupted(framework) / "output" / framework / "model"
     code = f"import json, sys\nfrom pathlib import Path\nimport numpy as np\nfolder = Path({str(folder)!r})\n"
     code += f"sys.path.insert(0, {str(ROOT / framework)!r})\nfrom common.run import Run\n"
@@ -358,8 +358,8 @@ SAMPLING = ["--subsample", 0.7, "--colsample-bytree", 0.5, "--colsample-bynode",
 DART = ["--booster", "dart", "--rate-drop", 0.3]
 
 
-def test_in_sagemakers_image_xgboost_also_writes_the_lines_of_this_image(tmp_path):
-    """The console and the tuner look for these, https://github.com/aws/sagemaker-xgboost-container."""
+def test_in_sagemakers_image_xgboost_also_logs_in_the_format_of_this_image(tmp_path):
+    """The console and the tuner read these lines, https://github.com/aws/sagemaker-xgboost-container."""
     env = environment(SAGEMAKER_TRAINING_MODULE="sagemaker_xgboost_container.training:main")
     first = run("xgboost", "--num-round", 2, cwd=tmp_path, env=env)
     second = run("xgboost", "--num-round", 3, cwd=tmp_path, env=env)
@@ -371,7 +371,7 @@ def test_in_sagemakers_image_xgboost_also_writes_the_lines_of_this_image(tmp_pat
 
 
 @pytest.mark.parametrize("flags", [SAMPLING, DART, ["--tree-method", "approx"]])
-def test_xgboost_resumes_exactly_also_with_sampling_and_dart(tmp_path, flags):
+def test_xgboost_resumes_exactly_with_sampling_and_dart(tmp_path, flags):
     if not HAS_EXACT_SAMPLING and flags[0] != "--tree-method":
         pytest.skip("before XGBoost 3.4 row and column samples do not depend on the round alone")
     for name, epochs in (("whole", [10]), ("parts", [4, 10])):
@@ -397,7 +397,7 @@ open(f"{path}.{last - 1}", "wb").write(booster.save_raw("ubj"))
 """
 
 
-def test_xgboost_continues_where_another_program_has_saved(tmp_path):
+def test_xgboost_continues_from_checkpoints_of_other_programs(tmp_path):
     """SageMaker's container saves plain boosters; others copy our attribute with its checksum."""
     folder = checkpoint_folder(tmp_path, "xgboost")
     folder.mkdir(parents=True)
@@ -453,14 +453,14 @@ def test_a_compiled_network_trains_and_resumes(image_framework, tmp_path):
         assert "add --no-deterministic" in mistakes[0].error_line
     else:
         assert model_bytes(whole, image_framework) == model_bytes(parts, image_framework)
-    if image_framework != "mxnet":  # which always compiles, and in memory
+    if image_framework != "mxnet":  # MXNet always compiles, in memory
         assert any(path.is_file() for path in made.rglob("*"))
 
 
 @pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER)])
 def test_bf16_adamw_warm_up_and_cosine_resume_exactly(image_framework, tmp_path):
     choose(image_framework)
-    # Some virtual machines announce AMX, which oneDNN then uses for bf16, but stop a process that does.
+    # Some virtual machines announce AMX, which oneDNN then uses for bf16, but kill a process that uses it.
     env = environment(ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
     flags = [
         "--precision",
@@ -522,7 +522,7 @@ MISTAKES = [  # of all scripts
 ]
 
 
-def test_image_scripts_say_in_one_line_what_cannot_work_before_training(image_framework, tmp_path, digits):
+def test_image_scripts_report_mistakes_in_one_line_before_training(image_framework, tmp_path, digits):
     zoo, small = ZOO[image_framework], TOO_SMALL[image_framework]
     mistakes = [
         *MISTAKES,
@@ -548,8 +548,8 @@ def test_image_scripts_say_in_one_line_what_cannot_work_before_training(image_fr
     expect_mistakes(image_framework, mistakes, tmp_path)
 
 
-def test_weights_that_are_not_finite_are_not_saved(image_framework, tmp_path):
-    """Neither at the end of an epoch nor inside."""
+def test_infinite_weights_are_not_saved(image_framework, tmp_path):
+    """Neither at the end of an epoch nor inside an epoch."""
     diverging = ["--learning-rate", 1e30, "--epochs", 1, "--output"]
     jobs = [(tmp_path, [*diverging, "whole"]), (tmp_path, [*diverging, "parts", "--checkpoint-steps", 3])]
     whole, parts = run_many(image_framework, jobs, tmp_path)
@@ -559,7 +559,7 @@ def test_weights_that_are_not_finite_are_not_saved(image_framework, tmp_path):
     saved = os.listdir(tmp_path / "parts/checkpoints")
     last = f"the last finite checkpoint is {saved[0]}" if saved else "there is no checkpoint"
     step = re.search(rf"after epoch 1, step (\d+) {reason}{re.escape(last)}\. Try", parts.error_line)[1]
-    assert int(step) < 10  # it does not go on for the rest of the epoch
+    assert int(step) < 10  # it stops inside the epoch
     assert saved in ([], [CHECKPOINTS[image_framework].format("0-3")])
     assert not os.listdir(tmp_path / "whole/checkpoints")
 
@@ -580,7 +580,7 @@ XGBOOST_MISTAKES = [
 ]
 
 
-def test_xgboost_says_in_one_line_what_cannot_work_before_training(tmp_path):
+def test_xgboost_reports_mistakes_in_one_line_before_training(tmp_path):
     mistakes = [*MISTAKES, *XGBOOST_MISTAKES]
     for number, (text, part) in enumerate(TABLE_MISTAKES.items()):
         path = tmp_path / f"table-{number}/a.csv"
@@ -655,7 +655,7 @@ def test_another_job_is_refused_and_its_model_is_not_overwritten(framework, tmp_
     assert resumed.epochs == [2]
 
 
-def test_a_network_of_your_own_that_does_not_fit_the_checkpoint_is_one_line(
+def test_a_changed_network_that_does_not_fit_the_checkpoint_is_one_line(
     image_framework, tmp_path, uninterrupted
 ):
     copy_checkpoints(uninterrupted(image_framework), tmp_path, image_framework, 1)
@@ -664,7 +664,7 @@ def test_a_network_of_your_own_that_does_not_fit_the_checkpoint_is_one_line(
     assert f"{checkpoint_name(image_framework, 1)} does not fit this script" in line
 
 
-def test_xgboost_takes_a_number_of_classes_and_another_metric_after_a_restart(tmp_path):
+def test_xgboost_accepts_a_number_of_classes_and_another_metric_after_a_restart(tmp_path):
     more = ["--num-class", 12, "--epochs", 3, "--eval-metric", "mlogloss, auc"]
     jobs = [(tmp_path, ["--num-class", 12, "--epochs", 2]), (tmp_path, more)]
     first, _ = run_many("xgboost", jobs, cwd=tmp_path)
@@ -691,10 +691,10 @@ at_call(Run, "restore", 1, lambda: print("at the start:", os.listdir("run/model"
 """
 
 
-def test_a_folder_that_is_lost_while_training_costs_no_model(framework, tmp_path):
-    """It is made again, or one line names it, and the same command exports when it can be written again.
+def test_a_folder_deleted_during_training_loses_no_model(framework, tmp_path):
+    """The script makes the folder again or names it, and the same command exports when it is writable again.
 
-    What an export that was killed has left there is gone at the next start.
+    The next start removes the files of a killed export.
     """
     flags = ["--output", "run", "--epochs", 1]
     blocked = BLOCKED.replace("NAME", "data") if framework == "xgboost" else BLOCKED.replace("NAME", "model")
@@ -712,7 +712,7 @@ def test_a_folder_that_is_lost_while_training_costs_no_model(framework, tmp_path
 
 @pytest.mark.parametrize(
     "framework", ["mxnet", "xgboost"]
-)  # the others' are zip archives: their end is read first
+)  # the other formats are zip archives, which are read from the end
 def test_a_checkpoint_of_a_terabyte_without_content_is_damaged(framework, tmp_path, uninterrupted):
     choose(framework)
     copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
@@ -726,7 +726,7 @@ def test_a_checkpoint_of_a_terabyte_without_content_is_damaged(framework, tmp_pa
 
 @pytest.mark.quick
 def test_too_few_threads_are_one_line(framework, tmp_path):
-    """The limit counts no process of root: it needs another user, who may still read all files."""
+    """The limit does not apply to root: the test needs another user who may read all files."""
     limit = ["prlimit", "--nproc=4"]
     if os.geteuid() == 0:
         read_all = "+dac_override,+dac_read_search"
@@ -739,7 +739,7 @@ def test_too_few_threads_are_one_line(framework, tmp_path):
     assert re.fullmatch(r"error: \d+ threads cannot be started: raise the limit of processes .*", line)
 
 
-def test_a_full_disk_harms_no_earlier_model(framework, tmp_path, uninterrupted):
+def test_a_full_disk_does_not_damage_an_earlier_model(framework, tmp_path, uninterrupted):
     shutil.copytree(uninterrupted(framework), tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "output" / framework / "model"
     earlier = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -761,7 +761,7 @@ def test_a_missing_framework_is_one_line(framework, tmp_path):
 # SageMaker --------------------------------------------------------------------------------------------------
 
 
-def test_in_a_container_everything_is_where_sagemaker_wants_it(framework, tmp_path):
+def test_in_a_container_all_files_are_where_sagemaker_expects_them(framework, tmp_path):
     base = tmp_path / "opt/ml"
     env = environment(
         SAGEMAKER_BASE_DIR=str(base),

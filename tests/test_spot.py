@@ -1,4 +1,4 @@
-"""Under SageMaker's own toolkit, and interrupted as Managed Spot Training does it; S3 is a moto server."""
+"""Trainings under SageMaker's own toolkit, interrupted as in Managed Spot Training; S3 is a moto server."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def log_of(job):
 
 
 def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
-    """Five checkpoints are in S3 after the first job, ten after the second, which starts with epoch 6."""
+    """S3 has five checkpoints after the first job, and ten after the second, which starts with epoch 6."""
     name = f"walkthrough-{framework}"
     # As the SDKs pass them: a switch is a word, and names have hyphens or underscores.
     values = {"keep_checkpoints": "0", "resume-anyway": "true", "best_metric": "accuracy", "seed": "7"}
@@ -72,7 +72,7 @@ def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
     assert "Starting training from epoch: 6" in log
     assert sorted(names) == sorted(checkpoint_name(framework, epoch) for epoch in range(1, 11))
     assert_each_metric_is_extracted([line for line in log if line.startswith("epoch=")])
-    # What the launchers print; the checkpoints are copied from S3 one after the other.
+    # The command that the launchers print, which copies the checkpoints from S3 one by one.
     command = [
         sys.executable,
         "-m",
@@ -104,7 +104,7 @@ def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_listed_in_s3_is_one_line(s3, tmp_path, variables, message):
+def test_an_error_of_s3_is_one_line(s3, tmp_path, variables, message):
     (tmp_path / "no-boto3").mkdir()
     (tmp_path / "no-boto3/boto3.py").write_text("raise ImportError('not here')")
     paths = f"{ROOT}:{tmp_path / variables.get('PYTHONPATH', '')}"
@@ -118,7 +118,7 @@ def test_what_cannot_be_listed_in_s3_is_one_line(s3, tmp_path, variables, messag
     assert (listed.stdout + listed.stderr).count("\n") == 1
 
 
-def test_the_trials_of_a_tuner_share_an_address_and_not_their_checkpoints(s3, tmp_path):
+def test_the_trials_of_a_tuner_share_an_address_but_no_checkpoints(s3, tmp_path):
     def run(trial, attempt):
         values = {"num-round": "3", "_tuning_objective_metric": "validation:loss"}
         request = request_for(s3, "xgboost", "tuner", values)
@@ -149,7 +149,7 @@ def assert_each_metric_is_extracted(lines):
         assert found == written
 
 
-def test_metric_definitions_are_what_sagemaker_takes():
+def test_sagemaker_accepts_the_metric_definitions():
     definitions = report.metric_definitions(("loss", "ndcg@10"))
     names = [definition["Name"] for definition in definitions]
     assert names[:4] == ["train:loss", "train:ndcg@10", "validation:loss", "validation:ndcg@10"]
@@ -201,7 +201,7 @@ def test_channels_are_the_data(s3, tmp_path):
 
 
 def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
-    """SDK v3 does not use the toolkit: its own scripts, uploaded as a channel, set SM_* and start ours."""
+    """SDK v3 does not use the toolkit: scripts uploaded as a channel set SM_* and start ours."""
     python = ROOT / ".venv-sdk3/bin/python"
     if not python.exists():
         pytest.fail(f"{python} is missing: run make test")
@@ -224,7 +224,7 @@ def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
         base = tmp_path / name
         container.lay_out(base, {**request, "HyperParameters": {**request["HyperParameters"], **values}}, s3)
         drivers = base / "input/data/sm_drivers"
-        for path in [*drivers.rglob("*.py"), *drivers.rglob("*.sh")]:  # they know no other base folder
+        for path in [*drivers.rglob("*.py"), *drivers.rglob("*.sh")]:  # their base folder is fixed
             path.write_text(path.read_text().replace("/opt/ml", str(base)))
         path = base / "input/config/resourceconfig.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "current_instance_type": "ml.m5.xlarge"}))
@@ -251,7 +251,7 @@ def test_under_the_drivers_of_sdk_v3(s3, tmp_path):
 
 # The simulator ----------------------------------------------------------------------------------------------
 
-JOBS = {  # when to interrupt, and a training that is long enough for it
+JOBS = {  # when to interrupt, and flags for a training that is long enough
     "pytorch": ("6s,upload,upload", ["--epochs", "20", "--batch-size", "16", "--augment"]),
     "tensorflow": ("9s,upload,upload", ["--epochs", "16", "--batch-size", "16", "--augment"]),
     "mxnet": ("5s,upload,upload", ["--epochs", "28", "--batch-size", "16", "--augment"]),
@@ -260,7 +260,7 @@ JOBS = {  # when to interrupt, and a training that is long enough for it
 
 
 def simulate(*words, code=0, cwd, **more):
-    """Run the simulator as its user does, with `more` variables; return what it prints."""
+    """Run the simulator as a user does, with `more` variables; return its output."""
     command = [sys.executable, "-m", "spot", *map(str, words)]
     variables = environment(PYTHONPATH=str(ROOT), **more)
     finished = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=600)
@@ -282,12 +282,12 @@ def test_three_interruptions_end_with_the_same_bits(framework, tmp_path):
         report = json.loads((tmp_path / "output/spot/report.json").read_text())
         return output, report["figures"], report["attempts"]
 
-    # SageMaker's own images: nobody tells the script, which trains on until it is killed.
+    # SageMaker's own images: the script receives no signal and trains until it is killed.
     output, numbers, attempts = run("--grace", "1s", "--verify")
     assert "SIGTERM received" not in output
     assert output.count("SIGTERM is sent to process 1") == 3
     assert output.count("the machine is gone") == 3
-    assert output.count(" has come half way\n") == 2
+    assert output.count(" stops half way\n") == 2
     assert (numbers["attempts"], numbers["interruptions"]) == (4, 3)
     assert numbers["steps_lost"] > 0
     assert numbers["seconds_lost"] > 0
@@ -299,7 +299,7 @@ def test_three_interruptions_end_with_the_same_bits(framework, tmp_path):
     assert (tmp_path / "output/spot/timeline.png").read_bytes().startswith(b"\x89PNG")
     whole = (tmp_path / "output/spot/uninterrupted").rename(tmp_path / "whole")
 
-    # Our launchers' entry point passes the signal on: not one step is lost, and no upload.
+    # Our launchers' entry point forwards the signal: no step and no upload is lost.
     output, numbers, attempts = run("--forward-sigterm")
     assert (numbers["attempts"], numbers["interruptions"]) == (4, 3)
     assert "the machine is gone" not in output
@@ -334,12 +334,12 @@ def test_two_instances_that_are_interrupted_end_with_the_same_bits(framework, tm
     assert f"2 workers: {hosts}; each gets " in output
     first, second = (tmp_path / f"output/spot/job/attempt-3{host}/checkpoints" for host in ("", "-algo-2"))
     if container.namespace():
-        assert set(os.listdir(second)) < set(os.listdir(first))  # what was in S3 at the start
+        assert set(os.listdir(second)) < set(os.listdir(first))  # the content of S3 at the start
     assert not processes_below(tmp_path)
 
 
-def test_the_script_notices_that_nothing_reaches_s3_any_more(tmp_path):
-    """The sync of the first attempt ceases after two uploads."""
+def test_the_script_notices_that_uploads_to_s3_have_stopped(tmp_path):
+    """The sync of the first attempt stops after two uploads."""
     folder = shutil.copytree(ROOT / "xgboost", tmp_path / "my-job")
     module = folder / "common/checkpoints.py"
     module.write_text(module.read_text().replace("UPLOAD_SECONDS = 900", "UPLOAD_SECONDS = 4"))
@@ -350,14 +350,14 @@ def test_the_script_notices_that_nothing_reaches_s3_any_more(tmp_path):
 
 
 def processes_below(folder):
-    """Return the command lines of processes that have to do with a folder."""
+    """Return the command lines of processes that use a folder."""
     found = subprocess.run(["pgrep", "-af", str(folder)], capture_output=True, text=True).stdout
     return [line for line in found.splitlines() if "pgrep" not in line]
 
 
 @pytest.mark.parametrize("namespaces", [True, False])
-def test_what_reaches_the_script_and_what_comes_back(s3, tmp_path, monkeypatch, namespaces):
-    """Stock `train` as process 1 keeps SIGTERM from the script; our entry point passes it on."""
+def test_signals_reach_the_script_and_its_exit_code_is_returned(s3, tmp_path, monkeypatch, namespaces):
+    """Stock `train` as process 1 keeps SIGTERM from the script; our entry point forwards it."""
     if not namespaces:
         monkeypatch.setattr(container, "namespace", lambda: [])
     elif not container.namespace():
@@ -377,12 +377,12 @@ def test_what_reaches_the_script_and_what_comes_back(s3, tmp_path, monkeypatch, 
         container.lay_out(folder, request, s3)
         lines, training = [], threading.Event()
 
-        def tell(line, lines=lines, training=training):
+        def record(line, lines=lines, training=training):
             lines.append(line)
             if line.startswith("epoch=3 "):
                 training.set()
 
-        box = container.Container(folder, request, tell)
+        box = container.Container(folder, request, record)
         assert training.wait(120), lines
         box.terminate()
         code = box.wait(1 if name == "stock" else 60)
@@ -394,7 +394,7 @@ def test_what_reaches_the_script_and_what_comes_back(s3, tmp_path, monkeypatch, 
             assert saved == []
             assert not container.failure(folder)
         else:
-            assert code == 1  # as the toolkit ends when the script has not finished
+            assert code == 1  # the toolkit's exit code if the script has not finished
             assert len(saved) == 1
             reason = f"Interrupted: saved {saved[0]}, run the same command to resume"
             assert container.failure(folder) == reason
@@ -403,8 +403,8 @@ def test_what_reaches_the_script_and_what_comes_back(s3, tmp_path, monkeypatch, 
         assert not processes_below(folder)
 
 
-def test_a_signal_before_the_script_listens_is_not_lost(tmp_path):
-    """The machine may be taken away while the container starts: then it ends as soon as somebody listens."""
+def test_a_signal_before_the_handler_is_set_is_not_lost(tmp_path):
+    """If the signal arrives while the container starts, the script ends as soon as it handles signals."""
     script = "import signal, sys, time; time.sleep(2); signal.signal(15, lambda *_: sys.exit(7))"
     command = forwarding_sigterm(sys.executable, "-c", f"{script}; time.sleep(60)")
     with subprocess.Popen(command, start_new_session=True) as process:
@@ -413,7 +413,7 @@ def test_a_signal_before_the_script_listens_is_not_lost(tmp_path):
         assert process.wait(30) == 7
 
 
-def test_the_entry_point_leaves_exit_codes_alone(tmp_path):
+def test_the_entry_point_does_not_change_exit_codes(tmp_path):
     for code in (0, 3):
         command = forwarding_sigterm("sh", "-c", f"exit {code}")
         assert subprocess.run(command, start_new_session=True).returncode == code
@@ -461,7 +461,7 @@ def test_a_wrong_flag_of_the_script_ends_the_simulation(tmp_path):
     assert errors.splitlines()[-1].startswith("error: the training job failed: error: argument --eta")
 
 
-def test_settings_for_another_s3_do_not_matter(tmp_path):
+def test_settings_for_another_s3_are_ignored(tmp_path):
     settings = {"AWS_DEFAULT_REGION": "eu-west-1", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
     settings.update(http_proxy="http://127.0.0.1:9", AWS_IGNORE_CONFIGURED_ENDPOINT_URLS="true")
     output = simulate(ROOT / "xgboost/train.py", "--", "--num-round", 3, cwd=tmp_path, **settings)
@@ -482,7 +482,7 @@ def test_a_simulator_that_is_ended_leaves_no_process(tmp_path, number):
     wait_for(lambda: not processes_below(tmp_path))
 
 
-def test_interruptions_after_epochs_depend_on_no_clock(tmp_path):
+def test_interruptions_after_epochs_do_not_depend_on_a_clock(tmp_path):
     words = ["--interrupt-after", "5epochs,2epochs", "--grace", "0s", "--", "--epochs", 500]
     output = simulate(ROOT / "xgboost/train.py", *words, cwd=tmp_path)
     assert "Only " not in output
@@ -513,14 +513,14 @@ def test_plan():
 
 @pytest.fixture
 def copies(s3, tmp_path, monkeypatch):
-    """Return a Sync of an empty folder that runs in a thread, its address, and the list of what it tells."""
+    """Return a running Sync of an empty folder, its address, its thread, and the list of its events."""
     monkeypatch.setattr(sync, "SCAN_SECONDS", 0.01)
-    folder, uri, told = tmp_path / "checkpoints", f"s3://bucket/{tmp_path.name}/", []
+    folder, uri, events = tmp_path / "checkpoints", f"s3://bucket/{tmp_path.name}/", []
     folder.mkdir()
-    copies = sync.Sync(s3, folder, uri, 1e9, 0, lambda event, name: told.append((event, name)))
+    copies = sync.Sync(s3, folder, uri, 1e9, 0, lambda event, name: events.append((event, name)))
     thread = threading.Thread(target=copies.run)
     thread.start()
-    yield folder, uri, told, copies, thread
+    yield folder, uri, events, copies, thread
     copies.stop()
     thread.join()
 
@@ -530,7 +530,7 @@ def wait_for(condition):
         if condition():
             return
         time.sleep(0.01)
-    pytest.fail("it did not happen")
+    pytest.fail("the condition did not become true")
 
 
 def content(s3, uri):
@@ -541,26 +541,26 @@ def content(s3, uri):
     }
 
 
-def test_new_changed_and_deleted_files_are_copied_but_for_those_of_the_service(s3, copies):
-    folder, uri, told, *_ = copies
+def test_new_changed_and_deleted_files_are_copied_except_those_of_the_service(s3, copies):
+    folder, uri, events, *_ = copies
     (folder / "part").mkdir()
     (folder / "part/b").write_bytes(b"2")
     (folder / "a.sagemaker-ignore").write_bytes(b"half")
     (folder / "a").write_bytes(b"1")
-    wait_for(lambda: ("uploaded", "a") in told and ("uploaded", "part/b") in told)
+    wait_for(lambda: ("uploaded", "a") in events and ("uploaded", "part/b") in events)
     assert content(s3, uri) == {"a": b"1", "part/b": b"2"}
     marks = {"a", "a.sagemaker-uploaded", "a.sagemaker-ignore", "part"}
     assert set(os.listdir(folder)) == marks
     (folder / "a").write_bytes(b"longer")
-    wait_for(lambda: told.count(("uploaded", "a")) == 2)
+    wait_for(lambda: events.count(("uploaded", "a")) == 2)
     (folder / "part/b").unlink()
-    wait_for(lambda: ("deleted", "part/b") in told)
+    wait_for(lambda: ("deleted", "part/b") in events)
     assert content(s3, uri) == {"a": b"longer"}
     assert set(os.listdir(folder)) == marks
     assert os.listdir(folder / "part") == []
 
 
-def test_what_is_left_is_copied_at_the_end(s3, copies):
+def test_the_remaining_files_are_copied_at_the_end(s3, copies):
     folder, uri, _, running, thread = copies
     (folder / "last").write_bytes(b"1")
     running.stop()
@@ -568,23 +568,23 @@ def test_what_is_left_is_copied_at_the_end(s3, copies):
     assert content(s3, uri) == {"last": b"1"}
 
 
-def test_all_under_the_prefix_is_restored_and_not_uploaded_again(s3, tmp_path):
+def test_all_objects_under_the_prefix_are_restored_and_not_uploaded_again(s3, tmp_path):
     for key in ("job-1/a", "job-1/part/b", "job-10/c"):
         s3.put_object(Bucket="bucket", Key=f"restore/{key}", Body=key.encode())
     assert download(s3, "s3://bucket/restore/job-1/", tmp_path / "exact") == 2
     assert (tmp_path / "exact/part/b").read_text() == "job-1/part/b"
     without_slash = "s3://bucket/restore/job-1"
     assert download(s3, without_slash, tmp_path / "prefix") == 3
-    told = []
+    events = []
     copies = sync.Sync(
-        s3, tmp_path / "exact", "s3://bucket/restore/job-1/", 1e9, 0, lambda *event: told.append(event)
+        s3, tmp_path / "exact", "s3://bucket/restore/job-1/", 1e9, 0, lambda *event: events.append(event)
     )
     copies.stop()
     copies.run()
-    assert told == []
+    assert events == []
 
 
-def test_an_upload_that_is_killed_half_way_leaves_nothing_in_s3(s3, tmp_path):
+def test_a_killed_upload_leaves_nothing_in_s3(s3, tmp_path):
     (tmp_path / "folder").mkdir()
     uri = "s3://bucket/half/"
     command = [sys.executable, "-m", "spot.sync", str(tmp_path / "folder"), uri]
@@ -605,7 +605,7 @@ def test_an_upload_that_is_killed_half_way_leaves_nothing_in_s3(s3, tmp_path):
     assert list(content(s3, uri)) == ["1"]
 
 
-def test_uploads_take_their_time(s3, tmp_path):
+def test_uploads_have_a_limited_rate(s3, tmp_path):
     for number in range(10):
         (tmp_path / f"{number}").write_bytes(bytes(100_000))
     copies = sync.Sync(s3, tmp_path, "s3://bucket/slow/", 0.5e6, 0, lambda *event: None)
@@ -617,7 +617,7 @@ def test_uploads_take_their_time(s3, tmp_path):
 
 
 def test_in_sagemaker_nothing_is_deleted_before_its_successor_is_in_s3(tmp_path, monkeypatch):
-    """What was restored from S3 has no marks, nor has what was written just now."""
+    """Neither restored nor new files have marks."""
     monkeypatch.setenv("SM_MODEL_DIR", "/opt/ml/model")
     pattern = CHECKPOINTS["pytorch"]
     engine = SimpleNamespace(CHECKPOINT=pattern, FIRST_NUMBER=1)
@@ -634,7 +634,7 @@ def test_in_sagemaker_nothing_is_deleted_before_its_successor_is_in_s3(tmp_path,
     (tmp_path / pattern.format("1-103")).touch()
     folder.open()
     assert after_saving("2") == ["1", "1-103", "2"]
-    assert after_saving("3", "4") == ["1", "1-103", "4"]  # S3 has never seen 2 and 3
+    assert after_saving("3", "4") == ["1", "1-103", "4"]  # 2 and 3 have never been in S3
     (tmp_path / "checkpoint-4.pt.sagemaker-uploaded").touch()
     assert after_saving("5") == ["4", "5"]
     folder.close()
@@ -694,21 +694,21 @@ def test_the_figures_follow_from_the_events():
         "attempts": 4,
         "interruptions": 3,
         "steps_trained": 4 + 1 + 1,
-        "steps_lost": 2,  # those of epoch 2 in the second attempt
+        "steps_lost": 2,  # of epoch 2 in the second attempt
         "seconds_lost": 6.0,
         "seconds_to_start": 3.0,
         "checkpoints_in_s3": 2,
     }
 
 
-def test_missing_marks_are_a_warning_once_and_only_after_others(tmp_path, monkeypatch):
+def test_missing_marks_are_reported_once_and_only_after_earlier_marks(tmp_path, monkeypatch):
     pattern = CHECKPOINTS["pytorch"]
     args = SimpleNamespace(checkpoint_path=tmp_path, keep_checkpoints=0)
     logged = []
     monkeypatch.setattr(checkpoints, "log", logged.append)
 
     def warnings(ages, from_s3=()):
-        """Return the number of warnings for files of so many minutes, some of them copied at the start."""
+        """Return the number of warnings for files of these ages in minutes; some were copied at the start."""
         for path in tmp_path.iterdir():
             path.unlink()
         engine = SimpleNamespace(CHECKPOINT=pattern, FIRST_NUMBER=1)
@@ -725,11 +725,11 @@ def test_missing_marks_are_a_warning_once_and_only_after_others(tmp_path, monkey
     stopped = {"checkpoint-1.pt": 50, "checkpoint-1.pt.sagemaker-uploaded": 49, "checkpoint-2.pt": 20}
     assert warnings(stopped) == 1
     assert warnings({**stopped, "checkpoint-3.pt": 0}) == 1
-    assert warnings({**stopped, "checkpoint-2.pt": 10}) == 0  # it was saved a short time ago
-    assert warnings({**stopped, "checkpoint-2.pt.sagemaker-uploading": 5}) == 0  # it is under way
+    assert warnings({**stopped, "checkpoint-2.pt": 10}) == 0  # saved a short time ago
+    assert warnings({**stopped, "checkpoint-2.pt.sagemaker-uploading": 5}) == 0  # being uploaded
     assert warnings({**stopped, "checkpoint-2.pt.sagemaker-uploaded": 19}) == 0
     assert warnings(stopped, from_s3=["checkpoint-2.pt"]) == 0
-    assert warnings({"checkpoint-1.pt": 50, "checkpoint-2.pt": 20}) == 0  # nobody copies anything here
+    assert warnings({"checkpoint-1.pt": 50, "checkpoint-2.pt": 20}) == 0  # no service copies files here
 
 
 def test_differences_are_found(tmp_path):

@@ -1,4 +1,4 @@
-"""Tables as people have them: headers, delimiters, missing words, text, weights, labels of any kind."""
+"""Tables as users have them: headers, delimiters, missing values, text, weights, and any labels."""
 
 import csv
 import gzip
@@ -23,7 +23,7 @@ NAN = np.nan
 
 
 class Raw(bytes):
-    """The content of a file whose name ends with .gz, packed or damaged already."""
+    """The content of a .gz file, already compressed or damaged."""
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def load(tmp_path, caplog):
 
 
 def refuse(load, files, *arguments, **options):
-    """Return the line that refuses these files."""
+    """Return the error line for these files."""
     with pytest.raises(UserError) as caught:
         load(files, *arguments, **options)
     assert "\n" not in str(caught.value)
@@ -94,7 +94,7 @@ def test_the_same_table_in_another_form_has_the_same_rows(load, name):
     assert data.train.names == (None if name == "no header" else ["a", "b"])
 
 
-def test_libsvm_may_be_packed_and_have_comments_and_weights(load):
+def test_libsvm_may_be_compressed_and_have_comments_and_weights(load):
     for name in ("a.libsvm.gz", "a.txt.gz", "a.TXT"):
         data = load({name: "# comment\n1:2 0:1 2:3 # another\n\n0:0.5 1:5\n" * 3})
         np.testing.assert_array_equal(data.train.features.toarray(), [[1, 0, 3], [0, 5, 0]] * 3)
@@ -117,7 +117,7 @@ def test_a_header_is_found_by_the_columns_below_it(load, caplog):
     assert len(load({"a.csv": "1990,1991\n" + "0,2\n1,3\n" * 9}).train.labels) == 19
 
 
-def test_names_are_unique_and_without_what_xgboost_refuses(load, caplog):
+def test_names_are_unique_and_valid_for_xgboost(load, caplog):
     names = load({"a.csv": ROWS.replace("y,a,b", "y,x[1],x[1]")}).train.names
     assert names == ["x(1)", "x(1).1"]
     assert "Renamed, as XGBoost allows no [, ] and <: x[1] to x(1), x[1].1 to x(1).1" in caplog.text
@@ -135,7 +135,7 @@ def test_the_label_is_a_name_or_a_number_and_the_log_says_which(load, caplog):
     assert "expected a number from 0 to 1" in refuse(load, {"a.csv": "0,1\n1,2\n"}, label_column="2")
 
 
-def test_what_is_no_feature_is_left_out_and_named(load, caplog):
+def test_columns_that_are_no_features_are_left_out_and_named(load, caplog):
     lines = [f"{i + 1},id{i},{i % 2},{i * 1.5}" for i in range(40)]
     for first in ("", "rownames", "X", "Unnamed: 0", "id", "PassengerId"):
         data = load({"a.csv": "\n".join([f"{first},name,y,a", *lines])}, label_column="y")
@@ -148,7 +148,7 @@ def test_what_is_no_feature_is_left_out_and_named(load, caplog):
     data = load({"a.csv": shuffled})
     assert (data.train.names, data.train.labels.tolist()) == (["a"], [0, 1] * 20)
     assert load({"a.csv": shuffled.replace(",y", "X,y", 1)}, label_column="y").train.names == ["X", "a"]
-    numbered = shuffled.replace(",y", "day,y", 1)  # a name like any other
+    numbered = shuffled.replace(",y", "day,y", 1)  # an ordinary name
     assert load({"a.csv": numbered}, label_column="y").train.names == ["day", "a"]
     line = refuse(load, {"a.csv": "y,name\n" + "".join(f"{i % 2},n{i}\n" for i in range(9))})
     assert (
@@ -193,21 +193,21 @@ def test_text_becomes_categories_and_classes(load, monkeypatch, form, caplog):
     assert other == job
 
 
-def test_text_is_the_same_on_the_disk_and_for_every_worker(load):
+def test_categories_are_the_same_on_disk_and_for_every_worker(load):
     memory = load({"a.csv": CARS}, label_column="price")
     disk = load({"a.csv": CARS}, label_column="price", external_memory=True)
     np.testing.assert_array_equal(np.concatenate(list(disk.train.features)), memory.train.features)
     assert (disk.train.categories, disk.train.classes) == (memory.train.categories, memory.train.classes)
 
 
-def test_other_categories_are_another_job(load):
+def test_changed_categories_are_another_job(load):
     job = load({"a.csv": CARS}, label_column="price").describe_job()
     other = load({"a.csv": CARS.replace("blue", "azure")}, label_column="price").describe_job()
     assert job["categories"] != other["categories"]
     assert "color" in job["categories"]
 
 
-def test_text_that_shows_up_late_is_found(load, monkeypatch, caplog):
+def test_text_near_the_end_of_a_column_is_found(load, monkeypatch, caplog):
     monkeypatch.setattr(table_values, "PART", 2000)
     rows = "".join(f"{i % 2},{i},{i % 5}\n" for i in range(2000))
     more = "".join(f"{i % 2},{i},{'many' if i % 3 else ' 7'}\n" for i in range(900))
@@ -221,7 +221,7 @@ def test_text_that_shows_up_late_is_found(load, monkeypatch, caplog):
     assert "Note: b has numbers and text such as 'many': used as categories" in caplog.messages
 
 
-def test_a_text_that_is_a_mistake_among_numbers_is_told_with_its_line(load, monkeypatch):
+def test_text_by_mistake_among_numbers_is_reported_with_its_line(load, monkeypatch):
     monkeypatch.setattr(table_values, "PART", 2000)
     rows = "y,a\n" + "".join(f"{i % 2},{i}\n" for i in range(3000))
     line = refuse(load, {"a.csv": rows + "1,red\n"})
@@ -243,7 +243,7 @@ def test_dates_are_refused_by_the_name_of_their_column(load, date):
 
 @pytest.mark.parametrize("external_memory", [False, True])
 def test_more_rows_than_memory_are_refused_before_they_are_read(load, monkeypatch, external_memory):
-    """Equal rows take next to nothing in a Parquet file."""
+    """Equal rows need almost no space in a Parquet file."""
     table = pyarrow.table({"y": np.arange(200_000) % 2, "a": np.zeros(200_000), "b": np.zeros(200_000)})
     monkeypatch.setattr(table_files.ParquetFile, "batches", None)
     monkeypatch.setattr(machine, "available_memory", lambda: 10e6)
@@ -314,7 +314,7 @@ def test_the_labels_of_libsvm_are_classes_too(load, caplog):
     assert "Label: the first number of each line (-1 5, 1 5)" in caplog.messages
 
 
-def test_labels_that_are_no_labels_are_refused(load):
+def test_invalid_labels_are_refused(load):
     good = {"a.csv": "y,a\n" + "yes,1\nno,2\n" * 9}
     line = refuse(load, good, {"a.csv": "y,a\nyes,1\nmaybe,2\n"})
     assert "validation/a.csv, line 3: the label 'maybe' is unknown" in line
@@ -395,7 +395,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_with_its_place(load, name):
+def test_a_mistake_is_reported_with_its_location(load, name):
     files, part = MISTAKES[name]
     line = refuse(load, files, **(WEIGHTS if "w," in str(files) else {}))
     assert part in line, line
@@ -432,7 +432,7 @@ def test_empty_part_files_are_left_out(load, caplog):
 
 def test_a_quoted_field_may_have_lines_delimiters_and_quotes(load, monkeypatch):
     text = "y,a,b\n" + '0,"x\ny, ""z""",1\n1,plain,2\n' * 20
-    for size in range(100, 120):  # the ends of the parts fall everywhere
+    for size in range(100, 120):  # parts end at every position
         monkeypatch.setattr(table_values, "PART", size)
         data = load({"a.csv": text})
     assert data.train.categories == {"a": ["plain", 'x\ny, "z"']}
@@ -451,7 +451,7 @@ FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 
 def read(folder, *words):
-    """Return the training table and None, or None and the line that refuses it."""
+    """Return the training table and None, or None and the error line."""
     args = flags.xgboost_flags().parse_args(list(words))
     args.train = args.validation = folder
     try:
@@ -481,7 +481,7 @@ TABLES = st.lists(st.tuples(st.sampled_from(["yes", "no"]), FIELDS, FIELDS), min
 @FUZZ
 @given(rows=TABLES, delimiter=st.sampled_from(",;\t"), end=st.sampled_from(["\n", "\r\n"]), data=st.data())
 def test_no_row_is_lost(tmp_path_factory, rows, delimiter, end, data):
-    """Every row of a good table is there; after a change of one byte all rows that are left, or one line."""
+    """A good table has all its rows; after a change of one byte, the rest, or one line says why not."""
     folder = tmp_path_factory.mktemp("fuzz")
     content = end.join(delimiter.join(row) for row in [("label", "first", "second"), *rows]).encode()
     position = data.draw(st.one_of(st.none(), st.integers(0, len(content) - 1)))

@@ -1,4 +1,4 @@
-"""Event files and MLflow: one row per epoch, whatever has interrupted the training."""
+"""Event files and MLflow have one row per epoch, even if the training was interrupted."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ print(json.dumps(found))
 
 
 def read_events(folder, cwd):
-    """Return what TensorBoard reads: lists of (step, value) by the names of the columns of the history."""
+    """Return TensorBoard's scalars: lists of (step, value) by the column names of the history."""
     found = json.loads(run_python(READ, folder, cwd=cwd).last_line)
     for name in ("seconds", "samples_per_second"):
         found[name] = found.pop(f"train_{name}")
@@ -67,7 +67,7 @@ def test_event_files_have_each_epoch_once_after_a_kill_between_log_and_save(tmp_
     expected = read_history(tmp_path, "pytorch")
     assert read_events(folder, tmp_path) == expected
     assert len(list(folder.glob("*/*"))) == 2
-    shutil.copytree(folder, tmp_path / "s3", dirs_exist_ok=True)  # which keeps the earlier files
+    shutil.copytree(folder, tmp_path / "s3", dirs_exist_ok=True)  # keeps the earlier files
     assert len(list((tmp_path / "s3").glob("*/*"))) == 4
     assert read_events(tmp_path / "s3", tmp_path) == expected
 
@@ -78,7 +78,7 @@ def test_rounds_of_milliseconds_are_all_in_the_event_files(tmp_path):
     assert read_events(tmp_path / "output/xgboost/tensorboard", tmp_path) == read_history(tmp_path, "xgboost")
 
 
-def test_on_sagemaker_event_files_are_where_it_looks_for_them(tmp_path, monkeypatch):
+def test_on_sagemaker_event_files_are_in_the_expected_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("SM_MODEL_DIR", raising=False)
     args = SimpleNamespace(output=Path("runs/1"))
     assert tracking.event_folder(args) == Path("runs/1/tensorboard")
@@ -104,7 +104,7 @@ def test_a_process_that_hangs_delays_no_row_and_no_exit(tmp_path, monkeypatch):
     assert tracker._process.wait() == -signal.SIGKILL
 
 
-def test_a_missing_mlflow_is_one_line_and_the_training_goes_on(tmp_path):
+def test_a_missing_mlflow_is_one_line_and_the_training_continues(tmp_path):
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "mlflow.py").write_text("raise ImportError('there is none')")
@@ -155,7 +155,7 @@ class Server:
         self.process.wait()
 
     def runs(self):
-        """Return what the server has of all runs, newest first."""
+        """Return all runs on the server, newest first."""
         for _ in range(120):
             process = start_command([str(MLFLOW / "python"), "-c", RUNS], self.folder, self.env)
             output, _ = process.communicate()
@@ -197,7 +197,7 @@ def test_mlflow_has_one_run_over_all_restarts(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("python_with_mlflow")
-def test_a_server_that_is_down_ends_and_delays_no_training_and_the_next_start_completes_the_run(tmp_path):
+def test_a_server_that_is_down_delays_no_training_and_the_next_start_completes_the_run(tmp_path):
     server = Server(tmp_path)
     flags = ["--num-round", 2000, "--max-depth", 2]
     result = run("xgboost", *flags, cwd=tmp_path, env=server.env)

@@ -1,4 +1,4 @@
-"""Device, workers, matrices and checkpoint files for `train.py`. Nothing here is specific to what is trained.
+"""Device, workers, matrices and checkpoint files for `train.py`. No need to edit this file.
 
 `common/run.py` calls the functions; the training state in `train.py` inherits from `State`.
 """
@@ -21,21 +21,21 @@ from common.preemption import Interrupted
 from common.report import log
 from common.xgboost_params import LOG_NAMES
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads give their core to others, but not at once
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin briefly before they sleep
 
 with contextlib.suppress(ImportError):
-    # XGBoost imports it too, but in deeply nested calls, which take Python 3.12 0.2 seconds longer.
+    # XGBoost imports it too, but from nested calls, which takes 0.2 seconds longer in Python 3.12.
     import sklearn  # noqa: F401
 with errors.importing("XGBoost", "Install it with: pip install xgboost"):
     import xgboost as xgb
     from xgboost.tracker import RabitTracker
 
 CHECKPOINT = "xgboost-checkpoint.{}"  # the last round, counted from 0, as in SageMaker's own container
-TABLE = "table"  # the attribute of the booster with the meaning of numbers that stand for text
+TABLE = "table"  # the booster's attribute that maps numbers to categories
 FIRST_NUMBER = 0  # in the name of the checkpoint after the first round
 FRAMEWORK = "xgboost"
 VERSION = str(xgb.__version__)
-MODEL_FACTS = "code/model.json"  # SageMaker's own container loads each file beside the model as a model
+MODEL_FACTS = "code/model.json"  # SageMaker's own container loads every file beside the model as a model
 WEEK = 7 * 24 * 3600  # seconds
 
 QUANTILE_METHODS = ("auto", "hist")  # these build trees from quantiles of the columns, made in advance
@@ -46,7 +46,7 @@ PROBABILITIES = "multi:softprob", "binary:logistic"  # objectives whose predicti
 def start(args, workers):
     """Return the device to compute on, "cpu" or "cuda".
 
-    The device changes the speed, never which data or how many rounds.
+    The device changes only the speed, not the data or the number of rounds.
     """
     device = "cpu"
     if args.device != "cpu" and args.num_gpus != 0:
@@ -59,7 +59,7 @@ def start(args, workers):
 
 
 def _find_device():
-    with xgb.config_context(verbosity=0):  # XGBoost uses the CPU if it finds no GPU, with a warning
+    with xgb.config_context(verbosity=0):  # without a GPU XGBoost warns and uses the CPU
         probe = xgb.train({"device": "cuda"}, xgb.DMatrix(np.zeros((2, 1)), np.arange(2)), 1)
     device = json.loads(probe.save_config())["learner"]["generic_param"]["device"]
     return device.split(":")[0]
@@ -122,7 +122,7 @@ def _choose_objective(labels, num_classes):
 
 
 class State:
-    """The part of the training state that no parameter changes: device, workers, matrices.
+    """The training state shared by all parameters: device, workers, matrices.
 
     Attributes:
         params: XGBoost's parameters; `train` sets them.
@@ -138,17 +138,17 @@ class State:
         self.params = {}
         self.booster = None
         self.feature_names = self.feature_types = None
-        self._tracker = None  # the main process's: where XGBoost's own engines meet
+        self._tracker = None  # the main process's, for XGBoost's tracker
 
     @contextlib.contextmanager
     def matrices(self):
-        """Yield what XGBoost makes of this worker's training and validation rows.
+        """Yield XGBoost's matrices of this worker's training and validation rows.
 
         Inside this block XGBoost computes with the rows of all workers. Raises UserError with XGBoost's own
         reason if it cannot train with these parameters and data.
         """
         defaults = {"seed": self.args.seed, "nthread": self.args.nthread, "device": self.device}
-        # With it, row and column samples are functions of (seed, round).
+        # Makes row and column samples functions of (seed, round).
         self.params = {**defaults, **self.params, "seed_per_iteration": True}
         self._check_params()
         try:
@@ -175,7 +175,7 @@ class State:
         method = self.params.get("tree_method", "hist")
         has_all_rows = not self.args.external_memory and (method == "approx" or self.workers.size == 1)
         if method not in QUANTILE_METHODS and not has_all_rows:
-            raise UserError(f"--tree-method {method} needs all rows in one memory: use hist")
+            raise UserError(f"--tree-method {method} needs all rows in the memory of one process: use hist")
         if method == "exact" and self.data.train.categories:
             names = ", ".join(self.data.train.categories)
             raise UserError(f"--tree-method exact has no splits for the text in {names[:300]}: use hist")
@@ -194,7 +194,7 @@ class State:
                     )
 
     def _connect(self):
-        """Let XGBoost's own engine compute with the rows of all workers."""
+        """Train on the rows of all workers with XGBoost's own collective."""
         if self.workers.size == 1:
             return
         if self.workers.is_main_process:
@@ -205,7 +205,7 @@ class State:
         xgb.collective.init(**address, dmlc_task_id=f"{self.workers.rank:06d}", dmlc_timeout=WEEK)
 
     def _disconnect(self):
-        """Wait for the engines of the other workers."""
+        """Wait for the other workers in XGBoost's tracker."""
         if self.workers.size == 1:
             return
         xgb.collective.finalize()
@@ -234,7 +234,7 @@ class State:
 
     @property
     def job(self):
-        """What makes a job, beside the flags and the data."""
+        """What identifies the job, besides the flags and the data."""
         return {
             "--booster": self.params.get("booster", "gbtree"),
             "--objective": self.params.get("objective", "reg:squarederror"),
@@ -243,12 +243,12 @@ class State:
 
     @property
     def settings(self):
-        """The parameters under the names of their flags, as `build_params` may have changed them."""
+        """The parameters by flag, as changed by `build_params`."""
         return {f"--{name.replace('_', '-')}": str(value) for name, value in self.params.items()}
 
     @property
     def model_facts(self):
-        """What `model.json` says about the model: all of it is in the booster."""
+        """What `model.json` says about the model, read from the booster."""
         learner = json.loads(self.booster.save_config())["learner"]
         objective = learner["objective"]["name"]
         num_classes = int(learner["learner_model_param"]["num_class"]) or 2
@@ -281,7 +281,7 @@ class State:
 
 
 def _table_facts(table):
-    """Return what a prediction needs to know of the text in the training table; {} without any."""
+    """Return the categories that predictions need; {} for a table without text."""
     facts = {"categories": table.categories, "class_names": table.classes}
     return {name: value for name, value in facts.items() if value}
 
@@ -298,7 +298,7 @@ def _as_list(value):
 
 
 class Batches(xgb.DataIter):
-    """Gives XGBoost a table part by part. For parts on disk, XGBoost's own form of them is on disk too."""
+    """Passes a table to XGBoost in parts. If the parts are on disk, XGBoost keeps its copy on disk too."""
 
     def __init__(self, table):
         super().__init__(cache_prefix=getattr(table.features, "cache", None))
@@ -324,23 +324,23 @@ class Batches(xgb.DataIter):
 
 
 class Rounds(xgb.callback.TrainingCallback):
-    """Reports each boosting round to the Run, which logs and saves it, and ends the training after a signal.
+    """Reports each boosting round to the Run, which logs and saves it and ends the training after a signal.
 
-    Metrics have the names that all scripts use. Those of your own have the mean of the workers' values.
+    Metrics have the same names in all scripts. Your own metrics are averaged over the workers.
     """
 
     def __init__(self, run, state):
         self.run = run
         self.state = state
         self._has_warned = False
-        # SageMaker's console and tuner read the metrics of its own XGBoost image from this image's own lines.
+        # SageMaker's console and tuner read the metrics of its XGBoost image from lines in that format.
         image = os.environ.get("SAGEMAKER_TRAINING_MODULE", "")  # a variable of the image
         self.is_in_container = image.startswith("sagemaker_xgboost_container")
         metrics = _as_list(state.params.get("eval_metric") or [])
         self.names = {metric: LOG_NAMES[metric] for metric in metrics if metric in LOG_NAMES}
 
     def before_training(self, model):
-        """Give the booster of a checkpoint the names of the columns, which may have changed."""
+        """Set the column names of a checkpoint's booster, which may have changed."""
         self.run.defer_signals()
         facts = _table_facts(self.state.data.train)
         if facts:
@@ -351,8 +351,8 @@ class Rounds(xgb.callback.TrainingCallback):
             version = tuple(map(int, xgb.__version__.split(".")[:2]))
             if version < (3, 4) and self.state.draws_samples():
                 log(
-                    "Warning: XGBoost before 3.4 draws other row and column samples, and drops other trees, "
-                    "after a restart: the result will be equally good but not bit-identical"
+                    "Warning: XGBoost before 3.4 draws different row and column samples, and drops different "
+                    "trees, after a restart: the result will be equally good but not bit-identical"
                 )
         return model
 
@@ -362,12 +362,12 @@ class Rounds(xgb.callback.TrainingCallback):
         if model.attr("best_score") and not self._has_warned:
             self._has_warned = True
             log(
-                "Warning: no checkpoint holds the state of xgb.callback.EarlyStopping: it begins anew after "
+                "Warning: no checkpoint holds the state of xgb.callback.EarlyStopping: it is lost after "
                 "an interruption; use --patience and --best-metric"
             )
         if self.is_in_container and not self.run.args.dry_run:
             for split, values in evals_log.items():
-                for name, history in values.items():  # each in a line; #011 is a tab in CloudWatch
+                for name, history in values.items():  # one per line; CloudWatch shows a tab as #011
                     log(f"[{self.run.progress.epoch}]#011{split}-{name}:{history[-1]:.5f}")
         metrics = {name: self._rename(values) for name, values in evals_log.items()}
         if self.run.workers.size > 1:
@@ -404,7 +404,7 @@ def _mean(values):
 
 
 def copy_to_host(content, memory):
-    """Return a checkpoint as bytes: the booster, with all the rest as JSON in its attribute "checkpoint"."""
+    """Return a checkpoint as bytes: the booster, with the rest as JSON in its attribute "checkpoint"."""
     booster = content["booster"]
     facts = {name: value for name, value in content.items() if name != "booster"}
     facts["sha256"] = atomic_io.NO_CHECKSUM  # a damaged file can crash XGBoost when it is read
@@ -418,13 +418,13 @@ write_checkpoint = atomic_io.write_sealed  # a function of (content, file)
 
 
 def read_checkpoint(file):
-    """Return what `write_checkpoint` or SageMaker's own container has written; nothing in it is executed."""
+    """Return the content written by `write_checkpoint` or SageMaker's own container; executes nothing."""
     file.seek(-1, os.SEEK_END)
     if file.read() != b"}":  # before the rest is read: it may be of any size
         raise ValueError("it is truncated")
     file.seek(0)
     content = file.read()
-    # A program that continued from a checkpoint of ours has copied the attribute with our checksum. A file
+    # Another program that continues from our checkpoint copies the attribute with our checksum. A file
     # without a name comes from the main process, which has checked it.
     saved = re.search(rb'"progress": {"epoch": (\d+),', content)
     name = getattr(file, "name", "")
@@ -463,9 +463,9 @@ _TRIAL_SECONDS = 300
 
 
 def _try_in_another_process(content):
-    """Raise ValueError if XGBoost fails or crashes over `content`, which has no checksum of ours.
+    """Raise ValueError if XGBoost fails or crashes on `content`, which has no checksum of ours.
 
-    A damaged file can end the process that reads it or trains with it, at each start.
+    A damaged file can crash the process that reads it or trains with it, at every start.
     """
     paths = [str(Path(__file__).parent), *sys.path]
     command = [sys.executable, "-c", _TRIAL.format(paths)]
@@ -478,9 +478,9 @@ def _try_in_another_process(content):
     except OSError as error:
         raise UserError(f"cannot start a process that tries the checkpoint: {error.strerror}") from error
     if trial.returncode == -signal.SIGKILL:
-        raise MemoryError  # the system does that to a process that needs too much
+        raise MemoryError  # the kernel kills a process that needs too much memory
     if trial.returncode < 0:
-        raise ValueError(f"XGBoost crashes over it with {signal.Signals(-trial.returncode).name}")
+        raise ValueError(f"XGBoost crashes while reading it, with {signal.Signals(-trial.returncode).name}")
     if trial.returncode:
         lines = trial.stderr.decode(errors="replace").strip().splitlines() or ["unknown"]
         if "bad_alloc" in lines[-1] and machine.available_memory() > 100 * len(content):
@@ -489,11 +489,11 @@ def _try_in_another_process(content):
 
 
 def try_booster(content):
-    """Load a booster and compute with it. Raises an error, or ends the process, if it is damaged."""
+    """Load a booster and predict with it. Raises an error, or crashes the process, if it is damaged."""
     booster = xgb.Booster(model_file=bytearray(content))
     num_columns = booster.num_features()
     gradient_booster = json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]
-    model = gradient_booster.get("gbtree", gradient_booster).get("model", {})  # one of dart is in another
+    model = gradient_booster.get("gbtree", gradient_booster).get("model", {})  # dart nests it
     for tree in model.get("trees", []):
         _check_tree(tree, num_columns)
     names_and_types = {"feature_names": booster.feature_names, "feature_types": booster.feature_types}
@@ -503,13 +503,13 @@ def try_booster(content):
 
 
 def _check_tree(tree, num_columns):
-    """Raise ValueError if a tree has a node outside, a node that is reached twice, or an unknown column."""
+    """Raise ValueError if a tree has a missing node, a node that is reached twice, or an unknown column."""
     left, right = np.array(tree["left_children"]), np.array(tree["right_children"])
     columns = np.array(tree["split_indices"])
     nodes = np.zeros(1, int)
     num_reached = 1
     while len(nodes):
-        nodes = nodes[left[nodes] != -1]  # those that are no leaves
+        nodes = nodes[left[nodes] != -1]  # without leaves
         if not (columns[nodes] < num_columns).all():
             raise ValueError("a tree has a column that does not exist")
         nodes = np.concatenate([left[nodes], right[nodes]])
@@ -519,7 +519,7 @@ def _check_tree(tree, num_columns):
 
 
 def describe_machine(args):
-    """Return what changes the bits of the result, but not its quality."""
+    """Return the facts that change the bits of the result, but not its quality."""
     num_threads = args.nthread
     requested = os.environ.get("OMP_NUM_THREADS", "")
     if not num_threads and requested.isdigit():

@@ -32,7 +32,7 @@ class Model:
         self.booster = xgb.Booster(model_file=bytearray(content))
 
     def __call__(self, rows):
-        """Return the predictions for an array (n, columns); of two classes the probabilities of both."""
+        """Return the predictions for an array (n, columns); for two classes the probabilities of both."""
         options = {"feature_names": self.booster.feature_names, "feature_types": self.booster.feature_types}
         outputs = self.booster.predict(xgb.DMatrix(rows, **options))
         if outputs.ndim == 1 and self.facts["outputs"] == "probabilities":

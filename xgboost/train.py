@@ -110,7 +110,7 @@ def train(args, run, state):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The training state: all that a checkpoint holds. Row and column samples follow from (seed, round).
+# The training state: everything that a checkpoint contains. Row and column samples follow from (seed, round).
 # ------------------------------------------------------------------------------------------------------------
 
 

@@ -193,7 +193,7 @@ def train(args, run, state):
     initial_epoch = run.restore(state)  # the number of finished epochs, 0 without a checkpoint
     training = engine.TrainingBatches(run, augment)
     validation = engine.ValidationBatches(run)
-    if run.progress.step:  # Keras' fit cannot begin inside an epoch
+    if run.progress.step:  # Keras' fit cannot start inside an epoch
         initial_epoch = state.finish_epoch(training, validation)
     state.model.fit(
         training,
@@ -206,7 +206,8 @@ def train(args, run, state):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The training state: all that a checkpoint holds. Data and learning rates follow from (seed, epoch, step).
+# The training state: everything that a checkpoint contains. Data and learning rates follow from (seed, epoch,
+# step).
 # ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Python runs this at its start: process 1 starts again behind forward_sigterm.sh, see launch/tuner.py."""
+"""Python runs this at its start: process 1 restarts under forward_sigterm.sh, see launch/tuner.py."""
 
 import os
 
