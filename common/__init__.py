@@ -1,3 +1,3 @@
-"""What the four training scripts share: nothing here imports a framework."""
+"""The code that the four training scripts share; it imports no framework."""
 
 __version__ = "1.0.0"

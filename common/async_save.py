@@ -1,17 +1,16 @@
-"""Saving in the background: the training waits until its state is copied in memory, not for the disk."""
+"""Save in the background: the training waits for a copy of its state in memory, not for the disk."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-FREE_SAVES = 100  # at the start of a training; they are not rationed
-MAX_SHARE = 0.03  # of its time that a training may wait for saves after that
+FREE_SAVES = 100  # at the start of a training, without a limit on their time
+MAX_SHARE = 0.03  # the share of its time that a training may wait for later saves
 
 
 class AsyncSaver:
     """Writes one checkpoint at a time in a thread; the next save waits for it.
 
-    An error of the thread is an error of the training: `wait` raises it, at the next step or save, or at the
-    end.
+    `wait` raises an error of the thread in the training: at the next step or save, or at the end.
 
     Attributes:
         memory: the copies of the training state by name, reused by each save: filling new memory takes twice
@@ -43,7 +42,7 @@ class AsyncSaver:
             save.result()
 
     def is_affordable(self):
-        """Return whether the training has waited for saves for 3 % of its time at most.
+        """Return whether the training has waited for saves for at most 3 % of its time.
 
         For a state that grows: saving each of 2,000 boosting rounds would take a time that grows with their
         square.

@@ -1,4 +1,4 @@
-"""Writing files so that no reader ever sees half of one, and nothing is lost when the disk is full."""
+"""Write files atomically: no reader sees an incomplete file, and a full disk loses nothing."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ EXPORT = f"export{TEMPORARY}"  # the folder in which a model is written
 
 
 def write_sealed(content: bytearray, file: BinaryIO) -> None:
-    """Write the bytearray `content` with its SHA-256 in the place of its `NO_CHECKSUM`."""
+    """Write the bytearray `content` with its SHA-256 instead of `NO_CHECKSUM`."""
     end = content.index(UNSEALED) + len(UNSEALED) - 1
     content[end - len(NO_CHECKSUM) : end] = hashlib.sha256(content).hexdigest().encode()
     file.write(content)
 
 
 def check_seal(content: bytes) -> None:
-    """Raise ValueError if `content` has no checksum by `write_sealed`, or a checksum that does not match."""
+    """Raise ValueError if `content` has no checksum by `write_sealed`, or a wrong one."""
     found = re.search(rb'"sha256": "([0-9a-f]{64})"', content)
     if not found:
         raise ValueError("it has no checksum: it is truncated, or not a checkpoint of this script")
@@ -60,10 +60,10 @@ def check_zip(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that becomes `path` when the block ends, and leaves nothing behind when it fails.
+    """Yield a binary file that becomes `path` when the block ends; a block that fails leaves no file.
 
-    The content reaches the disk before the name does, so that a file is complete as soon as it is visible,
-    also after a crash. Raises UserError if the disk is full or cannot be written.
+    The content reaches the disk before the name, so that a visible file is complete even after a crash.
+    Raises UserError if the disk is full or cannot be written.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -109,9 +109,9 @@ _unflushed: set[Path] = set()  # folders
 
 
 class ErrorKeepingReader(io.FileIO):
-    """A file to read that keeps the first error of the disk in `error`.
+    """A file to read that keeps the first disk error in `error`.
 
-    Not every library passes an error on as it is.
+    Not every library passes an error on unchanged.
     """
 
     error = None
@@ -143,7 +143,7 @@ class ErrorKeepingReader(io.FileIO):
 
 
 class _ErrorKeepingWriter(io.FileIO):
-    """A file to write that keeps the first error of the disk in `error`, as above."""
+    """A file to write that keeps the first disk error in `error`."""
 
     error = None
 
@@ -159,10 +159,10 @@ class _ErrorKeepingWriter(io.FileIO):
 
 @contextlib.contextmanager
 def atomic_export(folder: Path, flag: str) -> Iterator[Path]:
-    """Yield an empty folder. When the block ends, its content replaces what has the same names in `folder`.
+    """Yield an empty folder. When the block ends, its files replace those of the same names in `folder`.
 
-    Nothing in `folder` changes if the block fails. Raises UserError, with the name of the flag, for what a
-    framework raises when it cannot write.
+    Nothing in `folder` changes if the block fails. Raises UserError, with the name of the flag, if a
+    framework cannot write.
     """
     temporary = folder / EXPORT
     remove_export(folder)
@@ -189,12 +189,12 @@ def atomic_export(folder: Path, flag: str) -> Iterator[Path]:
 
 
 def remove_export(folder: Path) -> None:
-    """Delete what an export into this folder has left that was killed."""
+    """Delete the leftovers of a killed export into this folder."""
     shutil.rmtree(folder / EXPORT, ignore_errors=True)
 
 
 def _flush(path):
-    """Let a file, or the names in a folder, reach the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -207,7 +207,7 @@ def _flush(path):
 def temporary_folder(prefix: str) -> Path:
     """Return a new folder that is removed when this process ends, even if it is killed."""
     folder = tempfile.mkdtemp(prefix=prefix)
-    # The shell waits until no process holds the other end of the pipe. No Ctrl-C reaches its own session.
+    # The shell waits until the other end of the pipe is closed. Ctrl-C does not reach its session.
     command = ["/bin/sh", "-c", 'read -r _; rm -rf "$0"', folder]
     remover = subprocess.Popen(  # noqa: S603 - nothing in it is from outside
         command,

@@ -1,7 +1,7 @@
 """Batches as functions of (seed, epoch, step): order of the samples, augmentation, all random numbers.
 
-None of it has a state, so that a checkpoint need not hold any of it, and a training resumes at any step with
-the same bits.
+They have no state, so that a checkpoint need not contain any, and a training that resumes at any step is
+bit-identical.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Batch(NamedTuple):
 def batch_sizes(num_samples: int, batch_size: int) -> list[int]:
     """Return the number of samples in each batch of an epoch; no sample is left out.
 
-    Even parts rather than a small rest: batch normalization learns badly from a few samples, and nothing from
-    one.
+    The parts are even, without a small last batch: batch normalization learns badly from a few samples, and
+    nothing from one.
     """
     num_batches = math.ceil(num_samples / batch_size)
     return [len(part) for part in np.array_split(np.arange(num_samples), num_batches)]
@@ -115,9 +115,7 @@ class BatchLoader:
         return Batch(images, labels, weights, self.first_step + step, len(self.sizes), int(seed), share)
 
 
-_reading = (
-    threading.Lock()
-)  # a data set that draws random numbers takes them from generators of the whole process
+_reading = threading.Lock()  # a data set that draws random numbers uses global generators
 
 
 def read_samples(dataset, indices, engine, key=(0,)):
@@ -174,14 +172,14 @@ def _stack(samples, engine):
 
 
 def _to_array(value):
-    """Return a label or a weight as a NumPy array; its dimensions have no meaning that is known here."""
-    return value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)  # the first is MXNet's
+    """Return a label or a weight of any shape as a NumPy array."""
+    return value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)  # MXNet has `asnumpy`
 
 
 def load_ahead(load, steps, num_threads):
     """Yield `load(step)` for each step in order, prepared ahead by threads."""
     # Once a block of this size is freed, the C library keeps memory for the next batch (mallopt(3):
-    # M_MMAP_THRESHOLD). Getting it from the system takes longer than what is done with it.
+    # M_MMAP_THRESHOLD). Allocating it takes longer than filling it.
     np.empty(31 * 2**20, np.uint8)
     if num_threads == 0:
         return map(load, steps)

@@ -1,6 +1,6 @@
-"""What each checkpoint holds beside the weights and the optimizer's state: plain values of these types.
+"""The plain values in each checkpoint, besides the weights and the optimizer's state, and their types.
 
-A file may be readable and still hold something else: another program has written it, or another version.
+A readable file may still contain something else, if another program or version has written it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PROGRESS = {
     "history": list,
     "stopped": bool,
 }
-LARGEST = 2**53  # up to which a float has each whole number
+LARGEST = 2**53  # a float represents every whole number up to this one
 
 
 def check(content: dict) -> None:
-    """Raise ValueError if the plain values in a checkpoint are not such as `Run.save` writes."""
+    """Raise ValueError if the plain values in a checkpoint cannot be those of `Run.save`."""
     _expect(isinstance(content, dict) and "progress" in content, "it is not a checkpoint of this script")
     plain = {name: content[name] for name in DICTIONARIES if name in content}
     for name, value in plain.items():
@@ -32,14 +32,14 @@ def check(content: dict) -> None:
     try:
         json.dumps(plain)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"it holds something else than plain values: {error}") from error
+        raise ValueError(f"it contains values that are not plain: {error}") from error
     _check_progress(content["progress"])
     _check_step(content["progress"]["step"], content.get("job", {}))
     resumed = content.get("resumed", [])
     is_list = isinstance(resumed, list)
-    _expect(is_list, "resumed is no list")
+    _expect(is_list, "resumed is not a list")
     are_numbers = all(map(_is_number, resumed))
-    _expect(are_numbers, "resumed has something else than numbers")
+    _expect(are_numbers, "resumed contains values that are not numbers")
     if "export" in content:
         _check_export(content["export"])
 
@@ -58,7 +58,7 @@ def _is_number(value):
 
 def _check_progress(progress):
     differing = sorted(map(str, set(progress) ^ set(PROGRESS)))
-    _expect(not differing, f"progress has other fields than expected: {', '.join(differing)[:100]}")
+    _expect(not differing, f"progress has missing or unknown fields: {', '.join(differing)[:100]}")
     for name, kind in PROGRESS.items():
         value = progress[name]
         is_right = type(value) is kind or (kind is float and type(value) is int)
@@ -71,12 +71,12 @@ def _check_progress(progress):
 
 
 def _check_history(history, epoch):
-    """Raise ValueError if the history is not a row of metrics for each of some epochs, in order."""
+    """Raise ValueError if the history is not a list of rows of metrics, ordered by epoch."""
     last = 0
     for row in history:
         _expect(isinstance(row, dict), f"history has a {type(row).__name__}: expected dictionaries")
         _expect(all(isinstance(name, str) for name in row), "history has a metric without a name")
-        _expect(all(map(_is_number, row.values())), "history has a metric that is no number")
+        _expect(all(map(_is_number, row.values())), "history has a metric that is not a number")
         number = row.get("epoch")
         is_next = type(number) is int and last < number <= epoch
         _expect(is_next, f"history has a row of epoch {number} after {last}, but {epoch} are finished")
@@ -88,29 +88,29 @@ def _check_sums(sums):
     _expect(isinstance(sums, dict), f"sums has a {type(sums).__name__}: expected dictionaries")
     for name, pair in sums.items():
         _expect(isinstance(name, str), "sums has a metric without a name")
-        _expect(isinstance(pair, (list, tuple)) and len(pair) == 2, f"the sums of {name} are no pair")
+        _expect(isinstance(pair, (list, tuple)) and len(pair) == 2, f"the sums of {name} are not a pair")
         arrays = [np.asarray(value) for value in pair]  # raises ValueError if the lists have no shape
         kinds = {array.dtype.kind for array in arrays}
-        _expect(kinds <= set("iuf"), f"the sums of {name} are no numbers")
-        np.broadcast(*arrays)  # raises ValueError if one cannot be divided by the other
+        _expect(kinds <= set("iuf"), f"the sums of {name} are not numbers")
+        np.broadcast(*arrays)  # raises ValueError if their shapes do not match
 
 
 def _check_step(step, job):
-    """Raise ValueError for a step beyond the last one of an epoch, which the job of the checkpoint tells."""
+    """Raise ValueError for a step beyond the end of an epoch, whose length follows from `job`."""
     num_steps = job.get("number of training batches")
     sizes = job.get("number of training samples"), job.get("--batch-size")
     if all(type(size) is int and size > 0 for size in sizes):
         num_steps = -(-sizes[0] // sizes[1])  # rounded up
     if type(num_steps) is int:
-        _expect(step <= num_steps, f"it holds step {step} of an epoch of {num_steps} steps")
+        _expect(step <= num_steps, f"it contains step {step} of an epoch of {num_steps} steps")
 
 
 def _check_export(facts):
-    """Raise ValueError if flags or statistics of the channels are not such as `model_folder` describes."""
+    """Raise ValueError if flags or channel statistics do not have the format of `model_folder`."""
     flags, paths = facts.get("flags"), facts.get("paths")
     _expect(isinstance(flags, dict) and isinstance(paths, list), "export has no flags and paths")
     are_texts = all(isinstance(name, str) and isinstance(flags.get(name, ""), str) for name in paths)
-    _expect(are_texts, "export has a path that is no text")
+    _expect(are_texts, "export has a path that is not text")
     mean, std = facts.get("mean"), facts.get("std")
     if mean is None and std is None:
         return

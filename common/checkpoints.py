@@ -24,9 +24,9 @@ from common.model_folder import STRUCTURE
 from common.report import log
 
 DAMAGED = ".damaged"
-UPLOAD_SECONDS = 900  # without a new mark of SageMaker's, while a checkpoint waits, until a warning
+UPLOAD_SECONDS = 900  # that a checkpoint waits, without a new mark by SageMaker, until a warning
 
-# Flags that do not change what is learned, beside those that may differ between workers.
+# Flags that do not affect the learned model, besides those that may differ between workers.
 HARMLESS_FLAGS = PER_WORKER_FLAGS | {
     "--epochs",
     "--checkpoint-seconds",
@@ -71,7 +71,7 @@ class Checkpoints:
         self._has_checked_room = False
         self._undeletable = set()
         self._has_checked_uploads = False
-        self._from_s3 = set()  # names of the checkpoints that SageMaker has copied from S3 before the start
+        self._from_s3 = set()  # names of the checkpoints that SageMaker copied from S3 before the start
 
     def name_of(self, epoch, step=0):
         """Return the name of the checkpoint after `epoch` epochs and `step` steps."""
@@ -79,9 +79,9 @@ class Checkpoints:
         return self.engine.CHECKPOINT.format(f"{number}-{step}" if step else number)
 
     def open(self):
-        """Lock the folder, and delete what interrupted saves have left there.
+        """Lock the folder, and delete the leftovers of interrupted saves.
 
-        Another run with this folder may be saving after a signal: wait for its end.
+        Another run with this folder may be saving after a signal: wait until it ends.
         """
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
@@ -105,9 +105,9 @@ class Checkpoints:
     def read_newest(self):
         """Return (name, content) of the newest checkpoint that can be read; None without any checkpoint.
 
-        Damaged checkpoints that are newer are renamed and kept for inspection. Raises UserError if there are
-        checkpoints but none can be read, as starting over in silence would lose them, and if disk or memory
-        fail, as the file may be intact.
+        Newer, damaged checkpoints are renamed and kept for inspection. Raises UserError if none of the
+        checkpoints can be read, as a silent new start would lose them, and if disk or memory fail, as the
+        file may be intact.
         """
         damaged = []
         for _, name in find_checkpoints(self.folder, self.engine.CHECKPOINT):
@@ -157,8 +157,8 @@ class Checkpoints:
     def read(self, name):
         """Return the content of a checkpoint.
 
-        Raises UserError if the disk or the memory fails, and another error if the file is damaged or holds
-        something else.
+        Raises UserError if the disk or the memory fails, and another error if the file is damaged or not a
+        checkpoint.
         """
         path = Path(self.folder, name)
         raw = cause = None
@@ -169,7 +169,7 @@ class Checkpoints:
                     raise ValueError("the file is empty")
                 content = self.engine.read_checkpoint(file)
         except Exception as error:
-            # Nothing of this is damage of the file.
+            # These errors do not mean that the file is damaged.
             if raw is None or raw.error:
                 failed = error if raw is None else raw.error
                 cause = getattr(failed, "strerror", None) or failed
@@ -184,7 +184,7 @@ class Checkpoints:
         position = content["progress"]["epoch"], content["progress"]["step"]
         if self.name_of(*position) != name:
             raise ValueError(
-                f"it holds epoch {position[0]} and step {position[1]}, which does not match its name"
+                f"it contains epoch {position[0]} and step {position[1]}, which does not match its name"
             )
         return content
 
@@ -193,9 +193,9 @@ class Checkpoints:
 
         Args:
             name: of the file.
-            content: what `copy_to_host` has returned.
+            content: the result of `copy_to_host`.
             best_epoch: to keep, or None.
-            origin: the training state, and after which epoch and step it has been copied.
+            origin: the training state, and the epoch and step after which it was copied.
 
         Raises UserError if some weights are infinite or not a number: they must not replace better ones.
         """
@@ -212,14 +212,14 @@ class Checkpoints:
         self.remove_old(best_epoch)
 
     def check_room(self):
-        """Log a warning, once, if the checkpoints that are left will probably not fit on the disk."""
+        """Log a warning, once, if the remaining checkpoints will probably not fit on the disk."""
         if self._has_checked_room or not self.workers.is_main_process:
             return
         self._has_checked_room = True
         found = find_checkpoints(self.folder, self.engine.CHECKPOINT)
         try:
             size = max(Path(self.folder, name).stat().st_size for _, name in found)
-        except (OSError, ValueError):  # somebody has deleted one, or all
+        except (OSError, ValueError):  # one or all have been deleted
             return
         num_left = (self.args.keep_checkpoints or self.args.epochs) - len(found)
         free = shutil.disk_usage(self.folder).free
@@ -235,7 +235,7 @@ class Checkpoints:
         A checkpoint is deleted only after its successor is in S3, because SageMaker repeats a deletion there:
         a file that is being uploaded stays, and if SageMaker marks the files that it has uploaded, only
         uploaded checkpoints replace others. A file copied from S3 before the start stays until there is a
-        mark, as S3 may have no other.
+        mark, as S3 may have no other checkpoint.
         """
         found = find_checkpoints(self.folder, self.engine.CHECKPOINT)
         entries = set(os.listdir(self.folder))
@@ -294,7 +294,7 @@ class Checkpoints:
             differing = [key for key, value in values.items() if key in saved and saved[key] != value]
             changes[kind] = {key: f"{key} was {saved[key]} and is now {values[key]}" for key in differing}
         if getattr(self.engine, "FRAMEWORK", None) in changes["machine"]:
-            changes["job"].pop(STRUCTURE, None)  # each version describes the same layers in its own words
+            changes["job"].pop(STRUCTURE, None)  # the description of the layers differs between versions
         other_job = changes["job"]
         if other_job and not self.args.resume_anyway:
             raise UserError(
@@ -304,7 +304,7 @@ class Checkpoints:
             )
         harmless = HARMLESS_FLAGS | set(now["job"])
         if now["flags"].get("--schedule") == "cosine":
-            harmless -= {"--epochs"}  # the learning rates follow from it
+            harmless -= {"--epochs"}  # the learning rates depend on it
         other_flags = {flag: text for flag, text in changes["flags"].items() if flag not in harmless}
         changed = {**other_job, **other_flags}
         if changed:
@@ -322,6 +322,6 @@ def misfit(path: Path, error: Exception) -> UserError:
         return error
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return UserError(
-        f"{path} does not fit this script, load_state_dict ends with {reason}. "
+        f"{path} does not fit this script, load_state_dict raises {reason}. "
         "Build the same model and training state again, or pass another --output"
     )

@@ -1,4 +1,4 @@
-"""What a data set is, and what the scripts find out about it: shape, classes, statistics, fingerprint.
+"""Data sets, and their properties: shape, classes, statistics, fingerprint.
 
 A data set has `__len__` and `__getitem__(index)`, which returns a sample and its label, and optionally the
 sample's weight. A torch or Gluon `Dataset` is one. These are optional:
@@ -18,7 +18,7 @@ import numpy as np
 
 from common.errors import UserError
 
-STATISTICS_SAMPLES = 256  # the mean of a channel is then known to about a thirtieth of its deviation
+STATISTICS_SAMPLES = 256  # the error of a channel's mean is about a thirtieth of its deviation
 STATISTICS_PART = 16  # of them are in memory at once
 FINGERPRINT_SAMPLES = 16  # of a data set that reads them one by one
 FINGERPRINT_ROWS = 256  # of arrays
@@ -28,8 +28,8 @@ class ArrayDataset:
     """Images and labels in arrays.
 
     Args:
-        images: of shape (n, height, width, channels), an array, a memory map, or what else returns the array
-            of a batch for an array of indices, such as `common.image_files.ImageFiles`.
+        images: of shape (n, height, width, channels), an array, a memory map, or another object that returns
+            the array of a batch for an array of indices, such as `common.image_files.ImageFiles`.
         labels: int64 array of class indices of shape (n,).
         classes: the names of the classes.
         indices: the rows that belong to this data set, in order; default: all of them. They are not copied.
@@ -55,7 +55,7 @@ class ArrayDataset:
 
     @property
     def is_in_memory(self):
-        """Whether nothing must be read or decoded for a batch."""
+        """Whether a batch needs no reading or decoding."""
         return getattr(self.images, "is_in_memory", not isinstance(self.images, np.memmap))
 
     def fingerprint(self):
@@ -74,7 +74,7 @@ class ArrayDataset:
 
 
 class Data(NamedTuple):
-    """The training and the validation data set, and what is known of their samples.
+    """The training and the validation data set, and the properties of their samples.
 
     Attributes:
         sample_shape: of an image (height, width, channels).
@@ -160,7 +160,7 @@ def spread(count: int, wanted: int) -> np.ndarray:
 def _some_images(dataset, read_samples):
     """Yield images of a data set one by one, read in parts: they may be large."""
     indices = spread(len(dataset), STATISTICS_SAMPLES)
-    if hasattr(dataset, "batches"):  # it returns what it needs for statistics at once
+    if hasattr(dataset, "batches"):  # it returns the samples for statistics at once
         yield from read_samples(dataset, indices)[0]
         return
     for part in np.array_split(indices, max(1, len(indices) // STATISTICS_PART)):
@@ -207,9 +207,9 @@ def fingerprint(dataset, read_samples):
 
 
 def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of a tenth of the samples, and of the others, both in random order.
+    """Return the indices of a tenth of the samples, and of the rest, both in random order.
 
-    Each class gives its share, and at least one sample if there are as many held out as classes.
+    Each class contributes its share, and at least one sample if a tenth suffices for that.
 
     Args:
         labels: (n,), the classes of the samples.
@@ -232,5 +232,5 @@ def check_apart(train: Path, validation: Path | None) -> None:
     if validation and train.resolve() in validation.resolve().parents:
         raise UserError(
             f"--validation {validation} is inside --train {train}, so that the training would see it: "
-            "pass two folders beside each other"
+            "pass two separate folders"
         )

@@ -1,4 +1,4 @@
-"""Decodes images: the pixels of whatever Pillow reads, in the size and the colours of the training images."""
+"""Decode images of any format that Pillow reads, in the size and the colours of the training images."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import io
 
 import numpy as np
 
-# What Pillow reads by itself. For some other formats it starts a program.
+# Formats that Pillow reads by itself. For some others it starts a program.
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM"]
 FORMATS += ["TGA", "ICO", "JPEG2000", "AVIF", "MPO", "PCX"]
 PAGES = ("GIF", "TIFF", "WEBP")  # formats of several pages
 ORIENTATION = 0x0112  # the tag of a camera that was held sideways
 
-# What is done to an image, as the log says it.
+# The changes to an image, as the log names them.
 NOTES = "notes"  # the key in `Image.info`
 ON_WHITE = "partly transparent: drawn on white"
 EIGHT_BITS = "16 bits deep: read with 8 bits"
@@ -23,7 +23,7 @@ RESIZED = "of another size: resized, and cropped if its shape differs"
 
 
 def decode(content: bytes, size: tuple[int, int] | None) -> tuple[np.ndarray, list[str]]:
-    """Return the pixels of an encoded image, uint8 (height, width, 3), and what was done to it (see above).
+    """Return the pixels of an encoded image, uint8 (height, width, 3), and the changes to it (see above).
 
     Args:
         content: the bytes of a file.
@@ -58,7 +58,7 @@ def fit(image, size):
 def open_image(file):
     """Return the image of a name or an open file in colour, the right way up and without transparency.
 
-    What was done to it is in `info[NOTES]`. Raises Pillow's errors and ValueError.
+    The changes to it are in `info[NOTES]`. Raises Pillow's errors and ValueError.
     """
     from PIL import Image, ImageOps
 
@@ -93,14 +93,14 @@ def _open(file):
     Image.init()
     try:
         return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
-    except UnidentifiedImageError as error:  # its text has the address of a buffer
-        raise ValueError("it is no image, or a damaged one") from error
+    except UnidentifiedImageError as error:  # its message has the address of a buffer
+        raise ValueError("it is not an image, or damaged") from error
 
 
 def _decode_jpeg(content):
-    """Return the pixels of a JPEG file; None if Pillow has to read it, whose errors say what is wrong.
+    """Return the pixels of a JPEG file; None if Pillow has to read it, whose error messages are clear.
 
-    The result is Pillow's, in half the time.
+    The result is that of Pillow, in half the time.
     """
     simplejpeg = _find_simplejpeg()
     if simplejpeg is None or not content.startswith(b"\xff\xd8"):

@@ -1,9 +1,9 @@
 """The workers that train one model: rank, main process, barriers, broadcast, and failing together.
 
-The frameworks' own engines sum the gradients. Everything else is here, the same for all four scripts: over
-TCP connections to the main process the workers meet, agree to stop at the same step, receive the main
-process's checkpoint, add up metrics, and fail together, even if an engine would wait for ever. With one
-worker every method is a no-op.
+The frameworks' own engines sum the gradients. This module does the rest for all four scripts: over TCP
+connections to the main process the workers meet, agree to stop at the same step, receive the main process's
+checkpoint, add up metrics, and fail together, even if an engine would wait for ever. With one worker every
+method is a no-op.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from common.errors import UserError, read_count, say, write_failure_reason
 
 PORT = 29400  # where the workers meet, at the address of the main process
 RUN_AGAIN = "To resume, run the same command on all hosts again"
-SILENCE = 30  # seconds without an answer after which a machine counts as gone
+SILENCE = 30  # seconds without an answer after which a machine counts as lost
 MIN_PATIENCE = 2  # seconds for the first message of the last worker that joins
 MAX_HELLO = 1 << 16  # bytes of a message before both sides know each other
 MAX_STRANGERS = 100  # connections that may wait at the port
@@ -55,7 +55,7 @@ def flag_values(args):
 
 
 class Workers:
-    """All workers of a training as one of them sees them; rank 0 is the main process.
+    """All workers of a training, as seen by one of them; rank 0 is the main process.
 
     Attributes:
         rank: the number of this worker.
@@ -82,7 +82,7 @@ class Workers:
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def describe_shards(self, count, items):
-        """Return the log's words about the workers and their shards of `count` items; "" with one worker."""
+        """Describe the workers and their shards of `count` items for the log; "" with one worker."""
         if self.size == 1:
             return ""
         shards = sorted({count // self.size, -(-count // self.size)})
@@ -92,7 +92,7 @@ class Workers:
     def all_gather(self, value):
         """Return the values of all workers, by rank. Every worker must make this call.
 
-        A value is anything that JSON can hold; floats keep their bits.
+        A value is anything that JSON can represent; floats keep their bits.
         """
         if self.size == 1:
             return [value]
@@ -111,7 +111,7 @@ class Workers:
             return self._peers[rank].inbox.get(timeout=self._patience)
         except queue.Empty as error:
             raise UserError(
-                f"{self.names[rank]} has joined, but then sent nothing: see its log, or raise --join-seconds"
+                f"{self.names[rank]} joined, but then sent nothing: see its log, or raise --join-seconds"
             ) from error
 
     def broadcast(self, content=b""):
@@ -146,13 +146,13 @@ class Workers:
             self._send_all(_BYE, b"")
 
     def fail(self, reason):
-        """Tell the other workers why this one ends, so that they end too.
+        """Send the other workers the reason why this one ends, so that they end too.
 
         The call does not return if another thread is already ending this process.
         """
         if self._peers:
             if not self._ending.acquire(blocking=False):
-                threading.Event().wait()  # for the thread that ends this process
+                threading.Event().wait()  # until the other thread ends this process
             self._send_end(1, f"error: {self.names[self.rank]} has failed: {reason}. {RUN_AGAIN}")
 
     def stop(self, code, reason):
@@ -169,7 +169,7 @@ class Workers:
         threading.Thread(target=end, daemon=True).start()
 
     def end_if_another_failed(self):
-        """Wait for the reason if another worker's end may have caused an error: it ends this process."""
+        """Wait, as the failure of another worker may have caused an error: its message ends this process."""
         if self._peers:
             time.sleep(3)
 
@@ -177,7 +177,7 @@ class Workers:
         """Connect all workers with the main process. Raises UserError with the names of missing workers."""
         deadline = time.monotonic() + seconds
         if self.is_main_process:
-            # On one machine no other needs to see the port.
+            # Workers on one machine expose the port to no other machine.
             host = socket.gethostbyname(main_host) if local else ""
             self._wait_for_workers(host, port, seconds, deadline)
         else:
@@ -187,8 +187,8 @@ class Workers:
         self.main_address = self.address if self.is_main_process else connection.getpeername()[0]
 
     def _wait_for_workers(self, host, port, seconds, deadline):
-        """Accept all workers. Whatever strangers do at the port, this ends at the deadline."""
-        hellos = {}  # what each connection has sent that is not accepted yet, the oldest first
+        """Accept all workers; other connections to the port cannot delay the deadline."""
+        hellos = {}  # the bytes received from each connection that is not accepted yet, the oldest first
         with _listen(host, port, deadline) as server:
             server.setblocking(False)
             while missing := [rank for rank in range(1, self.size) if rank not in self._peers]:
@@ -217,7 +217,7 @@ class Workers:
         self._patience = max(MIN_PATIENCE, deadline - time.monotonic())
 
     def _read_hello(self, connection, hellos):
-        """Read from a connection. A whole hello is that of a missing worker, or the connection is closed."""
+        """Read from a connection. Accept a complete hello of a missing worker; close others."""
         content = hellos.pop(connection)
         try:
             received = connection.recv(MAX_HELLO)
@@ -236,12 +236,12 @@ class Workers:
             reason = f"error: {self.names[0]} waits for {waiting} of {', '.join(self.names)}"
             content = json.dumps([1, reason]).encode()
             connection.sendall(_HEADER.pack(_END, len(content)) + content)
-        except Exception:  # noqa: S110 - nothing that a stranger sends may end the training
+        except Exception:  # noqa: S110 - no message from another program may end the training
             pass
         connection.close()
 
     def _find_main_process(self, host, port, seconds, deadline):
-        """Connect to the main process, which may start later; another program may have its port before."""
+        """Connect to the main process, which may start later; until then another program may use its port."""
         hello = json.dumps({"rank": self.rank, "names": self.names}).encode()
         while True:
             connection = None
@@ -279,7 +279,7 @@ class Workers:
     def _send_end(self, code, message):
         content = json.dumps([code, message]).encode()
         for peer in list(self._peers.values()):
-            peer.send(_END, content, patience=1)  # a worker that is not told sees the end of the connection
+            peer.send(_END, content, patience=1)  # without it a worker sees a closed connection
 
     def end(self, code, message):
         """End this process and the other workers, no matter what the main thread is waiting for."""
@@ -292,7 +292,7 @@ class Workers:
                 os._exit(code)
 
 
-# A machine that vanishes closes no connection: probe it every few seconds.
+# A machine that fails closes no connection: probe it every few seconds.
 _TCP_OPTIONS = {
     "TCP_NODELAY": 1,
     "TCP_KEEPIDLE": SILENCE // 3,
@@ -303,7 +303,7 @@ _TCP_OPTIONS = {
 
 
 class Peer:
-    """A connection to another worker, with a thread that reads from it and notices if the worker is gone."""
+    """A connection to another worker, with a thread that reads from it and detects a lost worker."""
 
     def __init__(self, workers, rank, connection):
         self.workers = workers
@@ -314,14 +314,14 @@ class Peer:
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _TCP_OPTIONS.items():
-            if hasattr(socket, name):  # macOS has not all of them
+            if hasattr(socket, name):  # macOS lacks some of them
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         threading.Thread(target=self._read_all, daemon=True).start()
 
     def send(self, kind, content, patience=-1):
-        """Send a message, unless another message is still being sent after `patience` seconds.
+        """Send a message, unless another one is still being sent after `patience` seconds.
 
-        If the other worker is gone, the thread that reads from it knows why, and ends this process.
+        If the other worker is gone, the thread that reads from it ends this process with the reason.
         """
         if self.lock.acquire(timeout=patience):
             with contextlib.suppress(OSError):
@@ -338,12 +338,10 @@ class Peer:
                 if kind == _END:
                     self.workers.end(*json.loads(content))
                 self.inbox.put(content)
-        except (
-            BaseException
-        ) as error:  # a thread that ends in silence would leave this process waiting for ever
+        except BaseException as error:  # if the thread ended silently, this process would wait for ever
             time.sleep(
                 1
-            )  # a signal that has ended the other worker may reach this one too, and is then the reason
+            )  # a signal that ended the other worker may reach this one too: then it is the reason
             happened = f"sent a message that cannot be read: {error!r}"
             if isinstance(error, (OSError, EOFError)):
                 cause = f" ({error.strerror or error})" if isinstance(error, OSError) else ""
@@ -352,10 +350,10 @@ class Peer:
 
 
 def join(args):
-    """Return the Workers, all connected; from then on they fail together.
+    """Return the Workers, all connected; from now on they fail together.
 
-    The workers are the processes that torchrun has started, otherwise one on each of `--hosts`, ranked by
-    name. Raises UserError if a worker is missing after `--join-seconds` or has other flags.
+    The workers are the processes that torchrun has started, or else one on each of `--hosts`, ranked by
+    name. Raises UserError if a worker is missing after `--join-seconds` or has different flags.
     """
     env = os.environ
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):  # set by torchrun
@@ -405,7 +403,7 @@ def _listen(host, port, deadline):
         try:
             return socket.create_server((host, port))
         except OSError as error:
-            # The port may belong to an earlier run that is just ending.
+            # An earlier run that is ending may still use the port.
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise UserError(
                     f"the workers cannot meet at port {port}: {error.strerror}. "
@@ -415,7 +413,7 @@ def _listen(host, port, deadline):
 
 
 def _receive(connection, length, deadline=None):
-    """Return `length` bytes from a connection. Raises EOFError if it ends before, OSError at the deadline."""
+    """Return `length` bytes from a connection. Raises EOFError if it ends early, OSError at the deadline."""
     content = bytearray(length)
     view = memoryview(content)
     while len(view):

@@ -21,7 +21,7 @@ MAX_SHOWN = 100  # bad files
 
 
 class DryRun:
-    """Changes the flags of a training, and later its data, so that it is short and touches nothing.
+    """Changes the flags of a training, and later its data, so that it is short and changes no file.
 
     Args:
         args: the flags; epochs and folders are changed in place.
@@ -41,7 +41,7 @@ class DryRun:
         args.epochs = EPOCHS if hasattr(args, "batch_size") else ROUNDS
 
     def close(self):
-        """Remove what the training has written."""
+        """Remove the files that the training has written."""
         self._temporary.cleanup()
 
     def check(self, name, dataset, read_samples):
@@ -55,7 +55,7 @@ class DryRun:
         Raises UserError if some cannot be read, after logging a line for each.
         """
         if hasattr(dataset, "batches"):
-            return  # of a framework's own; the training reads some of them
+            return  # a data set of the framework; the training reads some batches
         is_ours = isinstance(dataset, datasets.ArrayDataset)
         if is_ours and not isinstance(dataset.images, ImageFiles):
             return  # in memory already
@@ -83,7 +83,7 @@ class DryRun:
         return _first(train, STEPS * size), _first(validation, size)
 
     def report(self, progress):
-        """Log what the training would take, and what it would write."""
+        """Log the time, memory and disk space that the training would need, and the folders."""
         folder = self._folders["checkpoint_path"]
         row = progress.history[-1]
         if self.steps_per_epoch is None:
@@ -98,7 +98,7 @@ class DryRun:
         sizes = [path.stat().st_size for path in self.args.checkpoint_path.iterdir() if path.is_file()]
         free = shutil.disk_usage(_existing(folder)).free
         log(
-            f"Dry run: a checkpoint has {_megabytes(max(sizes))}, and {folder} has room for "
+            f"Dry run: a checkpoint takes {_megabytes(max(sizes))}, and {folder} has room for "
             f"{_megabytes(free)}; kept are {self.args.keep_checkpoints or 'all'} epochs"
         )
         if folder.is_dir() and (found := checkpoints.find_checkpoints(folder, self.pattern)):
@@ -113,7 +113,7 @@ def _try(read_samples, dataset, indices):
         read_samples(dataset, indices)
     except UserError as error:
         return str(error)
-    except Exception as error:  # of a data set of the user's
+    except Exception as error:  # the data set is the user's
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -127,7 +127,7 @@ def _first(dataset, count):
 
 
 class _FirstSamples:
-    """The first samples of a data set, which otherwise is as it was."""
+    """The first samples of a data set, with its other attributes."""
 
     def __init__(self, dataset, count):
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""One clear line instead of a traceback for a mistake that a user can correct."""
+"""Report a mistake that a user can correct in one clear line, without a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """Data that cannot be read, which is found out when a batch needs it."""
+    """Data that turn out to be unreadable when a batch needs them."""
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def importing(name: str, hint: str) -> Iterator[None]:
 
 
 def read_count(name: str, default: int) -> int:
-    """Return the whole number in an environment variable. Raises UserError if it has something else."""
+    """Return the whole number in an environment variable. Raises UserError for another value."""
     text = os.environ.get(name) or str(default)
     if not text.isascii() or not text.isdigit():
         raise UserError(f"the environment variable {name} is {text!r}: expected a whole number, or unset it")
@@ -46,7 +46,7 @@ def check_choice(flag: str, value: str, choices: Collection[str]) -> None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether memory was short; not every library raises MemoryError."""
+    """Return whether memory ran out; not every library raises MemoryError."""
     while error:
         if isinstance(error, MemoryError):
             return True
@@ -65,7 +65,7 @@ def first_line(error: BaseException) -> str:
 
 
 def in_one_line(text: str) -> str:
-    """Return a text with names from outside in it so that it stays one line: control characters escaped."""
+    """Return a text with its control characters escaped, so that names from outside cannot add a line."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
@@ -90,7 +90,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Print a line at once, on standard output by default; one that cannot be written ends nothing."""
+    """Print a line at once, on standard output by default; ignore a line that cannot be written."""
     with contextlib.suppress(OSError, ValueError):
         print(in_one_line(line) + "\n", end="", file=file or sys.stdout, flush=True)  # in one piece
 
@@ -102,5 +102,5 @@ def write_failure_reason(reason: str) -> None:
     """
     folder = os.environ.get("SM_OUTPUT_DIR")
     if folder:
-        with contextlib.suppress(OSError):  # the log has the reason too
+        with contextlib.suppress(OSError):  # the log contains the reason too
             Path(folder, "failure").write_text(reason)

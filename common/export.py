@@ -1,9 +1,9 @@
-"""Export the model of any checkpoint, while a training goes on or after it.
+"""Export the model of any checkpoint, during a training or after it.
 
     python -m common.export pytorch/train.py output/pytorch/checkpoints/checkpoint-3.pt output/epoch-3
 
-The script must be the one that has written the checkpoint; its data are not needed. The folder gets `model/`
-and `data/`, as --output does at the end of a training. Nothing else changes.
+The script must be the one that wrote the checkpoint; its data are not needed. The folder gets `model/` and
+`data/`, as --output does at the end of a training. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("script", type=Path, help="train.py")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that it has written")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint that the script has written")
     parser.add_argument("output", type=Path, help="folder for the model and its metrics")
     args = parser.parse_args(argv)
     stop_logging = report.start_logging(is_main_process=True)
@@ -63,7 +63,7 @@ def export(train: ModuleType, checkpoint: Path, output: Path) -> None:
     facts = content.get("export") or {
         "flags": {},
         "paths": [],
-    }  # SageMaker's own XGBoost container writes none
+    }  # SageMaker's XGBoost container writes none
     args = model_folder.restore_flags(facts, train.parse_args)
     args.device = "cpu"
     args.hosts, args.current_host = ["localhost"], "localhost"

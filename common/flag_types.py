@@ -1,4 +1,4 @@
-"""Parsers of the values of flags, for argparse: numbers in a range, durations, one of some words."""
+"""Parsers of flag values, for argparse: numbers in a range, durations, and choices."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _whole(text):
 
 
 def choice(*values: str) -> Callable[[str], str]:
-    """Return a parser of one of some words, for argparse."""
+    """Return a parser that accepts one of `values`, for argparse."""
 
     def parse(text):
         if str(text) not in values:

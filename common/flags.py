@@ -1,6 +1,6 @@
 """The flags of the training scripts: one spelling, one default and one help text each.
 
-Defaults come from the environment that SageMaker sets up where there is one
+Defaults come from SageMaker's environment variables if they are set
 (https://github.com/aws/sagemaker-training-toolkit/blob/master/ENVIRONMENT_VARIABLES.md).
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 from common import __version__, errors, machine, xgboost_params
 from common.flag_types import duration, integer, real, share
 
-machine.check_threads()  # a script imports this module first; NumPy, which comes next, needs threads too
+machine.check_threads()  # a script imports this module before NumPy, which needs threads too
 
 FRAMEWORKS = ("torch", "torchvision", "tensorflow", "keras", "mxnet", "xgboost")
-CHANNEL = "SM_CHANNEL_"  # the beginning of the names of variables with the folders of SageMaker's channels
-NAMES_ELSEWHERE = {  # of flags, in other scripts
+CHANNEL = "SM_CHANNEL_"  # the prefix of the variables with the folders of SageMaker's channels
+NAMES_ELSEWHERE = {  # names of flags in other scripts
     "--bs": "--batch-size",
     "--data": "--train",
     "--data-dir": "--train",
@@ -42,7 +42,7 @@ NAMES_ELSEWHERE = {  # of flags, in other scripts
     "--workers": "--loaders",
 }
 GROUPS = ("data", "model", "training", "checkpoints", "output", "several workers")  # of flags, in --help
-NO_DATA = {"model", "code"}  # channels with something else; those of version 3 of the SDK begin with sm_
+NO_DATA = {"model", "code"}  # channels without data; those of version 3 of the SDK begin with sm_
 
 
 def image_flags(framework: str) -> argparse.ArgumentParser:
@@ -104,7 +104,7 @@ def image_flags(framework: str) -> argparse.ArgumentParser:
         "--deterministic",
         action=_Switch,
         default=True,
-        help="the same bits in each run, even if that needs slower kernels",
+        help="make all runs bit-identical, even if that needs slower kernels",
     )
     add(
         "--compile",
@@ -249,13 +249,13 @@ def _training_flags(parser):
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="where to compute; auto: a GPU if there is one",
+        help="device to train on; auto: a GPU if available",
     )
     add(
         "--num-gpus",
         type=integer(0),
         default=os.environ.get("SM_NUM_GPUS") or None,
-        help="GPUs to use at most; default: all (PyTorch and XGBoost use one)",
+        help="maximum number of GPUs; default: all (PyTorch and XGBoost use one)",
     )
 
 
@@ -266,13 +266,13 @@ def _checkpoint_flags(parser, checkpoint_seconds):
         "--checkpoint-seconds",
         type=real(0),
         default=checkpoint_seconds,
-        help="also save inside an epoch when this time has passed; 0: do not (XGBoost: after a round)",
+        help="also save inside an epoch each time this time has passed; 0: never (XGBoost: after a round)",
     )
     add(
         "--checkpoint-steps",
         type=integer(0),
         default=0,
-        help="also save inside an epoch after this many steps; 0: do not (XGBoost: rounds)",
+        help="also save inside an epoch after this many steps; 0: never (XGBoost: rounds)",
     )
     add(
         "--keep-checkpoints",
@@ -336,7 +336,7 @@ def _worker_flags(parser):
 
 
 def _default_folders(framework_output):
-    """Return the folders of checkpoints, model and results: SageMaker's own, or else below the output."""
+    """Return the folders of checkpoints, model and results: SageMaker's, or else inside the output."""
     env = os.environ.get
     checkpoints = framework_output / "checkpoints"
     if "SM_MODEL_DIR" in os.environ:
@@ -379,9 +379,7 @@ class _Parser(argparse.ArgumentParser):
         checkpoints, model, results = _default_folders(args.output)
         if not args.checkpoint_path and "SM_MODEL_DIR" in os.environ and _is_trial():
             if not os.environ.get("TRAINING_JOB_NAME"):
-                self.error(
-                    "a trial of a tuning job needs TRAINING_JOB_NAME, or a --checkpoint-path of its own"
-                )
+                self.error("a trial of a tuning job needs TRAINING_JOB_NAME, or a separate --checkpoint-path")
             checkpoints /= os.environ["TRAINING_JOB_NAME"]
         if str(args.model_dir).startswith("s3://"):
             # SageMaker's TensorFlow estimator adds this hyperparameter by itself.
@@ -393,7 +391,7 @@ class _Parser(argparse.ArgumentParser):
         return args
 
     def _check_channels(self, args):
-        """Exit with code 2 if SageMaker has copied data under names that are not known here."""
+        """Exit with code 2 if the names of SageMaker's channels are unknown."""
         names = [name[len(CHANNEL) :].lower() for name in os.environ if name.startswith(CHANNEL)]
         others = [name for name in sorted(names) if name not in NO_DATA and not name.startswith("sm_")]
         if others and args.train is None:
@@ -516,7 +514,7 @@ def _path(text):
 def _data_path(text):
     if str(text).startswith("s3://"):
         raise argparse.ArgumentTypeError(
-            f"expected a local folder, got {text!r}: copy it with `aws s3 sync`, or let SageMaker do that"
+            f"expected a local folder, got {text!r}: copy it with `aws s3 sync`, or let SageMaker copy it"
         )
     return _path(text)
 

@@ -18,13 +18,13 @@ from common.errors import UserError
 CIFAR_SHAPE = (3, 32, 32)
 IDX_NAME = r"({})-(images|labels)[-.]idx[13]-ubyte(\.gz)?"
 MAX_COMPRESSION = 1032  # of gzip's algorithm
-SPLITS = {"train": "train", "eval": "t10k|test"}  # how the names of IDX files begin
+SPLITS = {"train": "train", "eval": "t10k|test"}  # prefixes of the names of IDX files
 # The files of CIFAR-10 and CIFAR-100 for both splits, by the name of the file with the class names.
 CIFAR_NAMES = {
     "batches.meta.txt": {"train": r"data_batch_\d+\.bin", "eval": r"test_batch\.bin"},
     "fine_label_names.txt": {"train": r"train\.bin", "eval": r"test\.bin"},
 }
-NUM_LABELS = {"batches.meta.txt": 1, "fine_label_names.txt": 2}  # bytes of labels before those of the pixels
+NUM_LABELS = {"batches.meta.txt": 1, "fine_label_names.txt": 2}  # bytes of labels before the pixels
 
 
 def has_data(folder: Path, split: str) -> bool:
@@ -36,8 +36,8 @@ def read(folder, split):
     """Return images (n, height, width, channels), labels and class names of a downloaded data set, or None.
 
     Args:
-        folder: with its files.
-        split: "train" or "eval"; for "eval" a folder with training data alone is fine too.
+        folder: the folder with its files.
+        split: "train" or "eval"; for "eval" a folder with only training data is accepted too.
 
     Raises UserError for a damaged file.
     """
@@ -58,7 +58,7 @@ def read(folder, split):
 
 
 def _find(folder, split):
-    """Return the path of the class names, None for IDX, and the files of a split; or None without any."""
+    """Return the path of the class names (None for IDX) and the files of a split; None without files."""
     for name, patterns in CIFAR_NAMES.items():
         batches = _find_files(folder, patterns[split])
         if batches and (folder / name).is_file():
@@ -82,7 +82,7 @@ def _refuse_pickles(folder):
 
 
 def _refuse_without_names(folder):
-    """Raise UserError for the files of CIFAR alone. Beside class folders they may be something else."""
+    """Raise UserError for CIFAR files without class names, unless the folder has subfolders."""
     if any(path.is_dir() for path in folder.iterdir()):
         return
     for name, patterns in CIFAR_NAMES.items():
@@ -99,7 +99,7 @@ def _read_cifar(names, paths):
     except UnicodeDecodeError as error:
         raise UserError(f"{names} is not UTF-8: expected the names of the classes, one a line") from error
     if len(set(classes)) < len(classes):
-        raise UserError(f"{names} has a name twice: expected another one for each class")
+        raise UserError(f"{names} has a name twice: expected a different one for each class")
     num_labels = NUM_LABELS[names.name]
     num_bytes = num_labels + int(np.prod(CIFAR_SHAPE))
     parts = []
@@ -108,10 +108,10 @@ def _read_cifar(names, paths):
         if len(content) == 0 or len(content) % num_bytes:
             raise UserError(
                 f"{path} has {len(content)} bytes, expected a multiple of {num_bytes}: "
-                "it is truncated, or no file of CIFAR"
+                "it is truncated, or not a CIFAR file"
             )
         rows = content.reshape(-1, num_bytes)
-        label = rows[:, num_labels - 1].max()  # of CIFAR-100's two labels the second is the class
+        label = rows[:, num_labels - 1].max()  # the second of CIFAR-100's two labels is the class
         if label >= len(classes):
             raise UserError(f"{path} has the label {label}, but {names.name} has {len(classes)} names")
         parts.append(rows)
@@ -136,7 +136,7 @@ def _read_mnist(folder, paths):
     if len(images) != len(labels):
         raise UserError(
             f"{found['images']} has {len(images)} images, but {found['labels'].name} has {len(labels)} "
-            "labels: expected one for each image"
+            "labels: expected one label per image"
         )
     if images.size == 0:
         raise UserError(f"{found['images']} has the shape {images.shape}: expected some images")
@@ -149,19 +149,19 @@ def _read_idx(path, num_dimensions):
     is_compressed = path.suffix == ".gz"
     opener = gzip.open if is_compressed else open
     limit = path.stat().st_size * (MAX_COMPRESSION if is_compressed else 1)
-    expected = bytes([0, 0, 8, num_dimensions])  # 8 stands for bytes
+    expected = bytes([0, 0, 8, num_dimensions])  # 8 means bytes
     try:
         with opener(path, "rb") as file:
             header = file.read(4 + 4 * num_dimensions)
             if not header.startswith(expected) or len(header) % 4:
                 raise UserError(
-                    f"{path} is no IDX file of bytes in {num_dimensions} dimensions: it begins with "
+                    f"{path} is not an IDX file of bytes in {num_dimensions} dimensions: it begins with "
                     f"{header[:4].hex(' ')}, expected {expected.hex(' ')}"
                 )
             shape = np.frombuffer(header[4:], ">u4").tolist()
             count = math.prod(shape)
             content = b""
-            if count <= limit:  # otherwise the header is wrong, and reading it might fill the memory
+            if count <= limit:  # otherwise the header is wrong, and reading might fill the memory
                 content = file.read(count + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from error

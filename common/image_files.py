@@ -22,7 +22,7 @@ class Source(NamedTuple):
     """Encoded images.
 
     Attributes:
-        folder: where they are, for messages.
+        folder: the folder that contains them, for messages.
         names: of the images in it.
         sizes: of the encoded images in bytes.
         read: a function that returns the bytes of the image with an index.
@@ -34,20 +34,20 @@ class Source(NamedTuple):
     read: Callable
 
     def place(self, index):
-        """Return where an image is, for messages."""
+        """Return the place of an image, for messages."""
         return f"{self.folder}/{self.names[index]}"
 
 
 class ImageFiles:
     """Encoded images as an array of uint8 (n, height, width, 3), read when they are first asked for.
 
-    Decoded images stay in memory up to a limit. The others are decoded each time.
+    Decoded images stay in memory up to a limit. The rest are decoded each time.
 
     Args:
         source: the Source of the images.
         size: (width, height) of all images, to which others are resized; None: that of the first image.
         memory: bytes for decoded images.
-        is_resizing: whether another size is expected, and nothing to log.
+        is_resizing: whether other sizes are expected and not logged.
 
     Reading raises DataError for an image that cannot be read.
     """
@@ -76,7 +76,7 @@ class ImageFiles:
 
     @property
     def kept_bytes(self):
-        """The bytes of those images that stay in memory when decoded."""
+        """The bytes of the decoded images that stay in memory."""
         return self._kept.nbytes
 
     @property
@@ -99,7 +99,7 @@ class ImageFiles:
         return images
 
     def _decode(self, indices, positions, images):
-        """Put the images of the indices into the array `images` at the positions, by all cores."""
+        """Decode the images of the indices into the array `images` at the positions, on all cores."""
         waiting = deque(zip(indices, positions))
 
         def work():
@@ -113,7 +113,7 @@ class ImageFiles:
                     self._kept[index] = images[position]
                     self._is_kept[index] = True
 
-        # Opening a file takes as long as decoding 1,000 pixels, and threads take turns at it.
+        # Opening a file takes as long as decoding 1,000 pixels, and only one thread at a time does it.
 
         num_useful = self.size[0] * self.size[1] // 1000
         count = min(machine.num_cores(), num_useful, len(indices))

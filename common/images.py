@@ -34,12 +34,12 @@ EXTENSIONS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", 
 EXTENSIONS += (".jp2", ".j2k", ".jpx")
 EXPECTED = "expected one folder per class with images, one .npz file, "
 EXPECTED += "{0}_data.npy and {0}_labels.npy, or the files of CIFAR (binary) or MNIST"
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # no classes, likely
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # rarely classes
 MAX_SHOWN = 10  # classes in the log
 MAX_LABEL = 2**53  # above it a floating-point number is not exact
-OWN_VALIDATION = "the validation data in --train"  # in the place of a flag, for messages
+OWN_VALIDATION = "the validation data in --train"  # instead of a flag, for messages
 KINDS = {"train": "training", "eval": "validation"}  # for messages
-# Words in the names of record files that are not for training, by the split that they are.
+# Words in the names of record files that are not for training, by split.
 RECORD_SPLITS = {
     "validation": "eval",
     "valid": "eval",
@@ -56,9 +56,9 @@ class Channel(NamedTuple):
     Attributes:
         flag: the flag that names it, for messages.
         folder: its path.
-        stem: "train" or "eval", with which the names of its files begin.
+        stem: "train" or "eval", the prefix of the names of its files.
         image_size: of `--image-size`, or None.
-        size: (width, height) that images in files get, or None: that of the first one.
+        size: (width, height) to which images in files are resized; None: that of the first one.
         memory: bytes for decoded images.
         record_file: see `load_images`.
     """
@@ -75,17 +75,17 @@ class Channel(NamedTuple):
 def load_images(args, record_file=None):
     """Return the training and the validation data set that the flags name, as a pair of `ArrayDataset`.
 
-    Without `--validation` the validation data in the folder `--train` are used if it contains such files;
-    otherwise a tenth of the training images, drawn with the seed, is held out.
+    Without `--validation` the validation data in the folder `--train` are used if there are any; otherwise a
+    tenth of the training images, drawn with the seed, is held out.
 
     Args:
         args: the flags.
         record_file: the class of a framework for files that contain many images, or None. An object
             `record_file(path)` has the integer array `labels`, the list `sizes` of the encoded images in
             bytes, the dictionary `names` of the class names by label, which may be empty, and the method
-            `read(index)`, which returns the bytes of an image. The class has `is_one(name)`, which tells by
-            the name whether a file is one, `EXPECTED`, which says what it reads, and `COMPANIONS`, the
-            endings of files that may be beside them.
+            `read(index)`, which returns the bytes of an image. The class has `is_one(name)`, which returns
+            whether the name is that of such a file, `EXPECTED`, which describes the format, and `COMPANIONS`,
+            the suffixes of files that may be beside them.
 
     Raises UserError if the folders do not contain what is expected.
     """
@@ -99,9 +99,7 @@ def load_images(args, record_file=None):
     else:
         images, labels, classes = _read_channel(channel)
     if len(classes) < 2:
-        raise UserError(
-            f"--train {args.train} has one class only ({classes[0]}): expected two or more to tell apart"
-        )
+        raise UserError(f"--train {args.train} has one class only ({classes[0]}): expected two or more")
     if isinstance(images, ImageFiles):
         check_apart(args.train, args.validation)
     flag, validation_folder = "--validation", args.validation
@@ -139,7 +137,7 @@ def _log_data(train, validation):
         kept = sum(part.kept_bytes for part in parts if isinstance(part, ImageFiles)) / 1e6
         place = f"decoded when first needed: {megabytes:.1f} MB"
         if kept < megabytes:
-            place += f", of which {kept:.1f} MB stay in memory, and the others are decoded in each epoch"
+            place += f", of which {kept:.1f} MB stay in memory, and the rest are decoded in each epoch"
     log(
         f"Data: {len(train)} training and {len(validation)} validation images of shape {images.shape[1:]}, "
         f"{len(train.classes)} classes, {place}"
@@ -150,9 +148,9 @@ def _log_data(train, validation):
 
 
 def random_crop_and_flip(images, rng):
-    """Return images (n, height, width, channels), shifted at random, and about every second one mirrored.
+    """Return images (n, height, width, channels), shifted at random, and about half of them mirrored.
 
-    The shift is up to an eighth of the size; black moves in. This is the augmentation of "Deep Residual
+    The shift is up to an eighth of the size; the border is black. This is the augmentation of "Deep Residual
     Learning for Image Recognition", https://arxiv.org/abs/1512.03385.
 
     Args:
@@ -166,7 +164,7 @@ def random_crop_and_flip(images, rng):
     left = rng.integers(0, 2 * margin_x + 1, count)
     flip = rng.integers(0, 2, count).astype(bool)
 
-    row = width * channels  # a row of pixels as one dimension: it is copied in one piece
+    row = width * channels  # a row of pixels as one dimension, to copy it in one piece
     margin = margin_x * channels
     padded = np.zeros((count, height + 2 * margin_y, row + 2 * margin), images.dtype)
     padded[:, margin_y:-margin_y, margin:-margin] = images.reshape(count, height, row)
@@ -237,7 +235,7 @@ def _has_validation_data(channel):
 
 
 def _find_arrays(folder, stem):
-    """Return the .npz file of a folder, or its two .npy files, as a list; empty without them."""
+    """Return the .npz file of a folder, or its two .npy files, as a list; empty if there are none."""
     archives = [path for path in folder.glob("*.npz") if path.name[0] != "." and path.is_file()]
     if len(archives) == 1:
         return archives
@@ -250,9 +248,9 @@ def _read_arrays(channel, paths):
     if len(paths) == 1:
         with _readable(paths[0]), np.load(paths[0], allow_pickle=False) as archive:
             if not {"x", "y"} <= set(archive.files):
-                raise UserError(f"{paths[0]} holds {', '.join(archive.files)}: expected arrays named x and y")
+                raise UserError(f"{paths[0]} has {', '.join(archive.files)}: expected arrays named x and y")
             if sum(member.file_size for member in archive.zip.infolist()) > machine.available_memory():
-                raise MemoryError  # a small file may hold many equal pixels
+                raise MemoryError  # a small file may contain many equal pixels
             return _check_arrays(channel, paths[0], archive["x"], archive["y"])
     with _readable(paths[0]):
         fits = paths[0].stat().st_size < machine.available_memory() / 2
@@ -271,7 +269,7 @@ def _read_class_folders(channel, entries, expected):
     classes = {name: files for name, files in classes.items() if files}
     if not classes:
         names = ", ".join(path.name for path in entries[:5]) or "nothing"
-        raise UserError(f"{flag} {folder} holds {names}: {expected}")
+        raise UserError(f"{flag} {folder} contains {names}: {expected}")
     log_left_out(flag, folder, left_out, "images")
     _check_class_names(flag, folder, classes)
     files = [file for found in classes.values() for file in found]
@@ -288,10 +286,10 @@ def _read_class_folders(channel, entries, expected):
 
 
 def _check_class_names(flag, folder, classes):
-    """Raise UserError for folders that are no classes, or have names that cannot be written."""
+    """Raise UserError for folders that are not classes, or whose names are not UTF-8."""
     if {name.lower() for name in classes} <= SPLITS:
         raise UserError(
-            f"{flag} {folder} holds the folders {', '.join(classes)}: they look like data sets, not classes; "
+            f"{flag} {folder} contains the folders {', '.join(classes)}, which look like data sets: "
             f"pass one of them, such as {flag} {folder / next(iter(classes))}"
         )
     for name in classes:
@@ -304,7 +302,7 @@ def _check_class_names(flag, folder, classes):
 
 
 def _find_records(channel, entries):
-    """Return the record files of a folder by split: "train", "eval" or "test", as their names say."""
+    """Return the record files of a folder by split: "train", "eval" or "test", by their names."""
     splits = {}
     for path in sorted(entries):
         if path.name.startswith(".") or not channel.record_file.is_one(path.name) or not path.is_file():
@@ -336,7 +334,7 @@ def _read_records(channel, entries):
     records = [channel.record_file(path) for path in paths]
     labels = np.concatenate([record.labels for record in records])
     if len(labels) == 0:
-        raise UserError(f"{channel.flag} {channel.folder} has record files without images: expected some")
+        raise UserError(f"{channel.flag} {channel.folder} has record files without any images")
     labels, indices = np.unique(labels, return_inverse=True)
     images = _image_files(channel, _record_source(channel.folder, records))
     return images, indices.astype(np.int64), _record_classes(labels.tolist(), records)
@@ -374,7 +372,7 @@ def _image_files(channel, source):
 def _find_files(folder, left_out):
     """Return the image files below a class folder: a list of (path from the parent of the folder, bytes).
 
-    They come folder by folder in order, without hidden ones. The names of other files are added to the list
+    They are in order, folder by folder, without hidden files. The names of other files are added to the list
     `left_out`. Links to folders are followed, each folder once.
     """
     found = []
@@ -404,21 +402,21 @@ def _find_files(folder, left_out):
 
 
 def _check_arrays(channel, path, images, labels):
-    """Return arrays from a file as those of an ArrayDataset. Raises UserError if that is impossible."""
+    """Return arrays from a file in the form of an ArrayDataset. Raises UserError if that is impossible."""
     if images.ndim == 3:
         images = images[..., np.newaxis]
     are_images = images.ndim == 4 and 0 not in images.shape[1:]
     if not are_images or images.dtype.kind not in "uif":
         raise UserError(
-            f"{path} holds images as {images.dtype} of shape {images.shape}: "
+            f"{path} contains images as {images.dtype} of shape {images.shape}: "
             "expected numbers of shape (n, height, width) or (n, height, width, channels)"
         )
     if images.shape[3] > 4 and images.shape[1] in (1, 3):
-        raise UserError(f"{path} holds images of shape {images.shape}: expected the channels last, not first")
+        raise UserError(f"{path} contains images of shape {images.shape}: expected the channels last")
     labels = np.atleast_1d(labels)
     if len(images) != len(labels) or labels.size != len(labels):
         raise UserError(
-            f"{path} holds {len(images)} images, but the labels have shape {labels.shape}: "
+            f"{path} contains {len(images)} images, but the labels have shape {labels.shape}: "
             "expected one integer per image"
         )
     if len(images) == 0:
@@ -434,7 +432,7 @@ def _check_arrays(channel, path, images, labels):
         images = images.astype(np.float32, copy=False)
         if not np.isfinite(images).all():
             raise UserError(
-                f"{path} holds images with values that are infinite or not a number: expected finite ones"
+                f"{path} contains images with values that are infinite or not a number: expected finite ones"
             )
     images = _resize(images, channel.image_size)
     classes = [str(name) for name in names]
@@ -464,14 +462,14 @@ def _allocate(shape, dtype):
     num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if num_bytes < machine.available_memory() / 2:
         return np.empty(shape, dtype)
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the array
-    if hasattr(os, "posix_fallocate"):  # not on macOS: a full disk is an error now, not a crash later
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the array exists
+    if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk raises an error now, not later
         os.posix_fallocate(file.fileno(), 0, num_bytes)
     return np.memmap(file, dtype, shape=shape)
 
 
 def _memory_for_images():
-    """Return the bytes that decoded images may take in this process: half of what is free."""
+    """Return the bytes that decoded images may take in this process: half of the free memory."""
     num_processes = read_count("LOCAL_WORLD_SIZE", 1)  # torchrun's, on this host
     return max(0, machine.available_memory() / 2 / max(1, num_processes))
 

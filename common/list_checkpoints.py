@@ -1,10 +1,10 @@
-"""List the checkpoints of a training: what is in them, whether they are intact, which one a restart takes.
+"""List the checkpoints of a training: their content, whether they are intact, which one a restart uses.
 
     python -m common.list_checkpoints pytorch/train.py [FOLDER]
     python -m common.list_checkpoints pytorch/train.py s3://bucket/job/checkpoints/
 
-FOLDER is that of the checkpoints; default: where the script would look for them. Nothing in it changes. From
-an address in S3, which needs boto3, one checkpoint after the other is copied to a temporary folder and read.
+FOLDER contains the checkpoints; default: the folder that the script would use. Nothing in it changes. From an
+address in S3, which needs boto3, one checkpoint after the other is copied to a temporary folder and read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLUMNS = ("checkpoint", "epoch", "step", "MB", "age", "in S3", "state")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; return the exit code: 1 if there are checkpoints and none can be read."""
+    """Print the table; return the exit code: 1 if there are checkpoints but none can be read."""
     parser = argparse.ArgumentParser(
         prog="python -m common.list_checkpoints",
         description=__doc__,
@@ -74,11 +74,11 @@ def names_in_s3(address):
 
 
 def print_table(checkpoints, place=None, fetch=None):
-    """Print what is in the folder of checkpoints, newest first; return the exit code.
+    """Print the content of the folder of checkpoints, newest first; return the exit code.
 
     Args:
         place: the name of the folder in the messages.
-        fetch: gives a file its content, which is then removed again.
+        fetch: downloads the content of a file, which is removed after reading.
     """
     place = place or checkpoints.folder
     folder, pattern = checkpoints.folder, checkpoints.engine.CHECKPOINT
@@ -107,11 +107,11 @@ def print_table(checkpoints, place=None, fetch=None):
             print(f"{path.name}: being written, or left over")
     intact = [cells[0] for cells, _ in rows if cells[-1] == "intact"]
     if intact:
-        print(f"A restart takes {intact[0]}")
+        print(f"A restart resumes from {intact[0]}")
     elif found:
         print("A restart would end with an error: none of the checkpoints can be read")
     else:
-        print(f"A restart would begin at the first epoch: no checkpoints in {place}")
+        print(f"A restart would start at the first epoch: no checkpoints in {place}")
     return 1 if found and not intact else 0
 
 
@@ -128,7 +128,7 @@ def _describe(checkpoints, name):
         epoch, step = progress["epoch"], progress["step"] or ""
         for row in progress["history"][-1:]:
             metrics = {key: value for key, value in row.items() if key.startswith("validation_")}
-    except UserError as error:  # of the disk or the memory: the file may be intact
+    except UserError as error:  # the disk or the memory failed: the file may be intact
         state = f"unknown: {errors.first_line(error)}"
     except Exception as error:  # each framework has its own errors for a damaged file
         state = f"damaged: {errors.first_line(error)[:60]}"

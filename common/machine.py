@@ -1,4 +1,4 @@
-"""Free memory, cores and threads: of machine, container or process; macOS says less than Linux."""
+"""Free memory, cores and threads of the machine, container or process; macOS reports less than Linux."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTAINER = [
 
 
 def available_memory() -> float:
-    """Return the free memory in bytes; all of the machine's memory where the system does not say."""
+    """Return the free memory in bytes; all of the machine's memory if the system does not report it."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError, KeyError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -45,9 +45,9 @@ def num_cores() -> int:
 
 
 def check_threads() -> None:
-    """Exit with one line if only few threads can be started: libraries crash or hang then.
+    """Exit with one line if only few threads can be started: libraries would crash or hang.
 
-    Another process tries it, as memory that threads have reserved is never given back.
+    A separate process tries it, as memory that threads have reserved is never returned.
     """
     if threading.active_count() > 1 or "numpy" in sys.modules:  # a process with threads must not be forked
         return
@@ -67,7 +67,7 @@ def check_threads() -> None:
 
 
 def _start_threads(number):
-    """End this process; the exit code is 0 if it could start so many threads."""
+    """End this process; the exit code is 0 if it could start that number of threads."""
     threading.stack_size(1 << 16)
     try:
         for _ in range(number):

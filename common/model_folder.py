@@ -1,6 +1,6 @@
 """The folder of an exported model: `model.json` describes the model, and `code/` predicts with it.
 
-`common.serving` and `common.export` read what this module has written.
+`common.serving` and `common.export` read the files that this module writes.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from common.errors import UserError
 
 FILE_NAME = "model.json"
 CODE = "code"  # where SageMaker's containers look for inference.py
-STRUCTURE = "structure of the model"  # the name of `describe_structure` in what makes a job
-OTHER_COLUMNS = ("epoch", "seconds", "samples_per_second")  # of the history, beside the metrics
+STRUCTURE = "structure of the model"  # the key of `describe_structure` in the description of a job
+OTHER_COLUMNS = ("epoch", "seconds", "samples_per_second")  # of the history, besides the metrics
 
 
 def describe_origin(args: Namespace, job: dict) -> dict:
-    """Return which training a model comes from, in plain values.
+    """Return the origin of a model, in plain values.
 
     Args:
         args: the flags.
-        job: what makes a job, such as {"--model": "cnn"}.
+        job: the description of the job, such as {"--model": "cnn"}.
     """
-    # This stays true if both folders are moved together.
+    # The relative path stays valid if both folders are moved together.
     checkpoints = os.path.relpath(args.checkpoint_path.resolve(), args.model_dir.resolve())
     return {"checkpoints": checkpoints, "job": job}
 
 
 def describe_data(data):
-    """Return what `restore_data` needs, and what a reader of `model.json` wants to know, in plain values."""
+    """Return the facts about the data for `restore_data` and for readers of `model.json`, in plain values."""
     facts = {
         "sample_shape": list(data.sample_shape),  # of an image (height, width, channels)
         "sample_type": str(data.dtype),
@@ -86,7 +86,7 @@ def restore_data(facts):
 
 
 def describe_flags(args: Namespace) -> dict:
-    """Return what `restore_flags` needs: the flags by name, paths as text, and which of them are paths."""
+    """Return the input of `restore_flags`: the flags by name, paths as text, and the names of the paths."""
     flags = {name: _plain(value) for name, value in vars(args).items()}
     paths = [name for name, value in vars(args).items() if isinstance(value, Path)]
     return {"flags": flags, "paths": paths}
@@ -130,17 +130,17 @@ def describe_structure(lines):
     """Return a short checksum of text that describes layers and parameters, for `STRUCTURE`.
 
     Args:
-        lines: nothing in them may change from process to process; addresses in memory are left out.
+        lines: the same in every process; addresses in memory are left out.
     """
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(lines))
     return f"{zlib.crc32(text.encode()):08x}"
 
 
 def describe_outputs(outputs, classes):
-    """Return what a network computes: "logits" or "probabilities" of the classes, otherwise "values".
+    """Return the kind of a network's outputs: "logits" or "probabilities" of the classes, or "values".
 
     Args:
-        outputs: an array, what it has computed for some samples; None for several arrays.
+        outputs: the array that it has computed for some samples; None for several arrays.
         classes: the names of the classes, or None.
     """
     if outputs is None or classes is None or outputs.ndim != 2 or outputs.shape[1] != len(classes):
@@ -156,7 +156,7 @@ def write(path: Path, facts: dict) -> None:
 
 
 def copy_code(folder: Path, target: Path, requirements: list[str] | None = None) -> None:
-    """Copy what is needed to predict: the Python files of the training script and the packages beside it.
+    """Copy the code that predicts: the Python files of the training script and the packages beside it.
 
     Args:
         folder: that of `train.py`.
@@ -183,7 +183,7 @@ def _not_python(folder, names):
 
 
 def check_same_job(folder: Path, path: Path, origin: dict) -> None:
-    """Raise UserError if a folder has the model of another job, which would be lost.
+    """Raise UserError if a folder contains the model of another job, which would be lost.
 
     Args:
         folder: that of the model.

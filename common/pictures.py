@@ -1,7 +1,7 @@
 """Pictures of a finished training, in `--output-data-dir`: curves, mistakes, importance of features.
 
-They are drawn with matplotlib after all else is written. Without it, or if drawing fails, one line of the log
-says so; nothing else changes.
+They are drawn with matplotlib after all other files are written. Without it, or if drawing fails, one line of
+the log says so; nothing else changes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from common.train_state import Progress
 
 CURVE, CONFUSION = "training-curve.png", "confusion-matrix.png"
 MISTAKES, IMPORTANCE = "worst-mistakes.png", "feature-importance.png"
-MAX_SAMPLES = 2000  # that are predicted
+MAX_SAMPLES = 2000  # to predict
 MAX_SECONDS = 5
-PART = 64  # samples that are predicted at once
+PART = 64  # samples to predict at once
 NUM_MISTAKES = 15
 NUM_FEATURES = 20
-MAX_COUNTED = 20  # classes; the cells of a matrix of more have no numbers
-MAX_NAMED = 100  # classes; the axes of a matrix of more have no names
+MAX_COUNTED = 20  # classes; the cells of a larger matrix have no numbers
+MAX_NAMED = 100  # classes; the axes of a larger matrix have no names
 BLUE = "#0072b2"  # a pair that colour-blind readers can distinguish
 ORANGE = "#d55e00"
 GREY = "#666666"
 LIGHT = "#dddddd"
 COLOURS = {"train": ORANGE, "validation": BLUE}
-LABEL_POINTS = 12  # from line to line
+LABEL_POINTS = 12  # between lines
 TITLE = 13
 STYLE: Any = {
     "font.size": 10,
@@ -62,7 +62,7 @@ def position(progress: Progress, data) -> float:
 
 
 def draw(run) -> None:
-    """Draw what can be drawn of a Run that has ended."""
+    """Draw the pictures of a Run that has ended."""
     folder = run.args.output_data_dir
     drawn = []
     try:
@@ -71,16 +71,16 @@ def draw(run) -> None:
         import matplotlib
 
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as those of names that the font lacks
+            warnings.simplefilter("ignore")  # such as those about letters that the font lacks
             for name, figure in _figures(run):
                 with atomic_write(folder / name) as file:
                     figure.savefig(file, format="png")
                 drawn.append(name)
-    except Exception as error:  # of matplotlib, of a user's model, of the disk
+    except Exception as error:  # from matplotlib, a user's model or the disk
         reason = first_line(error)
         if isinstance(error, ImportError):
             reason = "they need matplotlib"
-        log(f"Pictures: {', '.join(drawn) or 'none'}; the others are left out: {reason}")
+        log(f"Pictures: {', '.join(drawn) or 'none'}; the rest are left out: {reason}")
         return
     if drawn:
         log(f"Pictures: {folder} ({', '.join(drawn)})")
@@ -104,7 +104,7 @@ def _figures(run):
 
 
 def _metrics(run):
-    """Return the names of one or two validation metrics: the loss, and what decides or comes first."""
+    """Return the names of one or two validation metrics: the loss, and the deciding or first one."""
     names = []
     for key in run.progress.history[-1]:
         split, _, name = key.partition("_")
@@ -124,7 +124,7 @@ def draw_curve(history: list[dict], metrics: list[str], resumed: list[float]):
 
     Args:
         history: a dictionary of metrics for each epoch.
-        metrics: the names of those to show.
+        metrics: the names of the metrics to show.
         resumed: numbers of epochs.
     """
     from matplotlib.figure import Figure
@@ -193,7 +193,7 @@ def _label_mark(axes, mark):
 
 
 def _choose_scale(axes, curves):
-    """Use a logarithmic scale for a loss that falls so far that its end could not be seen otherwise."""
+    """Use a logarithmic scale for a loss that falls so far that its end would be invisible."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     values = np.array([*curves.values()])
@@ -209,7 +209,7 @@ def _choose_scale(axes, curves):
 
 
 def _label_ends(axes, curves):
-    """Write name and last value behind each curve, the labels apart from each other."""
+    """Write name and last value at the end of each curve, without overlaps."""
     heights = {}  # in points
     for split, values in curves.items():
         if np.isfinite(values[-1]):
@@ -239,14 +239,14 @@ def _label_ends(axes, curves):
 
 
 class _Predictions:
-    """What the exported model predicts for validation samples; nothing for a model that is no classifier.
+    """The predictions of the exported model for validation samples; empty unless it is a classifier.
 
     Attributes:
         names: of the classes.
-        labels, classes: of each sample, the right and the predicted class.
-        mistakes: the worst ones as (probability of the right class, that of the predicted one, label, class,
+        labels, classes: the true and the predicted class of each sample.
+        mistakes: the worst ones as (probability of the true class, that of the predicted one, label, class,
             image).
-        title: what they are of.
+        title: the number and the kind of the samples.
     """
 
     def __init__(self, run):
@@ -260,7 +260,7 @@ class _Predictions:
         if facts["outputs"] == "values" or not self.names:
             return
         script = type(run.state).__module__
-        sys.modules.setdefault("train", sys.modules[script])  # which inference.py imports
+        sys.modules.setdefault("train", sys.modules[script])  # inference.py imports it
         model = importlib.import_module("inference").Model(run.args.model_dir)
         is_table = not isinstance(run.data, datasets.Data)
         read = _read_table if is_table else _read_images
@@ -309,7 +309,7 @@ def _read_images(run):
     indices = datasets.spread(len(dataset), MAX_SAMPLES)
     indices = np.random.default_rng(0).permutation(indices)
     if hasattr(dataset, "batches"):
-        indices = np.arange(2)  # it returns its first samples for them
+        indices = np.arange(2)  # it returns its first samples for any indices
     num_parts = -(-len(indices) // PART)
     for part in np.array_split(indices, num_parts):
         key = (run.args.seed,)
@@ -326,7 +326,7 @@ def _read_table(run):
 
 
 def draw_confusion(predictions):
-    """Return a figure of how many samples of each class were predicted as which class."""
+    """Return a figure of the confusion matrix."""
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
@@ -429,7 +429,7 @@ def _shorten(name, letters=18):
 
 
 def _to_pixels(image):
-    """Return an image of any range as matplotlib shows it."""
+    """Return an image of any range in the range that matplotlib shows."""
     if image.shape[2] == 1:
         image = image[..., 0]
     if image.dtype == np.uint8:
@@ -443,7 +443,7 @@ def _to_pixels(image):
 
 
 def draw_importance(gains: dict[str, float]):
-    """Return a figure of the mean gain of the splits by each feature, the largest ones."""
+    """Return a figure of the features with the largest mean gain of their splits."""
     from matplotlib.figure import Figure
 
     order = sorted(gains, key=lambda name: gains[name], reverse=True)

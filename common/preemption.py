@@ -1,4 +1,4 @@
-"""Signals end a training between two steps, with a checkpoint and an exit code that says so.
+"""Handle signals: end a training between two steps, with a checkpoint and the exit code of the signal.
 
 SageMaker sends SIGTERM two minutes before it reclaims a Spot instance. Slurm sends SIGTERM, or the signal of
 `sbatch --signal`. A closed terminal sends SIGHUP, a limit on CPU time SIGXCPU, the timer of `--stop-after`
@@ -32,8 +32,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
     Args:
         number: the signal's number.
-        saved: the name of the checkpoint that holds the whole training state; None if there was nothing to
-            save.
+        saved: the name of the checkpoint with the whole training state; None if there was nothing to save.
     """
 
     def __init__(self, number, saved=None):
@@ -44,12 +43,12 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 class SignalHandlers:
-    """Handlers that take a note of a signal.
+    """Handlers that record a signal.
 
     Attributes:
         received: the first signal's number, or None.
-        deferred: set it when there is something to save; from then on the training reads `received` between
-            two steps. Before, a signal calls `on_early_signal(number, frame)`.
+        deferred: set it once there is something to save; the training then reads `received` between two
+            steps. Until then, a signal calls `on_early_signal(number, frame)`.
     """
 
     def __init__(self, on_early_signal):
@@ -75,7 +74,7 @@ class SignalHandlers:
             os.kill(os.getpid(), number)
 
     def restore(self):
-        """Put back the handlers that `install` found. A script, which is about to exit, ignores signals."""
+        """Restore the handlers that `install` found. A script, which is about to exit, ignores signals."""
         if self._found:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, found in self._found.items():
@@ -91,7 +90,7 @@ class SignalHandlers:
             begin_line(number)
             reason = f"{signal.Signals(number).name} received"
             if number == signal.SIGALRM:
-                reason = "The time of --stop-after is over"
+                reason = "The time of --stop-after has passed"
             print_safely(f"{reason}: finishing the running step and saving")
         else:
             self._on_early_signal(number, frame)
@@ -119,7 +118,7 @@ def exit_at_once(number, frame=None):
 
 
 def begin_line(number: int) -> None:
-    """Begin a new line on a terminal after Ctrl-C, which shows ^C beside what is there."""
+    """Begin a new line on a terminal after Ctrl-C, which shows ^C in the current line."""
     if number == signal.SIGINT and errors.is_terminal(sys.stdout):
         print_safely("")
 

@@ -1,4 +1,4 @@
-"""Keeping known noise of a framework out of standard error, and nothing else."""
+"""Keep known noise of a framework out of standard error, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 import tempfile
 from typing import Iterator
 
-# What TensorFlow prints while it is imported, at any log level: missing GPUs, and how its kernels round.
+# TensorFlow prints this while it is imported, at any log level: missing GPUs, and how its kernels round.
 TENSORFLOW = r"WARNING: All log messages before absl|I0000 .*(port|cudart_stub|cpu_feature_guard)\.cc"
 
 
 @contextlib.contextmanager
 def without_lines(pattern: str) -> Iterator[None]:
-    """Let no line that begins with `pattern` reach standard error inside this block, not even from C++ code.
+    """Drop lines that begin with `pattern` from standard error inside this block, even those of C++ code.
 
     The other lines appear when the block ends.
     """

@@ -24,10 +24,10 @@ log = LOGGER.info
 
 
 class LogHandler(logging.StreamHandler):
-    """Prints each log line at once. A line that cannot be written is dropped: it must not end a training.
+    """Prints each log line at once. A line that cannot be written is dropped, as it must not end a training.
 
     Attributes:
-        bar: the progress bar that is on the terminal, or None; a line appears above it.
+        bar: the progress bar on the terminal, or None; a line appears above it.
     """
 
     bar = None
@@ -41,7 +41,7 @@ class LogHandler(logging.StreamHandler):
             self.bar.refresh()
 
     def format(self, record):
-        """Return the line of a record; a name in it cannot begin another line."""
+        """Return the line of a record; names in it cannot add a line."""
         line = super().format(record)
         return line if line.isprintable() else errors.in_one_line(line)
 
@@ -52,7 +52,7 @@ class LogHandler(logging.StreamHandler):
 
 
 class QuietStream:
-    """A stream whose errors end nothing, such as that of a terminal that has been closed."""
+    """A stream that ignores errors, such as those of a closed terminal."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -66,13 +66,13 @@ class QuietStream:
             self._stream.write(text)
 
     def flush(self):
-        """Write what is buffered, if that is possible."""
+        """Write the buffer, if that is possible."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
 
 def start_logging(is_main_process):
-    """Let `log` print, on the main process only; return a function that restores the state before."""
+    """Let `log` print, on the main process only; return a function that restores the previous state."""
     handler = LogHandler(sys.stdout)
     level, propagate = LOGGER.level, LOGGER.propagate
     LOGGER.setLevel(logging.INFO if is_main_process else logging.CRITICAL)
@@ -103,13 +103,13 @@ def log_weights(path, num_loaded, missing, unused):
 
 
 def log_left_out(flag: str, folder: Path, names: Collection[str], kind: str) -> None:
-    """Log which files of a data folder are not read, if there are any; `kind` says what is read."""
+    """Log which files of a data folder are not read, if there are any; `kind` is the kind that is read."""
     if names:
         log(f"Left out of {flag} {folder}, not {kind} ({len(names)}): {shortened(sorted(names))}")
 
 
 def shortened(names: Collection[str], limit: int = 6) -> str:
-    """Return the first of some names as text, and how many more there are."""
+    """Return the first names as text, and the number of the rest."""
     names = list(map(str, names))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
@@ -138,9 +138,9 @@ def metric_definitions(metrics=("loss", "accuracy", "rmse")):
 
 
 class ProgressBar:
-    """A bar over all steps of a training, with the running metrics and the time that is left, on a terminal.
+    """A bar over all steps of a training, with the running metrics and the remaining time, on a terminal.
 
-    Elsewhere each method does nothing, and the bar is false.
+    Without a terminal each method does nothing, and the bar is false.
 
     Args:
         num_epochs: the number of epochs in total.

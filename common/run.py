@@ -1,7 +1,7 @@
-"""The frame around a training, from the flags and the newest checkpoint to the model and the exit code.
+"""Run a training, from the flags and the newest checkpoint to the model and the exit code.
 
-`train.py` uses `start`, `Run` and `execute`. Nothing in this module knows a framework: `engine.py`, beside
-the script, does, and passes through `Run`.
+`train.py` uses `start`, `Run` and `execute`. This module is independent of the framework: it calls
+`engine.py`, beside the script, through `Run`.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ _notice.daemon = True
 
 
 def start(parse_args):
-    """Take over the signals that end a training, and return the flags; call this before the slow imports."""
+    """Take over the signals that end a training, and return the flags; call this before slow imports."""
     preemption.take_over(preemption.exit_at_once)
     args = parse_args()
     signal.setitimer(signal.ITIMER_REAL, args.stop_after)
@@ -74,7 +74,7 @@ def execute(main, args):
 def report_error(error):
     """Exit with code 1 and one line for an error that a user can correct, or a traceback for a bug."""
     if isinstance(error, ImportError):
-        fail(f"{error}. Install what is missing with: pip install {error.name}")
+        fail(f"{error}. Install it with: pip install {error.name}")
     if isinstance(error, (UserError, OSError)):
         fail(error)
     if is_out_of_memory(error):
@@ -85,15 +85,15 @@ def report_error(error):
 
 
 class Run:
-    """One training: workers, signals, data, checkpoints, progress and log. Use it in a `with` statement.
+    """A training: workers, signals, data, checkpoints, progress and log. Use it in a `with` statement.
 
     Args:
         args: the flags.
         engine: the module `engine` of the framework.
 
     Attributes:
-        device: what `engine.start` returns.
-        data: what `load_data` returns.
+        device: the result of `engine.start`.
+        data: the result of `load_data`.
         progress: see `common/train_state.py`.
     """
 
@@ -106,7 +106,7 @@ class Run:
         self._data_facts = {}
         self._dry_run = dry_run.DryRun(args, engine.CHECKPOINT) if args.dry_run else None
         self._export_facts = model_folder.describe_flags(args)  # also in each checkpoint
-        self._description = {}  # what the next run compares itself with, in plain values
+        self._description = {}  # plain values that the next run is compared with
         self.progress = train_state.Progress()
         self.workers = distributed.Workers()
         self.signals = preemption.SignalHandlers(self._end_early)
@@ -114,7 +114,7 @@ class Run:
         self.checkpoints = None
         self._newest = None  # (name, content) of the newest checkpoint between `load_data` and `restore`
         self.steps_per_epoch = 0
-        self.resumed = []  # where runs have resumed, in epochs; also in each checkpoint
+        self.resumed = []  # the places where runs resumed, in epochs; also in each checkpoint
         self._trackers = []
         self._exits = contextlib.ExitStack()
         self._started = time.monotonic()
@@ -130,7 +130,7 @@ class Run:
         self._bar = report.ProgressBar(args.epochs, False)
         self._clock = self._last_save = time.monotonic()
 
-    # Begin and end ------------------------------------------------------------------------------------------
+    # Start and end ------------------------------------------------------------------------------------------
 
     def __enter__(self):
         """Join the other workers, take over the signals, prepare the folders and start the engine."""
@@ -167,11 +167,11 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        """Wait for the last save and the other workers; put back what was changed in this process."""
+        """Wait for the last save and the other workers; restore the state of this process."""
         try:
             if error is None:
                 self.saver.wait()
-                if not self._is_exported:  # otherwise all files are written, and a signal is too late
+                if not self._is_exported:  # otherwise all files are written, and a signal comes too late
                     self._check_signals()
                 self.workers.leave()
                 self._finish()
@@ -179,7 +179,7 @@ class Run:
                 self.workers.leave()
             elif self.workers.size > 1:
                 self._fail_together(error)
-            elif isinstance(error, DataError) and self.progress.step:  # no step is under way
+            elif isinstance(error, DataError) and self.progress.step:  # between two steps
                 log(f"Saved {self.save()}")
                 self.saver.wait()
         finally:
@@ -199,7 +199,7 @@ class Run:
         prepare_folder(self.args.output_data_dir, "--output-data-dir")
 
     def _finish(self):
-        """Complete the tracking and draw the pictures. Signals are ignored: model and metrics are written."""
+        """Complete the tracking and draw the pictures. Signals are ignored: the results are written."""
         self.signals.restore()
         while self._trackers:
             self._trackers.pop().close("FINISHED", tracking.LAST_SECONDS)
@@ -234,12 +234,12 @@ class Run:
     # Data ---------------------------------------------------------------------------------------------------
 
     def load_data(self, data_sets):
-        """Return what is known of the data sets (training, validation), as `common.datasets.Data`."""
+        """Return the `common.datasets.Data` of the data sets (training, validation)."""
         try:
             train, validation = data_sets
         except (TypeError, ValueError) as error:
             raise UserError("load_data must return two data sets, for training and validation") from error
-        if hasattr(self.engine, "wrap_data_sets"):  # the framework has data sets that come in batches
+        if hasattr(self.engine, "wrap_data_sets"):  # the framework has data sets of batches
             train, validation = self.engine.wrap_data_sets(train, validation)
         if self._dry_run:
             for name, dataset in (("training", train), ("validation", validation)):
@@ -266,7 +266,7 @@ class Run:
     def _saved_statistics(self):
         """Return mean and standard deviation of the channels from the newest checkpoint, or None.
 
-        The weights have learned with them, and finding them again would take seconds.
+        The weights were trained with them, and computing them again would take seconds.
         """
         self._newest = self._read_newest()
         if self._newest is None:
@@ -277,8 +277,8 @@ class Run:
         return np.array(facts["mean"], np.float32), np.array(facts["std"], np.float32)
 
     def load_tables(self, data_sets):
-        """Return the tables (training, validation) as `common.tables.Tables`, see there."""
-        self._newest = self._read_newest()  # a damaged one is named before the rows are counted
+        """Return the tables (training, validation) as `common.tables.Tables`."""
+        self._newest = self._read_newest()  # damaged ones are logged before the rows are counted
         self.data = tables.describe(*data_sets)
         for flag in ("booster", "seed"):
             self.job[f"--{flag}"] = getattr(self.args, flag)
@@ -310,9 +310,9 @@ class Run:
         If `--patience` or a callback has ended the training, nothing is left to train: return `--epochs`.
 
         Args:
-            state: has `state_dict()`, a dictionary of all that training changes, `load_state_dict(content)`,
-                `job`, a dictionary of plain values that make a job, and `load_weights(path)`. It may have
-                `settings`, which are compared like the flags with the same names.
+            state: has `state_dict()`, a dictionary of everything that training changes,
+                `load_state_dict(content)`, `job`, a dictionary of plain values that identify a job, and
+                `load_weights(path)`. It may have `settings`, compared like the flags with the same names.
         """
         args = self.args
         self.state = state
@@ -331,7 +331,7 @@ class Run:
             progress = train_state.Progress(**content["progress"])
             if len(progress.sums) == self.workers.size:
                 progress.sums = progress.sums[self.workers.rank]
-            else:  # another number of workers: the main process takes it all
+            else:  # another number of workers: the main process takes the totals
                 total = train_state.add_up(progress.sums or [{}])
                 progress.sums = total if self.workers.is_main_process else {}
             for name, pair in progress.sums.items():
@@ -354,7 +354,7 @@ class Run:
         else:
             log(f"Starting training from epoch: {epoch + 1}" + (f", step: {step + 1}" if step else ""))
         if epoch >= args.epochs:
-            self.defer_signals()  # the export comes next, and finishes first
+            self.defer_signals()  # the export is next, and a signal does not interrupt it
         if self.is_main_process and not self._dry_run:
             self._trackers = tracking.start(args, self.progress.history)
         self._last_save = self._clock = time.monotonic()
@@ -364,7 +364,7 @@ class Run:
         """Set the training state to the content of a checkpoint, to export its model without any data.
 
         Args:
-            content: what the engine has read.
+            content: the checkpoint as read by the engine.
             training_state: the class in `train.py`.
         """
         self.device = self.engine.start(self.args, self.workers)
@@ -418,7 +418,7 @@ class Run:
         return train_state.best_epoch(self.progress.history, *self._metric())
 
     def _metric(self):
-        """Return (name, sign) of the metric that decides; by default the loss, else the one reported last."""
+        """Return (name, sign) of the metric that decides; by default the loss, or else the last one."""
         if self.args.best_metric:
             return train_state.parse_metric(self.args.best_metric, "--best-metric")
         names = [key for key in self.progress.history[-1] if key.startswith("validation_")]
@@ -428,11 +428,11 @@ class Run:
     # Training -----------------------------------------------------------------------------------------------
 
     def training_batches(self, epoch, augment=None):
-        """Return an iterator over the batches that are left of an epoch, counted from 0, see `batches.Batch`.
+        """Return an iterator over the remaining batches of an epoch, counted from 0, see `batches.Batch`.
 
         Args:
             epoch: the number of finished epochs.
-            augment: a function (images, labels, rng) that returns changed images and labels; used with
+            augment: a function (images, labels, rng) that returns new images and labels; used with
                 `--augment`.
         """
         loader = self.training_loader(epoch, augment)
@@ -487,11 +487,11 @@ class Run:
         if self.signals.deferred:
             return
         if self.workers.size > 1:
-            self.workers.all_gather(None)  # all workers begin together
+            self.workers.all_gather(None)  # all workers start together
         self.signals.deferred = True
 
     def finish_step(self, metrics, num_samples=None):
-        """Count a step: add up its metrics, show progress, save if it is time, end after a signal.
+        """Count a step: add up its metrics, show progress, save if due, end after a signal.
 
         Args:
             metrics: pairs (numerator, denominator) of sums over this worker's samples, by name; arrays on a
@@ -538,7 +538,7 @@ class Run:
         return train_state.mean_metrics(train_state.plain_sums(self.progress.sums))
 
     def _check_attributes(self):
-        """Log a warning, after the second step, for what the steps change and no checkpoint holds."""
+        """Log a warning, after the second step, for changed attributes that no checkpoint contains."""
         if self._attributes is None:
             self._attributes = self_check.Attributes(self.state, self._owners_of_attributes)
         self._has_checked_attributes = self._attributes.compare()
@@ -564,8 +564,8 @@ class Run:
         """Finish an epoch: save its checkpoint, log its line, return whether `--patience` ends the training.
 
         Args:
-            metrics, validation_metrics: by name; default: the means of what `finish_step` and
-                `finish_validation_step` have added up.
+            metrics, validation_metrics: by name; default: the means of the sums of `finish_step` and
+                `finish_validation_step`.
         """
         if metrics is None:
             metrics = self._mean_metrics(self.progress.sums)
@@ -579,7 +579,7 @@ class Run:
     def finish_round(self, metrics, validation_metrics, samples):
         """Finish a boosting round; return whether `--patience` ends the training. End it after a signal.
 
-        A round is an epoch of milliseconds, so that not every round has a checkpoint in a long training.
+        A round is an epoch of milliseconds; a long training does not save a checkpoint in every round.
 
         Args:
             metrics, validation_metrics: by name.
@@ -614,15 +614,15 @@ class Run:
         return stop
 
     def _log_epoch(self, row):
-        if not self._dry_run:  # whose metrics mean nothing
+        if not self._dry_run:  # its metrics mean nothing
             log(report.epoch_line(row))
         for tracker in self._trackers:
             tracker.add(row)
 
     def should_stop(self):
-        """Return whether the training is over before `--epochs`: a function of what checkpoints hold.
+        """Return whether the training ends before `--epochs`; this depends only on saved state.
 
-        A callback has ended it, or `--patience` epochs have brought nothing better.
+        A callback has ended it, or `--patience` epochs have brought no better metric.
         """
         history = self.progress.history
         if self.progress.stopped:
@@ -666,7 +666,7 @@ class Run:
         """Yield an empty folder whose content becomes that of `--model-dir`, then write the metrics.
 
         With `--best-metric` the training state becomes that of the best epoch. Every worker may write into
-        its folder; that of the main process counts. `model.json` and `code/` are added.
+        its folder; only that of the main process is used. `model.json` and `code/` are added.
         """
         if not self.workers.is_main_process:
             yield temporary_folder("export-")

@@ -1,4 +1,4 @@
-"""Addresses in S3 such as `s3://bucket/folder/`; a client of boto3 is an argument, so that none is needed."""
+"""Addresses in S3 such as `s3://bucket/folder/`; nothing imports boto3: its client is an argument."""
 
 import os
 
@@ -10,7 +10,7 @@ def split_uri(uri):
 
 
 def list_objects(s3, uri):
-    """Return the time of change of all objects whose address begins with `uri`, by key."""
+    """Return the modification time of all objects whose address begins with `uri`, by key."""
     bucket, prefix = split_uri(uri)
     lister = s3.get_paginator("list_objects_v2")
     changes = {}
@@ -23,7 +23,7 @@ def list_objects(s3, uri):
 
 
 def download(s3, uri, folder):
-    """Copy all objects whose address begins with `uri` into `folder`; return how many there are."""
+    """Copy all objects whose address begins with `uri` into `folder`; return their number."""
     bucket, prefix = split_uri(uri)
     changes = list_objects(s3, uri)
     for key, changed in changes.items():

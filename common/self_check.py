@@ -1,4 +1,4 @@
-"""Warnings at the start: the usual mistakes that make a resumed training differ from an uninterrupted one."""
+"""Warn at the start of the usual mistakes that make a resumed training differ from an uninterrupted one."""
 
 import contextlib
 import math
@@ -11,13 +11,13 @@ import numpy as np
 from common.report import log
 
 NUM_SAMPLES = 4  # few: reading them must not delay the start
-MAX_VALUES = 2**16  # of a list or an array that is compared
+MAX_VALUES = 2**16  # in a list or an array to compare
 # Attributes of torch's optimizers and modules.
 IN_CHECKPOINT = ("state", "param_groups", "defaults", "_parameters", "_buffers", "_modules")
 
 
 def check_data_set(name, dataset, read_samples):
-    """Log a warning if a data set returns other samples when it is read again under the same seed.
+    """Log a warning if a data set returns different samples when it is read again with the same seed.
 
     Args:
         name: "training" or "validation".
@@ -30,14 +30,14 @@ def check_data_set(name, dataset, read_samples):
     if is_same(read_samples(dataset, indices), read_samples(dataset, indices)):
         return
     log(
-        f"Warning: the {name} data set returns other samples when it is read again: after an interruption "
+        f"Warning: the {name} data set returns different samples when read again: after an interruption "
         "the result will not be bit-identical. Take random numbers from `random`, `numpy.random` or the "
-        "framework, which are seeded for each sample, not from a generator of your own"
+        "framework, which are seeded for each sample, not from your own generator"
     )
 
 
 def check_augment(augment, images, labels, make_rng):
-    """Log a warning if `augment` returns something else for the same samples and the same random numbers.
+    """Log a warning if `augment` returns different images for the same samples and random numbers.
 
     Args:
         augment: the function of `train.py`.
@@ -48,23 +48,23 @@ def check_augment(augment, images, labels, make_rng):
     if is_same(first, augment(images.copy(), labels.copy(), make_rng())):
         return
     log(
-        "Warning: augment returns other samples for the same `rng`: after an interruption the result will "
-        "not be bit-identical. Take all random numbers from `rng`"
+        "Warning: augment returns different samples for the same `rng`: after an interruption the result "
+        "will not be bit-identical. Take all random numbers from `rng`"
     )
 
 
 def is_same(arrays, others):
-    """Return whether two sequences of arrays have the same bits."""
+    """Return whether two sequences of arrays are bit-identical."""
     pairs = zip(map(np.asarray, arrays), map(np.asarray, others))
     return all(array.tobytes() == other.tobytes() for array, other in pairs)
 
 
 class Attributes:
-    """Finds what training changes although no checkpoint holds it.
+    """Finds attributes that training changes but no checkpoint contains.
 
     Args:
         state: the training state.
-        owners: a function that returns dictionaries of attributes, by what the log calls their owner.
+        owners: a function that returns dictionaries of attributes, by the name of their owner in the log.
     """
 
     def __init__(self, state, owners):
@@ -73,9 +73,9 @@ class Attributes:
         self._before = None
 
     def compare(self):
-        """Log a warning for what has changed since the call before; return whether there was one.
+        """Log a warning for attributes changed since the previous call; return whether there was one.
 
-        Call it after the first step too: some attributes get their first value there.
+        Call it after the first step too, which sets some attributes for the first time.
         """
         now = {}
         for owner, attributes in self._owners().items():
@@ -91,7 +91,7 @@ class Attributes:
             changed = [name for name in changed if now[name] not in held]
         if changed:
             log(
-                f"Warning: training changes {', '.join(changed)}, which no checkpoint holds: after an "
+                f"Warning: training changes {', '.join(changed)}, which no checkpoint contains: after an "
                 "interruption the result may not be bit-identical. Return it from state_dict()"
             )
         return True
@@ -120,7 +120,7 @@ def _checksum(value, depth=5):
         return _checksum(value.get_state()[1:])
     for method in ("state_dict", "get_state"):  # torch's modules, optimizers, schedulers, generators
         if hasattr(value, method):
-            with contextlib.suppress(TypeError):  # a method of the user's with arguments
+            with contextlib.suppress(TypeError):  # a user's method with arguments
                 return _checksum(getattr(value, method)(), depth)
     if isinstance(value, dict):
         value = list(value.values())

@@ -1,4 +1,4 @@
-"""What the `inference.py` of all frameworks share: requests, answers, and the prediction of files.
+"""The code that the `inference.py` of all frameworks share: requests, answers, prediction of files.
 
 A request is JSON, CSV, an `.npy` file, or a JPEG or PNG image. The answer has a prediction for each sample:
 
@@ -27,7 +27,7 @@ SUFFIXES = {".csv": "text/csv", ".tsv": "text/csv", ".json": "application/json",
 SUFFIXES.update(dict.fromkeys(images.EXTENSIONS, "application/x-image"))
 
 
-try:  # the exception that SageMaker's servers answer with its own status
+try:  # SageMaker's servers answer this exception with its status
     from sagemaker_inference.errors import BaseInferenceToolkitError as ServingError
 except ImportError:
     ServingError = Exception
@@ -38,7 +38,7 @@ class RequestError(ServingError):
 
     Attributes:
         message, phrase: the text.
-        status_code: 400; 415 for an unknown content type, 406 for one that is not written here.
+        status_code: 400; 415 for an unknown content type, 406 for an unknown accepted type.
     """
 
     def __init__(self, message, status_code=400):
@@ -51,9 +51,9 @@ class RequestError(ServingError):
 
 
 def with_status(function):
-    """Make a function of `inference.py` answer with the status of a RequestError where the server is Flask.
+    """Make a function of `inference.py` answer with the status of a RequestError on a Flask server.
 
-    SageMaker's XGBoost container hides each exception in one of its own, which Flask answers with 500.
+    SageMaker's XGBoost container wraps each exception in another one, which Flask answers with 500.
     """
 
     @functools.wraps(function)
@@ -86,7 +86,7 @@ def read_facts(model_dir):
 
 
 def restore(facts, parse_args):
-    """Return the flags of the training and its data, whose samples are zeros: what `build_model` needs."""
+    """Return the flags of the training and its data, whose samples are zeros, for `build_model`."""
     args = model_folder.restore_flags(facts, parse_args)
     return args, model_folder.restore_data(facts)
 
@@ -95,7 +95,7 @@ def restore(facts, parse_args):
 
 
 def decode(body, content_type):
-    """Return what a request contains: an array, a list (of rows), or a Pillow image.
+    """Return the content of a request: an array, a list (of rows), or a Pillow image.
 
     Args:
         body: bytes or text.
@@ -112,14 +112,14 @@ def decode(body, content_type):
         body = body.encode()
     try:
         return readers[kind](bytes(body))
-    except Exception as error:  # each reader has its own
+    except Exception as error:  # each reader has its own errors
         raise RequestError(f"the body cannot be read as {kind}: {errors.first_line(error)}") from error
 
 
 def _read_json(body):
     content = json.loads(body)
     if isinstance(content, dict):
-        content = content["instances"]  # as TensorFlow Serving has it
+        content = content["instances"]  # the format of TensorFlow Serving
     return content if isinstance(content, list) else [content]
 
 
@@ -136,12 +136,12 @@ def _read_npy(body):
 def _read_image(body):
     try:
         return decoder.open_image(io.BytesIO(body))
-    except OSError as error:  # Pillow's own text has the address of the buffer
-        raise ValueError("it is no image, or a damaged one") from error
+    except OSError as error:  # Pillow's message has the address of the buffer
+        raise ValueError("it is not an image, or damaged") from error
 
 
 def to_samples(content, facts):
-    """Return what `decode` has returned as samples for the network.
+    """Return the result of `decode` as samples for the network.
 
     Returns:
         float32 array (n, height, width, channels) of pixels from 0 to 255 for a network that was trained with
@@ -201,8 +201,8 @@ def answers(outputs, facts):
     """Return a prediction for each sample: a dictionary of plain values.
 
     Args:
-        outputs: what the model has computed: an array (n, ...), of a classifier logits or probabilities
-            (n, classes); or several arrays, as a dictionary, a tuple or a list.
+        outputs: those of the model: an array (n, ...), for a classifier logits or probabilities (n, classes);
+            or several arrays, as a dictionary, a tuple or a list.
         facts: the content of `model.json`.
     """
     if facts["outputs"] == "values":
@@ -288,7 +288,7 @@ def parse_args(framework, code, description, argv=None):
 def predict_files(args, model_fn, predict_fn):
     """Predict files with a model, print a line for each sample, and write the table; return the exit code.
 
-    A file that cannot be predicted is reported and left out; the exit code is 1 then.
+    A file that cannot be predicted is reported and left out, and the exit code is 1.
 
     Args:
         args: the flags of `parse_args`.
@@ -336,7 +336,7 @@ def _write_table(path, rows, model):
 
 
 def _find_files(paths, facts):
-    """Return the files to predict, in order; of a folder the images, or for trees the tables."""
+    """Return the files to predict, in order; from folders the images, or for trees the tables."""
     wanted = (".csv", ".tsv") if "column_names" in facts else images.EXTENSIONS
     found = []
     for path in paths:

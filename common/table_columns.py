@@ -1,7 +1,7 @@
-"""What the columns of a table are: the label, weights, numbers, categories, and what is left out.
+"""The columns of a table: the label, weights, numbers, categories, and columns that are left out.
 
 Text becomes a category: a number that XGBoost does not order, the index of the text among the sorted texts of
-the training files. All workers read all files, so that they find the same.
+the training files. All workers read all files, so that their results agree.
 """
 
 import re
@@ -13,19 +13,19 @@ from common import table_values
 from common.errors import UserError
 from common.report import log, shortened
 
-MAX_CLASSES = 100  # with more values, numbers as labels are those of a regression
+MAX_CLASSES = 100  # labels with more values are those of a regression
 FEW_CLASSES = 10
-MAX_CATEGORIES = 1000  # a column with more texts is not one of categories
-ALMOST_ALL = 0.9  # with a new text in so many of the rows, a column has names; with so many dates, dates
-MISTAKES = 0.05  # so few texts among numbers are mistakes; more of them make categories
-ROW_NUMBERS = ("unnamed: 0", "rownames", "row.names", "__index_level_0__")  # what R and pandas add to a file
+MAX_CATEGORIES = 1000  # a column with more texts has no categories
+ALMOST_ALL = 0.9  # the share of rows with a new text that makes a column names, or with a date, dates
+MISTAKES = 0.05  # a smaller share of texts among numbers are mistakes; a larger one makes categories
+ROW_NUMBERS = ("unnamed: 0", "rownames", "row.names", "__index_level_0__")  # columns that R and pandas add
 MAYBE_ROW_NUMBERS = r"^(X|index|row|.*[iI][dD])$"  # if they count the rows
 DATE = (
     r"^[0-9]{4}[-/.][0-9]{1,2}[-/.][0-9]{1,2}([ T].*)?$"
     r"|^[0-9]{1,2}[-/.][0-9]{1,2}[-/.][0-9]{2,4}( .*)?$"
     r"|^[0-9]{1,2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?$"
 )
-# Numbers that people read, and programs do not: 1,234.5 and 12 % and $5 and 0,5 in a file with commas.
+# Numbers that people can read, but programs cannot: 1,234.5 and 12 % and $5 and 0,5 in a file with commas.
 DECORATED = (
     r"^[$€£]? ?[+-]?[0-9]{1,3}([.,' ][0-9]{3})+([.,][0-9]+)? ?[%$€£]?$"
     r"|^[$€£] ?[+-]?[0-9.,]+$"
@@ -51,7 +51,7 @@ class Feature(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the columns of the training files are.
+    """The columns of the training files.
 
     Attributes:
         features: a list of Feature.
@@ -59,7 +59,7 @@ class Layout(NamedTuple):
         label_name: that of the label's column.
         label_values: the texts of the label, sorted; None for numbers.
         careful: whether numbers are read as text, because some have spaces around them.
-        left_out: what is no feature and why, for the log.
+        left_out: the columns that are no features, and why, for the log.
         notes: other lines for the log.
     """
 
@@ -79,8 +79,8 @@ class Layout(NamedTuple):
 def find_layout(files, args, careful=False):
     """Return the Layout of opened training files.
 
-    Numbers need no look at all rows: a plain table of numbers is read once. Texts do, because a category's
-    number depends on all of them, and so do columns that may be row numbers.
+    A plain table of numbers is read once. Columns of text need a look at all rows, because a category's
+    number depends on all texts; so do columns that may be row numbers.
 
     Args:
         files: from `table_files.open_files`.
@@ -117,14 +117,14 @@ def find_layout(files, args, careful=False):
         _add_feature(layout, first, index, texts.get(index))
     if not layout.features:
         raise UserError(
-            f"{first.path} has no columns to learn from beside the label {layout.label_name}: left out are "
+            f"{first.path} has no columns to learn from besides the label {layout.label_name}: left out are "
             f"{shortened(left_out)}"
         )
     return layout
 
 
 def _add_feature(layout, file, index, text):
-    """Add a column to the features of a layout, or to what is left out.
+    """Add a column to the features of a layout, or to the columns that are left out.
 
     Args:
         layout: the Layout.
@@ -174,7 +174,7 @@ def _find_column(flag, wanted, file):
 
 
 def _has_row_numbers(files, careful):
-    """Return whether the first column has the numbers of the rows, or of those of a larger table."""
+    """Return whether the first column has row numbers, possibly those of a larger table."""
     name = files[0].names[0]
     is_added = name.lower() in ROW_NUMBERS
     if not files[0].has_header or not (is_added or re.match(MAYBE_ROW_NUMBERS, name)):
@@ -199,13 +199,13 @@ def _has_row_numbers(files, careful):
 
 
 class _Texts:
-    """What is known of a column of text."""
+    """Statistics of a column of text."""
 
     def __init__(self, name):
         self.name = name
-        self.values = set()  # no more than MAX_CATEGORIES and those of one part
+        self.values = set()  # at most MAX_CATEGORIES and those of one part
         self.num_values = self.num_numbers = self.num_dates = self.num_decorated = 0
-        self.example = None  # the first text that is no number
+        self.example = None  # the first text that is not a number
         self.place = None  # of the example: (file, row)
 
     def add(self, file, column, first_row):
@@ -242,7 +242,7 @@ class _Texts:
         return f"{count} different texts in {self.num_values} rows, such as {self.example!r:.50}"
 
     def check(self):
-        """Raise UserError for dates, and for what must be a mistake: texts that belong to numbers."""
+        """Raise UserError for dates, and for texts that must be mistakes, such as units after numbers."""
         if self.num_values == self.num_numbers:
             return
         file, row = self.place
@@ -250,7 +250,7 @@ class _Texts:
         if self.num_dates > ALMOST_ALL * self.num_values:
             raise table_values.dates_error(place, self.name, f"such as {self.example}")
         if self.num_numbers and self.example == self.name:
-            raise UserError(f"{place}: the header is repeated: remove it, or put each table into a file")
+            raise UserError(f"{place}: the header is repeated: remove it, or use a file per table")
         if self.num_decorated and self.num_decorated + self.num_numbers > ALMOST_ALL * self.num_values:
             raise UserError(
                 f"{place}: the column {self.name} has numbers such as {self.example!r:.50}: expected a "
@@ -293,7 +293,7 @@ def read(file, layout, unseen):
     Args:
         file: an opened file.
         layout: of the training files.
-        unseen: a Counter of (name, text), to which categories are added that the training files do not have.
+        unseen: a Counter of (name, text), which counts categories that are not in the training files.
     """
     columns = [layout.label, *(feature.index for feature in layout.features)]
     text = [feature.index for feature in layout.features if feature.values]
@@ -393,13 +393,13 @@ def _to_numbers(file, column, name, first_row):
 
 
 def _to_float32(file, column, name, first_row):
-    with np.errstate(over="ignore"):  # `check_numbers` finds what is too large
+    with np.errstate(over="ignore"):  # `check_numbers` finds infinite values
         return _to_numbers(file, column, name, first_row).astype(np.float32)
 
 
 def _stray_text(file, row, text, name):
     return (
-        f"{file.path}, {file.place(row)}: {text!r:.50} is among the numbers of the column {name}: expected "
+        f"{file.path}, {file.place(row)}: {text!r:.50} in the column {name} is not a number: expected "
         "a number, or nothing for a missing value"
     )
 
@@ -408,7 +408,7 @@ def _stray_text(file, row, text, name):
 
 
 def model_names(layout, has_header):
-    """Return the names of the features in the model, or None without any; log which had to change."""
+    """Return the names of the features in the model, or None without any; log renamed ones."""
     if not has_header and not any(feature.values for feature in layout.features):
         return None
     titles = [feature.name for feature in layout.features]
@@ -425,10 +425,10 @@ def to_model_name(name):
 
 
 def find_classes(labels, args):
-    """Return the sorted values of labels that are classes but not 0, 1, 2, ...; None for others.
+    """Return the sorted values of labels that are classes other than 0, 1, 2, ...; otherwise None.
 
     Classes are two whole numbers, up to MAX_CLASSES without a gap from 0 or 1, or FEW_CLASSES without a gap
-    elsewhere: 3 to 8 are grades, but 20 to 60 are ages. An objective of classification takes any.
+    elsewhere: 3 to 8 are grades, but 20 to 60 are ages. A classification objective takes any labels.
     """
     values = np.unique(labels)
     kind = (args.objective or "").partition(":")[0]
@@ -457,7 +457,7 @@ def number_labels(labels, values):
 
 
 def log_features(layout, kind):
-    """Log what the columns are, and which are left out."""
+    """Log the kinds of the columns, and the columns that are left out."""
     categories = [f"{feature.name} ({len(feature.values)})" for feature in layout.features if feature.values]
     num_numbers = len(layout.features) - len(categories)
     texts = f", {len(categories)} with categories: {shortened(categories)}" if categories else ""

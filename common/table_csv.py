@@ -1,4 +1,4 @@
-"""CSV files: finding out delimiter and header, and reading them in parts of bounded size."""
+"""CSV files: find the delimiter and the header, and read the rows in parts of bounded size."""
 
 import codecs
 import contextlib
@@ -22,23 +22,23 @@ from common.table_values import (
     with_point,
 )
 
-SAMPLE = 1 << 18  # bytes of text that tell the delimiter and the header
+SAMPLE = 1 << 18  # bytes of text that show the delimiter and the header
 SAMPLE_ROWS = 1000
 DELIMITERS = ",;\t"
 
 
 class CsvFile:
-    """A file of text with a row in each line.
+    """A text file with a row in each line.
 
     Args:
         path: of the file.
-        wanted: names of columns; a first row that has one of them is a header.
+        wanted: names of columns; a first row with one of them is a header.
         first: the first file of the same table, if there is one.
 
     Attributes:
         names: of the columns, unique; "f0", "f1" and so on without a header.
         has_header: whether the first row has the names.
-        kinds: "number" or "text" for each column, as far as the first rows tell.
+        kinds: "number" or "text" for each column, as far as the first rows show.
     """
 
     def __init__(self, path, wanted=(), first=None):
@@ -52,7 +52,7 @@ class CsvFile:
         self._skipped = next((index for index, row in enumerate(rows) if not _is_blank(row)), len(rows))
         rows = [row for row in rows if not _is_blank(row)]
         if not rows:
-            raise UserError(f"{path} has no rows: expected some")
+            raise UserError(f"{path} has no rows: expected at least one")
         self._first_row = rows[0]
         width = len(rows[0])
         if width < 2:
@@ -75,9 +75,9 @@ class CsvFile:
             self.kinds.append("number" if all(map(is_number_or_missing, column)) else "text")
 
     def _continues(self, text, first):
-        """Take over what is known of the first file, if this one has the same header, or numbers like it.
+        """Copy the properties of the first file, if this one has the same header, or numbers like it.
 
-        There may be thousands of files.
+        This saves time with thousands of files.
         """
         rows = list(_read_rows(text, first._delimiter, 2))
         is_same_header = first.has_header and rows[:1] == [first._first_row]
@@ -104,15 +104,15 @@ class CsvFile:
             raise ValueError("it is text in UTF-16, expected UTF-8")
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(sample)
         if text.startswith("sep="):
-            raise ValueError(f"its first line {text[:5]} is for Excel only, remove it")
-        return re.sub("\r\n?", "\n", text).replace("\0", "\ufffd")  # Python's reader takes neither
+            raise ValueError(f"its first line {text[:5]} is for Excel only: remove it")
+        return re.sub("\r\n?", "\n", text).replace("\0", "\ufffd")  # Python's reader accepts neither
 
     def batches(self, columns, text, careful=False):
         """Yield the rows as lists of PyArrow arrays, one for each of the `columns`.
 
         Args:
             columns: numbers of columns.
-            text: those of them that are text; the others are numbers.
+            text: the ones that are text; the rest are numbers.
             careful: read in one thread, so that the error for a row names its line.
 
         Raises NotNumbersError if other columns have text.
@@ -155,11 +155,11 @@ class CsvFile:
             return ValueError(str(error))
         place = self.place(int(row[1]) - 1 - self._skipped, with_blanks=True)
         return UserError(
-            f"{self.path}, {place}: {row[2][:200]}. Expected the same number of columns in each row"
+            f"{self.path}, {place}: {row[2][:200]}. Expected the same number of columns in every row"
         )
 
     def place(self, row, with_blanks=False):
-        """Return where a row is, counted from 0 without blank lines or, optionally, with lines of spaces."""
+        """Return the place of a row, counted from 0 without blank lines; optionally lines of spaces count."""
         with contextlib.suppress(csv.Error, StopIteration), open_bytes(self.path) as file:
             lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
             reader = csv.reader(lines, delimiter=self._delimiter)
@@ -227,7 +227,7 @@ def _is_blank(fields):
 
 
 def find_delimiter(text):
-    """Return the delimiter that splits the first lines evenly; of several, into the most numbers."""
+    """Return the delimiter that splits the first lines evenly; if several do, the one with most numbers."""
 
     def score(delimiter):
         rows = [row for row in _read_rows(text, delimiter, 100) if not _is_blank(row)]
@@ -248,7 +248,7 @@ def _find_decimal_point(rows, delimiter):
 
 
 def _is_header(rows):
-    """Return whether the first row names the columns: it has text where the others have numbers."""
+    """Return whether the first row names the columns: it has text in columns of numbers."""
     first, *others = rows
     num_contradictions = 0
     recurs = False

@@ -1,4 +1,4 @@
-"""The files of tables: CSV, LIBSVM and Parquet. Finding them, and reading them in parts of bounded size."""
+"""Find the files of tables (CSV, LIBSVM and Parquet), and read them in parts of bounded size."""
 
 import contextlib
 import io
@@ -24,9 +24,9 @@ def find_files(flag, folder, outputs=()):
     """Return the paths of the files in a folder and below it, in order, without empty ones.
 
     Args:
-        flag: that names the folder, for messages.
-        folder: such as the current one.
-        outputs: folders that trainings write into; they may be inside.
+        flag: the flag that names the folder, for messages.
+        folder: the path, such as the current folder.
+        outputs: folders that trainings write into, which may be inside it.
     """
     own = [output.resolve() for output in outputs if folder.resolve() in output.resolve().parents]
     own = [output.relative_to(folder.resolve()).parts for output in own]
@@ -46,12 +46,12 @@ def find_files(flag, folder, outputs=()):
             left_out.append(path.name)
     if not paths:
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise UserError(f"{flag} {folder} holds {names}: {EXPECTED}")
+        raise UserError(f"{flag} {folder} contains {names}: {EXPECTED}")
     log_left_out(flag, folder, left_out, "tables")
     empty = [path for path in paths if _is_empty(path)]
     paths = [path for path in paths if path not in empty]
     if not paths:
-        raise UserError(f"{flag} {folder} has files without rows: expected some")
+        raise UserError(f"{flag} {folder} has files without rows: expected at least one row")
     if empty:
         log(f"Left out of {flag} {folder}, without rows ({len(empty)}): {shortened(empty)}")
     return paths
@@ -79,8 +79,8 @@ def open_files(paths, wanted=()):
     """Return the files at these paths as CsvFile, LibsvmFile or ParquetFile.
 
     Args:
-        paths: of one kind, and with the same columns.
-        wanted: names of columns that the user has given.
+        paths: files of one kind, with the same columns.
+        wanted: names of columns from the flags.
     """
     classes = {"CSV": CsvFile, "LIBSVM": LibsvmFile, "Parquet": ParquetFile}
     first, *others = paths
@@ -153,7 +153,7 @@ class ParquetFile:
         from pyarrow import parquet
 
         with explain_errors(self.path):
-            # With these options it does not read a whole row group at once.
+            # These options avoid reading a whole row group at once.
             file = parquet.ParquetFile(self.path, buffer_size=1 << 16, pre_buffer=False)
             names = [self.names[index] for index in columns] if self._has_unique_names else None
             for batch in file.iter_batches(max(1, table_values.PART // 4 // len(self.names)), columns=names):
@@ -175,7 +175,7 @@ class ParquetFile:
         return types.is_integer(self._types[index]) or self.has_truth_values(index)
 
     def place(self, row):
-        """Return where a row is, counted from 0."""
+        """Return the place of a row, counted from 0."""
         return f"row {row + 1}"
 
     def check_quotes(self):
@@ -255,7 +255,7 @@ class LibsvmFile:
         return b"".join(rest), np.array(weights, np.float32)
 
     def _explain(self, error, lines, first_line):
-        """Return an error of the whole part as a UserError that names the line."""
+        """Return an error of a part as a UserError that names the line."""
         line = _first(lines, _is_wrong)
         place = f"cannot read {self.path}" if line is None else f"{self.path}, line {first_line + line}"
         reason = errors.first_line(error)[:200]
@@ -266,7 +266,7 @@ class LibsvmFile:
         )
 
     def place(self, row):
-        """Return where a row is, counted from 0 without blank lines and comments."""
+        """Return the place of a row, counted from 0 without blank lines and comments."""
         with open_bytes(self.path) as file:
             numbers = (number for number, line in enumerate(file, 1) if line.partition(b"#")[0].strip())
             return f"line {next(itertools.islice(numbers, row, None), 0)}"

@@ -1,4 +1,4 @@
-"""Requests to a model of tables: rows with text become the numbers that the training made of it."""
+"""Requests to a model of tables: text in rows becomes the numbers that the training assigned to it."""
 
 import sys
 
@@ -10,10 +10,10 @@ from common.table_columns import to_model_name
 
 
 def to_rows(content, facts):
-    """Return what `serving.decode` has returned as a float32 array (n, columns) for boosted trees.
+    """Return the result of `serving.decode` as a float32 array (n, columns) for boosted trees.
 
-    Text that the training rows do not have counts as missing, which a line on standard error says. The
-    numbers of an `.npy` file are taken as they are: those of categories are their codes.
+    Text that the training rows do not have counts as missing, with a warning on standard error. The numbers
+    of an `.npy` file are used unchanged: those of categories are their codes.
 
     Args:
         content: an array, or a list of rows; a row is a dictionary, or a list in the order of the columns.

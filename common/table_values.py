@@ -1,4 +1,4 @@
-"""What the files of tables share: the values in them, opening them, and explaining errors."""
+"""The code that all files of tables share: values, opening, and error messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MISSING = _spellings("", "NA", "N/A", "#N/A", "<NA>", "?", "null", "NaN", "None"
 
 
 class NotNumbersError(UserError):
-    """A column that has been taken for numbers contains something else."""
+    """A column read as numbers contains something else."""
 
 
 def open_bytes(path: Path) -> BufferedIOBase:
@@ -58,12 +58,12 @@ def explain_errors(path: Path) -> Iterator[None]:
         if "straddl" in reason:
             reason = f"a row is longer than {PART >> 20} MB"
         if isinstance(error, UnicodeError) or "UTF8" in reason:
-            reason = "it is not text in UTF-8, convert it with: iconv -f latin1 -t utf-8"
+            reason = "it is not text in UTF-8: convert it with: iconv -f latin1 -t utf-8"
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def is_number_or_missing(field: str) -> bool:
-    """Return whether a field of text is a number or stands for none."""
+    """Return whether a text field is a number or a missing value."""
     return field in MISSING or bool(is_number(field))
 
 

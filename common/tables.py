@@ -21,8 +21,8 @@ from common.errors import UserError
 from common.report import log
 from common.table_columns import MAX_CLASSES
 
-BYTES_PER_ROW = 70  # beside the features: labels, gradients and predictions, as measured
-BYTES_PER_COLUMN = 450  # of XGBoost for an almost empty column, as measured
+BYTES_PER_ROW = 70  # besides the features: labels, gradients and predictions, as measured
+BYTES_PER_COLUMN = 450  # that XGBoost needs for an almost empty column, as measured
 
 
 class Table(NamedTuple):
@@ -34,7 +34,7 @@ class Table(NamedTuple):
         labels: float32 (n,).
         weights: float32 (n,), or None if all rows weigh the same.
         names: the names of the columns, or None.
-        types: their types as XGBoost has them, "int", "float", or "c" for categories; or None.
+        types: their types as XGBoost names them, "int", "float", or "c" for categories; or None.
         categories: the texts of each column of categories by its name, which are numbers from 0 in `features`
             in this order; or None.
         classes: the names of the classes if they are not 0, 1, 2, ..., or None; `labels` are numbers from 0.
@@ -56,7 +56,7 @@ class Table(NamedTuple):
         return self._replace(features=self.features[chosen], labels=self.labels[chosen], weights=weights)
 
     def parts(self):
-        """Yield the rows as tables, of which one at a time is in memory."""
+        """Yield the rows as tables, with one at a time in memory."""
         if not isinstance(self.features, Parts):
             yield self
             return
@@ -74,7 +74,7 @@ class Parts:
     """Features in files, with `shape` and `[rows]` like an array. An iteration reads one part at a time.
 
     Attributes:
-        cache: the beginning of the paths of the files that XGBoost makes of the parts.
+        cache: the prefix of the paths of XGBoost's files.
     """
 
     def __init__(self, files, num_columns, chosen):
@@ -104,7 +104,7 @@ class Tables(NamedTuple):
     validation: Table
 
     def describe_job(self):
-        """Return what a checkpoint must have in common with the run that resumes from it."""
+        """Return the facts that a checkpoint and the run that resumes from it must share."""
         num_rows, num_columns = self.train.features.shape
         facts = {"number of columns": int(num_columns), "number of training rows": int(num_rows)}
         if self.train.classes:
@@ -195,8 +195,8 @@ def _checksum(values):
 def load_tables(args):
     """Read every file below `--train` and `--validation`; return the training and the validation Table.
 
-    Without `--validation` a tenth of the training rows, drawn with the seed, is held out. The columns are
-    what the training files make of them, see `common/table_columns.py`.
+    Without `--validation` a tenth of the training rows, drawn with the seed, is held out. The training
+    files define the columns, see `common/table_columns.py`.
 
     Raises UserError if the folders do not contain what is expected.
     """
@@ -225,7 +225,7 @@ def load_tables(args):
 
 
 def _hold_out(table, seed):
-    """Return a table as two: without, and with a tenth of the rows."""
+    """Return a table as two: nine tenths of the rows, and a tenth."""
     labels = table.labels
     if len(np.unique(labels)) > MAX_CLASSES and not table.classes:  # a regression
         labels = np.zeros(len(labels))
@@ -275,16 +275,16 @@ def _read_channels(args, folder):
     try:
         layout = table_columns.find_layout(channels["--train"], args)
         return _read_columns(args, channels, layout, folder)
-    except table_values.NotNumbersError:  # in a later row: a look at all rows tells what the column is
+    except table_values.NotNumbersError:  # a later row has text: look at all rows
         _remove_parts(folder)
     layout = table_columns.find_layout(channels["--train"], args, careful=True)
     return _read_columns(args, channels, layout, folder)
 
 
 def _check_rows(files, is_external):
-    """Raise UserError if memory is too small for the rows, whose number Parquet files say in advance.
+    """Raise UserError if memory is too small for the rows, whose number Parquet files contain.
 
-    Equal rows take next to nothing in such a file.
+    Equal rows take almost no space in such a file.
     """
     num_rows = sum(getattr(file, "num_rows", 0) for file in files)
     num_columns = len(files[0].names)
@@ -350,10 +350,10 @@ def _read_channel(flag, files, read, folder):
             if len(labels):
                 parts.append(_Part(_keep(features, folder), labels, weights))
     if not parts:
-        raise UserError(f"{flag} has files without rows, such as {files[0].path}: expected some")
+        raise UserError(f"{flag} has files without rows, such as {files[0].path}: expected at least one row")
     if len({part.weights is None for part in parts}) > 1:
         raise UserError(
-            f"{flag}: some files or lines have weights and others have none: expected one of both"
+            f"{flag}: some files or lines have weights and others have none: expected all or none"
         )
     return parts
 
@@ -423,7 +423,7 @@ class _File(NamedTuple):
 
 
 def _keep(features, folder):
-    """Return the features as they are without a folder, otherwise as a _File in it."""
+    """Return the features as a _File in the folder; unchanged without a folder."""
     from scipy import sparse
 
     if folder is None:
@@ -442,7 +442,7 @@ def _keep(features, folder):
 
 
 def _check_memory(num_columns):
-    """Raise UserError if XGBoost needs more memory than is free for the limits of the bins alone."""
+    """Raise UserError if the limits of XGBoost's bins alone need more than the free memory."""
     needed = num_columns * BYTES_PER_COLUMN
     free = machine.available_memory()
     if needed > free:
@@ -458,7 +458,7 @@ def _remove_parts(folder):
 
 
 def _check_room(folder, num_bins):
-    """Raise UserError if XGBoost might fill the disk, as it aborts the process then."""
+    """Raise UserError if XGBoost might fill the disk, which would abort the process."""
     sizes = [file.stat().st_size for file in folder.iterdir()]
     # XGBoost's files have half the size of the rows; each part also has the limits of all bins.
     needed = sum(sizes) + 16 * num_bins * len(sizes)
@@ -470,5 +470,5 @@ def _check_room(folder, num_bins):
 def _no_room(folder, reason):
     return UserError(
         f"--external-memory: cannot write to {folder}: {reason}. It needs twice the size of the table, as "
-        "numbers of 4 bytes: make room, or name another folder in the environment variable TMPDIR"
+        "numbers of 4 bytes: free some space, or set the environment variable TMPDIR to another folder"
     )

@@ -1,7 +1,7 @@
 """The metrics of each epoch in TensorBoard (`--tensorboard`) and in MLflow (`MLFLOW_TRACKING_URI`).
 
 Both follow the history: each start sends the whole history of the checkpoint, so that an interruption leaves
-no gap, and an epoch that is trained again appears once.
+no gap, and an epoch that is repeated appears once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from common import errors
 from common.report import log
 
-SUFFIX = ".history"  # of the names of our event files
+SUFFIX = ".history"  # of the names of these event files
 RUN_ID = "mlflow-run-id"  # a file in the folder of checkpoints
 LAST_SECONDS = 30  # for the last rows and the model, when the training is over
 SOON = 5  # seconds for the last rows, when the training is interrupted
@@ -33,8 +33,8 @@ MAX_LETTERS = 500  # of the value of a parameter in MLflow
 def start(args, history: list[dict]) -> list:
     """Return the trackers of a training, which have received the history so far.
 
-    A tracker has `add(row)` and `close(status, seconds)`: the status is MLflow's word for how the training
-    has ended, and the seconds are those to wait at most until everything is written.
+    A tracker has `add(row)` and `close(status, seconds)`: the status of the run in MLflow's terms, and the
+    maximum time to wait until everything is written.
     """
     trackers: list = []
     if args.tensorboard:
@@ -48,7 +48,7 @@ def start(args, history: list[dict]) -> list:
 
 
 def event_folder(args) -> Path:
-    """Return the folder of event files: that of SageMaker's TensorBoardOutputConfig, or below the output."""
+    """Return the folder of event files: that of SageMaker's TensorBoardOutputConfig, or in `--output`."""
     if "SM_MODEL_DIR" in os.environ:
         return Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"), "output/tensorboard")
     return args.output / "tensorboard"
@@ -66,7 +66,7 @@ class EventFiles:
         for split in ("train", "validation"):
             for path in (folder / split).glob(f"*{SUFFIX}"):
                 path.unlink()
-            # TensorBoard forgets what earlier files have from step 0 on, also if they are still in S3.
+            # TensorBoard drops the steps of earlier files from step 0 on, even of files that are still in S3.
             options = {"purge_step": 0, "filename_suffix": SUFFIX, "flush_secs": 1}
             self._writers[split] = SummaryWriter(str(folder / split), **options)
 
@@ -92,7 +92,7 @@ class MlflowProcess:
         paths = [str(Path(__file__).parents[1]), *sys.path]
         code = f"import sys; sys.path[:] = {paths!r}; from common import tracking; tracking.send_to_mlflow()"
         command = [sys.executable, "-c", code]
-        # In its own session Ctrl-C does not end it before the last row.
+        # In a separate session, Ctrl-C does not end it before the last row.
         options = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
         self._process = subprocess.Popen(command, **options)  # noqa: S603 - nothing in it is from outside
         self._lines = queue.SimpleQueue()
@@ -115,7 +115,7 @@ class MlflowProcess:
         self._put(row=row, milliseconds=int(1000 * time.time()))
 
     def close(self, status, seconds):
-        """Send how the training has ended, and wait until the server has everything."""
+        """Send the status of the training, and wait until the server has everything."""
         self._put(status=status)
         self._lines.put(b"")
         try:
@@ -129,12 +129,12 @@ class MlflowProcess:
 
 
 def send_to_mlflow() -> None:
-    """Send what a training writes into standard input to the server, into one run over all restarts."""
+    """Send the lines from standard input to the server, as one run over all restarts."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the training decides when to end
     lines: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(lines,), daemon=True).start()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the next rows are the next try
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the next rows are the retry
     try:
         import mlflow
     except ImportError as error:
@@ -146,7 +146,7 @@ def send_to_mlflow() -> None:
         with contextlib.suppress(OSError):  # the process of a killed training may be sending its last rows
             fcntl.flock(file, fcntl.LOCK_EX)
         _send(lines, _ServerRun(mlflow, facts, file))
-    os._exit(0)  # MLflow's own handlers at the exit would ask the server again
+    os._exit(0)  # MLflow's exit handlers would contact the server again
 
 
 def _receive(lines):
@@ -171,7 +171,7 @@ def _send(lines, run):
             run.send(rows, status)
             rows = []
             is_complete = True
-        except Exception as error:  # each way to a server has its own
+        except Exception as error:  # each kind of server has its own errors
             if not has_failed:
                 reason = errors.first_line(error)[:150]
                 errors.say(f"MLflow: {reason}; the training continues, and the rows are sent later")
@@ -197,7 +197,7 @@ class _ServerRun:
         self._facts = facts
         self._file = file
         self._id = None
-        self._epochs = set()  # that the server has
+        self._epochs = set()  # epochs that the server has
 
     def send(self, rows, status):
         """Send the rows that the server does not have, and at the end the model and the status."""

@@ -1,4 +1,4 @@
-"""The progress of a training: what a checkpoint holds besides the weights and the optimizer's state."""
+"""The progress of a training, which a checkpoint contains besides the weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from common.errors import UserError
 
-# The direction of the metrics that are known in the field; XGBoost's may carry a number: ndcg@10.
+# The direction of well-known metrics; XGBoost's may have a number: ndcg@10.
 MAXIMIZED = [
     "accuracy",
     "auc",
@@ -50,7 +50,7 @@ class Progress:
     Attributes:
         epoch: the number of finished epochs.
         step: the number of finished steps in the running epoch.
-        samples: the samples of all workers in these steps.
+        samples: the number of samples of all workers in these steps.
         sums: this worker's metrics of these steps by name, each a pair (numerator, denominator) of sums,
             which may be scalars or vectors on a device.
         seconds: the duration of these steps.
@@ -67,7 +67,7 @@ class Progress:
     stopped: bool = False
 
     def finish_epoch(self, metrics, validation_metrics):
-        """Begin the next epoch; return the new row of the history, with both kinds of metrics by name."""
+        """Start the next epoch; return the new row of the history, with both kinds of metrics by name."""
         self.epoch += 1
         row = {"epoch": self.epoch}
         row.update({f"train_{name}": value for name, value in metrics.items()})
@@ -82,7 +82,7 @@ class Progress:
 
 
 def plain_sums(sums):
-    """Return metrics with Python numbers or lists in the place of arrays; this waits for the device."""
+    """Return metrics with Python numbers or lists instead of arrays; this waits for the device."""
     plain = {}
     for name, pair in sums.items():
         plain[name] = []
@@ -94,7 +94,7 @@ def plain_sums(sums):
 
 
 def add_up(sums_by_worker):
-    """Return the totals of all workers' sums, added by rank, so that every worker gets the same bits."""
+    """Return the totals of all workers' sums, added by rank, so that all workers get identical bits."""
     totals = {}
     for sums in sums_by_worker:
         for name, pair in sums.items():
@@ -104,7 +104,7 @@ def add_up(sums_by_worker):
 
 
 def mean_metrics(sums):
-    """Return the ratio of each metric's sums; of vectors the mean of the ratios, as in macro F1.
+    """Return the ratio of each metric's sums; for vectors the mean of the ratios, as in macro F1.
 
     Entries with a denominator of zero do not count.
     """
@@ -138,7 +138,7 @@ def parse_metric(text: str, flag: str) -> tuple[str, int]:
 
 
 def best_epoch(history: list[dict], name: str, sign: int) -> int:
-    """Return the epoch with the best validation metric, the earlier one of equals; 0 before the first epoch.
+    """Return the epoch with the best validation metric, the first of equal ones; 0 before the first epoch.
 
     Raises UserError if the last epoch has no such metric. Values that are not a number do not count.
     """

@@ -1,6 +1,6 @@
-"""XGBoost's parameters that have no flag of their own, other names for flags, and what is refused and why.
+"""XGBoost's parameters without a flag, other names for flags, and parameters that are refused, and why.
 
-`--params` and the flags of the XGBoost script are read by this table. It has every hyperparameter of
+The parser of `--params` and of the XGBoost script's flags uses this table. It has every hyperparameter of
 SageMaker's built-in algorithm, https://docs.aws.amazon.com/sagemaker/latest/dg/xgboost_hyperparameters.html.
 """
 
@@ -14,32 +14,32 @@ from common.flag_types import choice, integer, real, share
 
 
 class Flag(NamedTuple):
-    """A parameter that a flag of the script sets: the flag."""
+    """A parameter that a flag of the script sets."""
 
     name: str
 
 
 class Fixed(NamedTuple):
-    """A parameter that has one value here: that value, and why it has no other."""
+    """A parameter with a fixed value, and why it has no other."""
 
     value: str
     reason: str
 
 
 class NotUsed(NamedTuple):
-    """A parameter that changes nothing here, and why."""
+    """A parameter that has no effect, and why."""
 
     reason: str
 
 
 class Refused(NamedTuple):
-    """A parameter that is not taken, and why."""
+    """A parameter that is not supported, and why."""
 
     reason: str
 
 
 def constraints(value):
-    """Parse constraints of columns: (1,-1) or [[0,1],[2,3]], or with the names of columns as JSON."""
+    """Parse constraints of columns: (1,-1) or [[0,1],[2,3]], or with column names as JSON."""
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         value = json.loads(value)
     if isinstance(value, dict):
@@ -47,7 +47,7 @@ def constraints(value):
     items = list(value) if isinstance(value, (list, tuple)) else []
     if any(isinstance(item, list) for item in items):
         has_names = any(isinstance(name, str) for item in items for name in item)
-        return items if has_names else json.dumps(items)  # XGBoost takes numbers of columns as text only
+        return items if has_names else json.dumps(items)  # XGBoost accepts column numbers as text only
     return f"({','.join(map(str, items))})" if items else value
 
 
@@ -61,12 +61,12 @@ def _quantiles(text):
 
 SWITCH = choice("0", "1")
 DART = ("sample_type", "normalize_type", "rate_drop", "one_drop", "skip_drop")
-GROUPS = Refused("it belongs to --objective rank, which needs query groups, and they are not read here")
+GROUPS = Refused("it belongs to --objective rank, which needs query groups, which are not supported")
 LINEAR = Refused(
-    "it belongs to booster gblinear, which is not trained here: it has no trees, and no rounds to resume"
+    "it belongs to booster gblinear, which is not supported: it has no trees, and no rounds to resume"
 )
-GONE = "XGBoost no longer has it"
-UPDATE = "it changes trees that exist, which a resumed training would do twice"
+GONE = "XGBoost has removed it"
+UPDATE = "it changes existing trees, which a resumed training would do twice"
 
 PARAMETERS = {
     # For all trees
@@ -92,7 +92,7 @@ PARAMETERS = {
     "tweedie_variance_power": real(1, 2),
     "huber_slope": real(0),
     "quantile_alpha": _quantiles,
-    # Flags, also by the names of XGBoost's classes for scikit-learn
+    # Flags, also by the names of XGBoost's scikit-learn interface
     "csv_weights": Flag("--weight-column"),
     "early_stopping_rounds": Flag("--patience"),
     "epochs": Flag("--epochs"),
@@ -113,11 +113,11 @@ PARAMETERS = {
     "seed_per_iteration": Fixed("true", "a resumed training draws the same samples"),
     "single_precision_histogram": Fixed("false", GONE),
     "use_dask_gpu_training": Fixed("false", "several GPUs train together as several workers, without Dask"),
-    # Not here
+    # Not supported
     "save_model_on_termination": NotUsed("after SIGTERM a checkpoint is always saved"),
     "_tuning_objective_metric": NotUsed("the log has all metrics"),
     "aft_loss_distribution": Refused(
-        "--objective survival:aft needs two labels per row, which are not read here"
+        "--objective survival:aft needs two labels per row, which are not supported"
     ),
     "aft_loss_distribution_scale": Refused("--objective survival:aft needs two labels per row"),
     "feature_selector": LINEAR,
@@ -132,15 +132,15 @@ PARAMETERS = {
     "silent": Refused("use verbosity"),
     "sketch_eps": Refused("XGBoost has --max-bin instead, about 1 / sketch_eps"),
     "updater": Refused("--tree-method and --grow-policy choose it"),
-    "_kfold": Refused("nothing is cross-validated here; call the script with different --validation folders"),
-    "_num_cv_round": Refused("nothing is cross-validated here"),
+    "_kfold": Refused("cross-validation is not supported; run the script with each --validation folder"),
+    "_num_cv_round": Refused("cross-validation is not supported"),
 }
 LOG_NAMES = {"logloss": "loss", "mlogloss": "loss", "error": "accuracy", "merror": "accuracy"}  # of metrics
 VALUES = {  # of flags, which are refused with a reason
     ("booster", "gblinear"): LINEAR.reason,
-    ("tree_method", "gpu_hist"): "it is hist on a GPU: use hist, and --device says where",
+    ("tree_method", "gpu_hist"): "it is hist on a GPU: use hist with --device cuda",
 }
-OWN_FLAGS = (  # those of the script with the names of XGBoost
+OWN_FLAGS = (  # the flags of the script with XGBoost's names
     "alpha",
     "booster",
     "colsample_bytree",
@@ -166,7 +166,7 @@ PARAMETERS.update({name: Flag(f"--{name.replace('_', '-')}") for name in OWN_FLA
 
 
 def parse(text):
-    """Return what `--params` contains, by name: JSON, or `a=1,b=2`, as SageMaker writes a dictionary.
+    """Return the parameters in `--params`, by name: JSON, or `a=1,b=2`, as SageMaker writes a dictionary.
 
     Raises UserError.
     """
@@ -175,7 +175,7 @@ def parse(text):
         try:
             return dict(json.loads(text))
         except ValueError as error:
-            raise UserError(f"--params is no JSON ({error}): got {text!r:.100}") from error
+            raise UserError(f"--params is not JSON ({error}): got {text!r:.100}") from error
     values = {}
     for pair in _split(text):
         name, equals, value = pair.partition("=")
@@ -188,7 +188,7 @@ def parse(text):
 
 
 def _split(text):
-    """Return the parts between the commas that are in no brackets."""
+    """Return the parts between commas outside of brackets."""
     parts = [""]
     depth = 0
     for character in text:
@@ -201,9 +201,9 @@ def _split(text):
 
 
 def take(words, flags):
-    """Return the command line without XGBoost's parameters, and those without a flag of their own, by name.
+    """Return the command line without XGBoost's parameters, and the parameters without a flag, by name.
 
-    Parameters come from `--params` and from flags such as `--max-cat-threshold 64` that this table has.
+    Parameters come from `--params` and from flags such as `--max-cat-threshold 64` in this table.
 
     Args:
         words: the command line.
@@ -238,13 +238,13 @@ def take(words, flags):
 
 
 def _convert(name, value, words):
-    """Return a parameter as {name: value}; for one that is a flag add that to the `words`, and return {}."""
+    """Return a parameter as {name: value}; if it is a flag, add that to the `words` and return {}."""
     rule = PARAMETERS.get(name)
     if rule is None:
         nearest = difflib.get_close_matches(name, PARAMETERS, n=1, cutoff=0.0)
         raise UserError(f"--params: unknown parameter {name}: did you mean {nearest[0]}?")
     if isinstance(rule, Refused):
-        raise UserError(f"{name} is not taken: {rule.reason}")
+        raise UserError(f"{name} is not supported: {rule.reason}")
     if isinstance(rule, NotUsed):
         say(f"Not used: {name} {value}; {rule.reason}")
     elif isinstance(rule, Fixed):
@@ -269,12 +269,12 @@ def _convert(name, value, words):
 def _check_value(name, value):
     reason = VALUES.get((name, str(value)))
     if reason:
-        raise UserError(f"{name} {value} is not taken: {reason}")
+        raise UserError(f"{name} {value} is not supported: {reason}")
 
 
 def _check_fixed(name, value, rule):
     if _plain_word(value) != rule.value:
-        raise UserError(f"{name} {value} is not taken, only {rule.value}: {rule.reason}")
+        raise UserError(f"{name} {value} is not supported, only {rule.value}: {rule.reason}")
 
 
 def _plain_word(value):
@@ -283,7 +283,7 @@ def _plain_word(value):
 
 
 def check(params, booster):
-    """Raise UserError for parameters of the booster dart without it."""
+    """Raise UserError for parameters of the booster dart with another booster."""
     for name in DART:
         if name in params and booster != "dart":
             raise UserError(f"{name} belongs to --booster dart: add it, or remove {name}")

@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_named_with_the_reason(tmp_path, log):
     write(tmp_path, "checkpoint-1.pt", content=content_of((1, 0)))
     checkpoints_in(tmp_path).read_newest()
     assert log().splitlines() == [
-        "Cannot read checkpoint-4.pt, trying the one before: ValueError: it holds epoch 3 and step 0, "
+        "Cannot read checkpoint-4.pt, trying the one before: ValueError: it contains epoch 3 and step 0, "
         "which does not match its name",
         "Cannot read checkpoint-2.pt, trying the one before: ValueError: the file is empty",
         "Cannot read checkpoint-1-5.pt, trying the one before: ValueError: damaged",
@@ -262,24 +262,24 @@ def changed(path, value):
     [
         (["progress"], ..., "not a checkpoint of this script"),
         (["progress"], [], "progress is a list: expected a dictionary"),
-        (["progress", "history"], ..., "other fields than expected: history"),
-        (["progress", "momentum"], 1, "other fields than expected: momentum"),
+        (["progress", "history"], ..., "missing or unknown fields: history"),
+        (["progress", "momentum"], 1, "missing or unknown fields: momentum"),
         (["progress", "epoch"], "2", "epoch is '2': expected a value of type int"),
         (["progress", "epoch"], True, "epoch is 'True': expected a value of type int"),
         (["progress", "samples"], -1, "samples is -1: expected a number from 0"),
         (["progress", "seconds"], math.nan, "seconds is nan"),
         (["progress", "stopped"], 0, "stopped is '0'"),
-        (["progress", "step"], 10**9, "it holds step 1000000000 of an epoch of 10 steps"),
+        (["progress", "step"], 10**9, "it contains step 1000000000 of an epoch of 10 steps"),
         (["progress", "history"], [1], "history has a int: expected dictionaries"),
         (["progress", "history", 0, "epoch"], 3, "a row of epoch 3 after 0, but 2 are finished"),
         (["progress", "history", 1, "epoch"], 1, "a row of epoch 1 after 1"),
-        (["progress", "history", 1, "train_loss"], "1", "history has a metric that is no number"),
+        (["progress", "history", 1, "train_loss"], "1", "history has a metric that is not a number"),
         (["progress", "sums", 0], [], "sums has a list: expected dictionaries"),
-        (["progress", "sums", 0, "f1"], [[1, 2], [3, 4], 5], "the sums of f1 are no pair"),
-        (["progress", "sums", 0, "f1"], ["1", 2], "the sums of f1 are no numbers"),
+        (["progress", "sums", 0, "f1"], [[1, 2], [3, 4], 5], "the sums of f1 are not a pair"),
+        (["progress", "sums", 0, "f1"], ["1", 2], "the sums of f1 are not numbers"),
         (["progress", "sums", 0, "f1"], [[1, 2], [1, 2, 3]], "shape mismatch"),
         (["job"], ["--model"], "job is a list: expected a dictionary"),
-        (["job", "--model"], b"cnn", "something else than plain values"),
+        (["job", "--model"], b"cnn", "values that are not plain"),
         (["export"], None, "export is a NoneType: expected a dictionary"),
         (["export", "flags"], ..., "export has no flags and paths"),
         (["export", "mean"], ["a"], "export has no mean and std of each channel"),
@@ -710,7 +710,7 @@ def test_a_state_that_does_not_fit_is_an_error_of_one_line(tmp_path):
     error = checkpoints.misfit(tmp_path / "checkpoint-1.pt", RuntimeError("size mismatch\n  for 3: expected"))
     assert isinstance(error, UserError)
     assert "checkpoint-1.pt does not fit this script" in str(error)
-    assert "load_state_dict ends with RuntimeError: size mismatch for 3: expected. Build" in str(error)
+    assert "load_state_dict raises RuntimeError: size mismatch for 3: expected. Build" in str(error)
 
 
 def test_the_lock_of_the_folder_ends_with_the_run(tmp_path):

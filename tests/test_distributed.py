@@ -496,7 +496,7 @@ STRANGERS = {  # a number of strangers and their behaviour, and the error of the
     "drip": (1, drip, "waited 3 seconds for other: only 1 of 2 workers have joined"),
     "idle": (30, lambda connection: None, "waited 3 seconds for other: only 1 of 2 workers have joined"),
     "reset": (3, reset, "waited 3 seconds for other: only 1 of 2 workers have joined"),
-    "hello": (1, say_hello, "other has joined, but then sent nothing"),
+    "hello": (1, say_hello, "other joined, but then sent nothing"),
 }
 
 

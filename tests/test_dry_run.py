@@ -18,7 +18,7 @@ def test_a_dry_run_reports_and_writes_nothing(framework, tmp_path, uninterrupted
     assert contents(finished) == before
     assert not list(temporary.glob("dry-run-*"))
     assert " s for 5\n" in result.output
-    assert "Dry run: a checkpoint has " in result.output
+    assert "Dry run: a checkpoint takes " in result.output
     assert "kept are 2 epochs" in result.output
     assert result.last_line.endswith(f"output/{framework}/model, output/{framework}/data")
     folder = checkpoint_folder(finished, framework).relative_to(finished)

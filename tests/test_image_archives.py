@@ -231,16 +231,19 @@ MISTAKES = {
         r"idx3-ubyte does not have the 31360 bytes of shape \[40, 28, 28\] that it announces",
     ),
     "more than announced": (replace_idx(IMAGES, lambda content: content + b"1"), "does not have the 31360"),
-    "truncated header": (replace_idx(IMAGES, lambda content: content[:10]), "idx3-ubyte is no IDX file"),
+    "truncated header": (replace_idx(IMAGES, lambda content: content[:10]), "idx3-ubyte is not an IDX file"),
     "shorter header": (replace_idx(IMAGES, lambda content: content[:12]), "does not have the .* announces"),
-    "no content": (replace_idx(LABELS, lambda content: b""), "idx1-ubyte is no IDX file .* it begins with ,"),
+    "no content": (
+        replace_idx(LABELS, lambda content: b""),
+        "idx1-ubyte is not an IDX file .* it begins with ,",
+    ),
     "wrong magic": (
         replace_idx(IMAGES, lambda content: b"\0\0\x0d\3" + content[4:]),
-        "no IDX file of bytes in 3 dimensions: it begins with 00 00 0d 03, expected 00 00 08 03",
+        "not an IDX file of bytes in 3 dimensions: it begins with 00 00 0d 03, expected 00 00 08 03",
     ),
     "many dimensions": (
         replace_idx(IMAGES, lambda content: b"\0\0\x08\xc8" + 200 * b"\0\0\0\1" + b"1"),
-        "idx3-ubyte is no IDX file of bytes in 3 dimensions: it begins with 00 00 08 c8",
+        "idx3-ubyte is not an IDX file of bytes in 3 dimensions: it begins with 00 00 08 c8",
     ),
     "other lengths": (
         replace_idx(LABELS, lambda content: idx(np.zeros(39))),

@@ -147,7 +147,7 @@ def test_images_that_do_not_fit_into_memory_are_decoded_again(tmp_path, digits, 
     bytes_of_ten = 10 * 8 * 8 * 3
     monkeypatch.setattr(machine, "available_memory", lambda: 2 * bytes_of_ten)
     data = load(train=tmp_path)
-    assert "0.1 MB, of which 0.0 MB stay in memory, and the others are decoded in each epoch" in log()
+    assert "0.1 MB, of which 0.0 MB stay in memory, and the rest are decoded in each epoch" in log()
     for _ in range(2):
         for part, other in zip(expected, all_images(data)):
             np.testing.assert_array_equal(part, other)
@@ -288,14 +288,14 @@ MISTAKES = {
     "infinite labels": (arrays(y=lambda digits: digits[1] + np.inf), ["labels that are not integers"]),
     "one label": (arrays(y=lambda digits: np.array(1)), ["(1,)", "one integer per image"]),
     "no pixels": (arrays(x=lambda digits: digits[0][:, :0]), ["(300, 0, 8, 1)"]),
-    "empty": (lambda folder, digits: None, ["--train", "holds nothing", "one folder per class"]),
+    "empty": (lambda folder, digits: None, ["--train", "contains nothing", "one folder per class"]),
     "no class folders": (
         lambda folder, digits: (folder / "a.jpg").touch(),
-        ["holds a.jpg", "one folder per class"],
+        ["contains a.jpg", "one folder per class"],
     ),
     "empty class folder": (
         lambda folder, digits: (folder / "cat").mkdir(),
-        ["holds cat", "one folder per class"],
+        ["contains cat", "one folder per class"],
     ),
     "one class": (one_class, ["one class only (class-0)", "two or more"]),
     "unreadable": (unreadable, ["cannot read the image", "class-3/broken.jpg"]),
@@ -349,7 +349,7 @@ def test_a_pipe_among_the_images_is_left_out(tmp_path, digits, log):
 
 def test_wrong_names_in_an_archive(tmp_path, digits):
     np.savez(tmp_path / "data.npz", images=digits[0], labels=digits[1])
-    with pytest.raises(UserError, match="holds images, labels: expected arrays named x and y"):
+    with pytest.raises(UserError, match="has images, labels: expected arrays named x and y"):
         load(train=tmp_path)
 
 
@@ -464,7 +464,7 @@ def test_linked_folders_are_read_once(tmp_path, digits):
 def test_a_folder_of_data_sets_is_not_read_as_class_folders(tmp_path, digits, names):
     for name in names:
         save_images(tmp_path / name, *digits)
-    with pytest.raises(UserError, match=f"look like data sets, not classes; pass .*{sorted(names)[0]}"):
+    with pytest.raises(UserError, match=f"look like data sets: pass .*{sorted(names)[0]}"):
         load(train=tmp_path)
 
 

@@ -467,6 +467,6 @@ def test_the_list_of_checkpoints_names_the_one_for_a_restart(framework, tmp_path
     if framework != "xgboost":  # XGBoost counts the trees
         assert "does not match its name" in next(line for line in lines if line.startswith(misnamed))
     assert re.search(r" yes .*intact", next(line for line in lines if line.startswith(second)))
-    assert result.last_line == f"A restart takes {second}"
+    assert result.last_line == f"A restart resumes from {second}"
     assert "validation_accuracy" in lines[0]
     assert sorted(path.name for path in folder.iterdir()) == before

@@ -125,7 +125,7 @@ def test_stop_after_saves_and_has_its_own_exit_code(tmp_path, interruptible):
     event += 'at_call(Run, "finish_round", 12, expire)'
     flags = INTERRUPTIBLE["xgboost"]
     result = run_with(event, "xgboost", *flags, "--stop-after", "1h", cwd=tmp_path, code=75)
-    assert "The time of --stop-after is over: finishing the running step and saving\n" in result.output
+    assert "The time of --stop-after has passed: finishing the running step and saving\n" in result.output
     assert result.last_line == "Interrupted: saved xgboost-checkpoint.11, run the same command to resume"
     result = run("xgboost", *flags, "--stop-after", "1h", cwd=tmp_path)
     assert "Changed since" not in result.output

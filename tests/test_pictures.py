@@ -54,7 +54,7 @@ def test_without_matplotlib_one_line_says_so_and_earlier_pictures_are_deleted(tm
     drawing = environment(**DRAWING)
     run("xgboost", "--num-round", 2, cwd=tmp_path, env=drawing)
     result = run("xgboost", "--num-round", 3, cwd=tmp_path)
-    assert "\nPictures: none; the others are left out: they need matplotlib\n" in result.output
+    assert "\nPictures: none; the rest are left out: they need matplotlib\n" in result.output
     assert names(tmp_path, "xgboost") == RESULTS
 
 
@@ -107,8 +107,7 @@ draw, pictures.draw_confusion = pictures.draw_confusion, act
     drawn = ["feature-importance.png", "training-curve.png"]
     if "raise" in event:
         assert (
-            "training-curve.png, feature-importance.png; the others are left out: of a library"
-            in result.output
+            "training-curve.png, feature-importance.png; the rest are left out: of a library" in result.output
         )
     else:
         drawn.append("confusion-matrix.png")

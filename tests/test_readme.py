@@ -127,7 +127,7 @@ def test_the_commands_of_all_pages_run_unchanged(clone):
     for framework in ("pytorch", "tensorflow", "mxnet", "xgboost"):
         assert (clone / "output" / framework / "data/metrics.json").is_file()
     assert "\n20 predictions in predictions.csv\n" in finished.stdout
-    assert "A restart takes checkpoint-" in finished.stdout
+    assert "A restart resumes from checkpoint-" in finished.stdout
     assert (clone / "output/epoch-3/model/model.pth").is_file()
     assert not any(path.is_symlink() for path in (clone / "my-job").rglob("*"))
     assert (clone / "my-job/output/checkpoints/checkpoint-1.pt").is_file()

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.quick
 
 FOLDER = ROOT / "tests/data/tables"
 LABELS = json.loads((FOLDER / "labels.json").read_text())
-REFUSED = {"Ecdat-Mofa.csv.gz": r"line 51: '6.2\x1a' is among the numbers of the column netinc"}
+REFUSED = {"Ecdat-Mofa.csv.gz": r"line 51: '6.2\x1a' in the column netinc is not a number"}
 
 
 def test_real_tables_train_or_give_a_one_line_error(tmp_path):

@@ -509,8 +509,8 @@ def empty_folder(folder, digits):
 IMAGE_MISTAKES = {
     one_class: "one class only (class-0)",
     broken_image: "class-3/broken.jpg",
-    wrong_lengths: "holds 300 images, but the labels have shape (299,)",
-    empty_folder: "holds nothing: expected one folder per class",
+    wrong_lengths: "contains 300 images, but the labels have shape (299,)",
+    empty_folder: "contains nothing: expected one folder per class",
 }
 TOO_SMALL = {"pytorch": "vgg11", "tensorflow": "VGG16", "mxnet": "vgg11"}
 MISTAKES = [  # of all scripts

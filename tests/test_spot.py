@@ -83,7 +83,7 @@ def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
     listed = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
-    assert lines[-1] == f"A restart takes {checkpoint_name(framework, 10)}"
+    assert lines[-1] == f"A restart resumes from {checkpoint_name(framework, 10)}"
     assert len([line for line in lines if re.search(r" yes +intact", line)]) == 10
 
 
@@ -92,7 +92,7 @@ def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
     [
         (
             {"S3": "s3://bucket/empty/"},
-            "A restart would begin at the first epoch: no checkpoints in s3://bucket/em",
+            "A restart would start at the first epoch: no checkpoints in s3://bucket/em",
         ),
         (
             {"S3": "s3://not-there/1/"},

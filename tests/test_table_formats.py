@@ -113,7 +113,7 @@ def test_a_header_is_found_by_the_columns_below_it(load, caplog):
         in caplog.text
     )
     line = refuse(load, {"a.csv": "1,2,x\n" + "0,5,6\n1,7,8\n" * 20})
-    assert "a.csv, line 1: 'x' is among the numbers of the column f2" in line
+    assert "a.csv, line 1: 'x' in the column f2 is not a number" in line
     assert len(load({"a.csv": "1990,1991\n" + "0,2\n1,3\n" * 9}).train.labels) == 19
 
 
@@ -152,7 +152,7 @@ def test_columns_that_are_no_features_are_left_out_and_named(load, caplog):
     assert load({"a.csv": numbered}, label_column="y").train.names == ["day", "a"]
     line = refuse(load, {"a.csv": "y,name\n" + "".join(f"{i % 2},n{i}\n" for i in range(9))})
     assert (
-        "no columns to learn from beside the label y: left out are name (9 different texts in 9 rows" in line
+        "no columns to learn from besides the label y: left out are name (9 different texts in 9 rows" in line
     )
 
 
@@ -225,10 +225,10 @@ def test_text_by_mistake_among_numbers_is_reported_with_its_line(load, monkeypat
     monkeypatch.setattr(table_values, "PART", 2000)
     rows = "y,a\n" + "".join(f"{i % 2},{i}\n" for i in range(3000))
     line = refuse(load, {"a.csv": rows + "1,red\n"})
-    assert "a.csv, line 3002: 'red' is among the numbers of the column a" in line
+    assert "a.csv, line 3002: 'red' in the column a is not a number" in line
     line = refuse(load, {"a.csv": rows}, {"a.csv": rows[:400].rsplit("\n", 1)[0] + "\n\n1,red\n0,5\n"})
     assert "validation/a.csv, line" in line
-    assert "'red' is among the numbers of the column a" in line
+    assert "'red' in the column a is not a number" in line
 
 
 DATES = ["2024-05-01", "2024-05-01 10:30:00", "1/31/2024", "31.01.24", "10:30", "2024/1/5"]
@@ -347,7 +347,7 @@ MISTAKES = {
     "missing weight": ({"a.csv": "y,w,a\n0,,2\n1,1,3\n"}, "line 2: the row has no weight"),
     "text as weight": (
         {"a.csv": "y,w,a\n" + "0,1,2\n1,x,3\n" * 5},
-        "'x' is among the numbers of the column w",
+        "'x' in the column w is not a number",
     ),
     "negative weight in LIBSVM": (
         {"a.libsvm": "1:1 0:1\n0:-1 0:2\n"},

@@ -119,8 +119,8 @@ def test_libsvm_files_may_have_different_widths(tmp_path):
 
 
 MISTAKES = {
-    "empty folder": ({}, ["--train", "holds nothing", ".csv", ".libsvm", ".parquet"]),
-    "other files": ({"a.json": "{}"}, ["holds a.json", ".csv"]),
+    "empty folder": ({}, ["--train", "contains nothing", ".csv", ".libsvm", ".parquet"]),
+    "other files": ({"a.json": "{}"}, ["contains a.json", ".csv"]),
     "short row": ({"a.csv": "0,1,2\n1,2\n0,1,2\n"}, ["a.csv, line 2: Expected 3 columns, got 2"]),
     "long row": ({"a.csv": "0,1,2\n1,2,3\n0,1,2,4\n"}, ["a.csv, line 3: Expected 3 columns, got 4"]),
     "no rows below the header": ({"a.csv": "label,x\n"}, ["without rows"]),
@@ -262,7 +262,7 @@ def test_numbers_may_have_another_format_in_a_later_part(tmp_path, monkeypatch):
 def test_a_full_disk_is_a_one_line_error(monkeypatch, scratch):
     usage = shutil.disk_usage(scratch)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
-    expected = r"0 MB are left for XGBoost.* make room, or name another folder .* TMPDIR"
+    expected = r"0 MB are left for XGBoost.* free some space, or set .* TMPDIR"
     with pytest.raises(UserError, match=expected):
         load(external_memory=True)
 

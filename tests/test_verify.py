@@ -205,7 +205,7 @@ MISTAKES = {
         OWN_GENERATOR,
         NP,
         TWO_EPOCHS,
-        "the training data set returns other samples when it is read again",
+        "the training data set returns different samples when read again",
         f"after SIGTERM sent after epoch 2, step 1: {OTHER_GENERATOR}",
     ),
     "augment that ignores rng": Mistake(
@@ -213,7 +213,7 @@ MISTAKES = {
         OWN_AUGMENT,
         NP,
         ("--epochs", 2, "--augment"),
-        "augment returns other samples for the same `rng`",
+        "augment returns different samples for the same `rng`",
         OTHER_GENERATOR,
     ),
     "a tensor that is not a buffer": Mistake(
@@ -221,7 +221,7 @@ MISTAKES = {
         UNREGISTERED_BUFFER,
         "",
         TWO_EPOCHS,
-        r"training changes mean \(an attribute of the layer 1\), which no checkpoint holds",
+        r"training changes mean \(an attribute of the layer 1\), which no checkpoint contains",
         f"since epoch 1, step [67], after SIGTERM sent after epoch 1, step 5: model, optimizer.*{OUTSIDE}",
     ),
     "an optimizer with additional state": Mistake(
@@ -229,7 +229,7 @@ MISTAKES = {
         OPTIMIZER,
         "",
         TWO_EPOCHS,
-        r"training changes num_steps \(an attribute of the optimizer\), which no checkpoint holds",
+        r"training changes num_steps \(an attribute of the optimizer\), which no checkpoint contains",
         f"since epoch 1, step [67], .*: model, optimizer.*{OUTSIDE}",
     ),
     "a scheduler that is not saved": Mistake(
@@ -237,7 +237,7 @@ MISTAKES = {
         UNSAVED_SCHEDULER,
         "",
         TWO_EPOCHS,
-        r"training changes scheduler \(an attribute of TrainingState\), which no checkpoint holds",
+        r"training changes scheduler \(an attribute of TrainingState\), which no checkpoint contains",
         f"since epoch 1, step [67], .*: optimizer.*{OUTSIDE}",
     ),
     "a global variable": Mistake(
@@ -245,7 +245,7 @@ MISTAKES = {
         GLOBAL_VARIABLE,
         "num_calls = 0",
         TWO_EPOCHS,
-        r"training changes num_calls \(a variable of train.py\), which no checkpoint holds",
+        r"training changes num_calls \(a variable of train.py\), which no checkpoint contains",
         f"since epoch 1, step [67], .*: model, optimizer.*{OUTSIDE}",
     ),
     "a metric with a memory": Mistake(
@@ -253,7 +253,7 @@ MISTAKES = {
         METRIC,
         "recent = []",
         TWO_EPOCHS,
-        r"training changes recent \(a variable of train.py\), which no checkpoint holds",
+        r"training changes recent \(a variable of train.py\), which no checkpoint contains",
         f"since epoch 1: .*train_recent.*; the weights are the same.*in a metric, {OUTSIDE[14:]}",
     ),
     "numpy.random in a step": Mistake(
@@ -277,7 +277,7 @@ MISTAKES = {
         SHUFFLE,
         "import tensorflow as tf",
         TWO_EPOCHS,
-        "the training data set returns other samples when it is read again",
+        "the training data set returns different samples when read again",
         OTHER_GENERATOR,
         at=30,
     ),
