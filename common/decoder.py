@@ -120,7 +120,7 @@ def _decode_jpeg(content):
         return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)  # cache needs Python 3.9
 def _find_simplejpeg():
     try:
         import simplejpeg
