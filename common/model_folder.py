@@ -165,6 +165,8 @@ def copy_code(folder: Path, target: Path, requirements: list[str] | None = None)
     """
     target.mkdir()
     for path in sorted(folder.iterdir()):
+        if path.name == "train_tf1.py":
+            continue  # trains other models
         if path.suffix == ".py" or path.name == "requirements.txt":
             shutil.copyfile(path, target / path.name)
         elif (path / "__init__.py").is_file():

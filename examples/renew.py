@@ -36,7 +36,7 @@ def renew(name):
         script.write_text(text)
         print(f"Renewed {script.relative_to(ROOT)}")
     for path in template.iterdir():
-        if path.name != "train.py" and (path.suffix == ".py" or path.name == "common"):
+        if path.name not in ("train.py", "train_tf1.py") and (path.suffix == ".py" or path.name == "common"):
             link(folder / path.name, path)
 
 

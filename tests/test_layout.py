@@ -36,6 +36,7 @@ LIBRARIES = {"tensorflow", "keras", "torch", "torchvision", "mxnet", "xgboost"}
 SCRIPTS = [ROOT / framework / "train.py" for framework in FRAMEWORKS]
 ENGINES = [ROOT / framework / "engine.py" for framework in FRAMEWORKS]
 RECORDS = [ROOT / framework / "records.py" for framework in ("tensorflow", "mxnet")]
+TF1 = ROOT / "tensorflow/train_tf1.py"
 INFERENCE = [ROOT / framework / "inference.py" for framework in FRAMEWORKS]
 COMMON = sorted(ROOT.glob("common/*.py"))
 
@@ -62,7 +63,8 @@ def test_each_framework_folder_is_complete_and_does_not_shadow_the_library(name)
     folder = ROOT / name
     names = {path.name for path in folder.iterdir()} - {"__pycache__"}
     records = {"records.py"} if name in ("tensorflow", "mxnet") else set()
-    assert names == {"common", "engine.py", "inference.py", "train.py", *records}
+    old = {"train_tf1.py"} if name == "tensorflow" else set()
+    assert names == {"common", "engine.py", "inference.py", "train.py", *records, *old}
     assert (folder / "common").is_symlink()
     assert (folder / "common").readlink().as_posix() == "../common"
     assert not (ROOT / "setup.py").exists()
@@ -130,7 +132,7 @@ def test_scripts_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *ENGINES, *RECORDS, *INFERENCE, *COMMON], ids=name_of)
+@pytest.mark.parametrize("path", [*SCRIPTS, *ENGINES, *RECORDS, TF1, *INFERENCE, *COMMON], ids=name_of)
 def test_functions_take_few_parameters(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.Lambda)):
@@ -141,7 +143,7 @@ def test_functions_take_few_parameters(path):
             assert len(parameters) <= 5, name
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *ENGINES, *RECORDS, *INFERENCE, *COMMON], ids=name_of)
+@pytest.mark.parametrize("path", [*SCRIPTS, *ENGINES, *RECORDS, TF1, *INFERENCE, *COMMON], ids=name_of)
 def test_lines_are_not_packed(path):
     text = path.read_text()
     assert max(map(len, text.splitlines()), default=0) <= 110
@@ -194,7 +196,7 @@ def test_a_script_uses_few_of_our_names(path):
 def test_everything_public_has_a_docstring():
     folders = ("common", "spot", "launch", "benchmarks")
     others = itertools.chain.from_iterable(ROOT.glob(f"{folder}/*.py") for folder in folders)
-    for path in [*SCRIPTS, *ENGINES, *RECORDS, *others, ROOT / "tests/helpers.py"]:
+    for path in [*SCRIPTS, *ENGINES, *RECORDS, TF1, *others, ROOT / "tests/helpers.py"]:
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
         for node in tree.body:
@@ -229,6 +231,10 @@ def test_no_test_imports_a_script_or_another_test():
 @pytest.mark.parametrize("path", [*COMMON, *ROOT.glob("mxnet/*.py")], ids=name_of)
 def test_code_for_sagemakers_mxnet_image_is_python_3_8(path):
     ast.parse(path.read_text(), feature_version=(3, 8))
+
+
+def test_the_script_for_tensorflow_1_is_python_3_7():
+    ast.parse(TF1.read_text(), feature_version=(3, 7))
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
