@@ -79,8 +79,9 @@ def draw(run) -> None:
     except Exception as error:  # from matplotlib, a user's model or the disk
         reason = first_line(error)
         if isinstance(error, ImportError):
-            reason = "they need matplotlib"
-        log(f"Pictures: {', '.join(drawn) or 'none'}; the rest are left out: {reason}")
+            reason = "they need matplotlib (pip install matplotlib)"
+        done = f"{', '.join(drawn)}; the others are left out" if drawn else "left out"
+        log(f"Pictures: {done}: {reason}")
         return
     if drawn:
         log(f"Pictures: {folder} ({', '.join(drawn)})")

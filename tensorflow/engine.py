@@ -45,7 +45,7 @@ SERVING_REQUIREMENTS = "numpy", "pillow"  # SageMaker's container for SavedModel
 
 POLICIES = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
 SEEDS_PER_REPLICA = 2**20
-KERAS_PLACE = r"Exception encountered when calling .*|\x1b\[\dm"  # precedes the reason, and its colors
+KERAS_PLACE = r"Exception encountered when calling .*|\x1b\[\dm"  # prefix of the reason, and ANSI codes
 
 
 def start(args, workers):

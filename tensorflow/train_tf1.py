@@ -45,7 +45,7 @@ def parse_args():
         "--train", default=env("SM_CHANNEL_TRAIN"), help="x (images) and y (labels) in an .npz, or its folder"
     )
     add("--validation", default=env("SM_CHANNEL_VALIDATION"), help="the same; default: a tenth of --train")
-    add("--output", default="output/tensorflow-tf1", help="folder of all that is written")
+    add("--output", default="output/tensorflow-tf1", help="folder of all output")
     add("--checkpoint-path", default="/opt/ml/checkpoints" if env("SM_MODEL_DIR") else None)
     add(
         "--model-dir",
@@ -119,7 +119,7 @@ def read_npz(path):
 class Dropout(tf.keras.layers.Layer):
     """Dropout whose random numbers follow from the seed and the number of batches, which checkpoints hold.
 
-    The random numbers of tf.keras.layers.Dropout begin anew in each session, that is after an interruption.
+    The random numbers of tf.keras.layers.Dropout start again in each session, and so after an interruption.
     """
 
     def __init__(self, rate, seed=0, **options):

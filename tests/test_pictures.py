@@ -54,7 +54,7 @@ def test_without_matplotlib_one_line_says_so_and_earlier_pictures_are_deleted(tm
     drawing = environment(**DRAWING)
     run("xgboost", "--num-round", 2, cwd=tmp_path, env=drawing)
     result = run("xgboost", "--num-round", 3, cwd=tmp_path)
-    assert "\nPictures: none; the rest are left out: they need matplotlib\n" in result.output
+    assert "\nPictures: left out: they need matplotlib (pip install matplotlib)\n" in result.output
     assert names(tmp_path, "xgboost") == RESULTS
 
 

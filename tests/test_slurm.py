@@ -101,13 +101,13 @@ class Cluster:
         return re.search(r"JobState=(\w+)", shown)[1], int(re.search(r"Restarts=(\d+)", shown)[1])
 
     def wait_for(self, job, state, restarts):
-        """Return when a job is in a state, after so many restarts."""
+        """Wait until a job is in a state after a number of restarts."""
         wait_until(
             lambda: self.state(job) == (state, restarts), lambda: f"{self.state(job)}\n{self.log(job)}"
         )
 
     def wait_for_epoch(self, job, runs):
-        """Return when a job has finished epochs in so many runs."""
+        """Wait until a job has finished epochs in a number of runs."""
         finished = re.compile(r"Starting training from.*?^epoch=", re.DOTALL | re.MULTILINE)
         wait_until(lambda: len(finished.findall(self.log(job))) == runs, lambda: self.log(job))
 
