@@ -114,6 +114,7 @@ class State:
     Attributes:
         strategy: the result of `start`. Each of its devices is a replica with a copy of the model.
         steps_per_epoch: the number of steps in an epoch.
+        learning_rate: the optimizer's, before the first step; None for a schedule.
         metrics: the variables of the metrics of the running epoch; their last values during the validation.
         job: what identifies the job, besides the flags and the data.
         model_facts: what `model.json` says about the model, besides the data.
@@ -174,6 +175,7 @@ class State:
             )
             model.test_function = self._compile_for_replicas(model.test_step)
         self.mean_count = 1.0
+        self.learning_rate = self._read_learning_rate()
         one_per_replica = [np.repeat(array, self.num_replicas, axis=0) for array in sample]
         model.test_on_batch(*one_per_replica)  # creates the variables of the metrics
         model.reset_metrics()
@@ -338,6 +340,23 @@ class State:
             raise ValueError(f"it has {len(values)} arrays, but there are {len(variables)} variables")
         for variable, value in zip(variables, values):
             variable.assign(value)
+
+    def _read_learning_rate(self):
+        """Return the optimizer's learning rate; None for a schedule."""
+        rate = self.model.optimizer.learning_rate
+        return float(rate.numpy()) if isinstance(rate, keras.Variable) else None
+
+    def load_optimizer(self, values, learning_rate):
+        """Set the optimizer's variables; the learning rate is this run's unless a callback has changed it.
+
+        Args:
+            values: those of the variables, from a checkpoint.
+            learning_rate: that of the earlier run before the first step.
+        """
+        optimizer = self.model.optimizer
+        self.assign(optimizer.variables, values)
+        if self.learning_rate is not None and self._read_learning_rate() == learning_rate:
+            optimizer.learning_rate = self.learning_rate
 
     def _seeds(self):
         return [variable for variable in self.model.variables if "seed_generator_state" in variable.path]

@@ -549,11 +549,16 @@ def test_image_scripts_report_mistakes_in_one_line_before_training(image_framewo
 
 
 def test_infinite_weights_are_not_saved(image_framework, tmp_path):
-    """Neither at the end of an epoch nor inside an epoch."""
+    """Neither at the end of an epoch nor inside it; a new learning rate counts after a restart."""
     diverging = ["--learning-rate", 1e30, "--epochs", 1, "--output"]
     jobs = [(tmp_path, [*diverging, "whole"]), (tmp_path, [*diverging, "parts", "--checkpoint-steps", 3])]
-    whole, parts = run_many(image_framework, jobs, tmp_path)
-    assert (whole.code, parts.code) == (1, 1)
+    jobs.append((tmp_path, ["--epochs", 1, "--output", "restarted"]))
+    jobs.append((tmp_path, [*diverging, "restarted", "--epochs", 2]))
+    whole, parts, first, restarted = run_many(image_framework, jobs, tmp_path)
+    assert (whole.code, parts.code, first.code, restarted.code) == (1, 1, 0, 1)
+    last = f"the last finite checkpoint is {checkpoint_name(image_framework, 1)}"
+    assert "Changed since" in restarted.output
+    assert last in restarted.error_line
     reason = "some weights are infinite or not a number: they are not saved, "
     assert f"after epoch 1 {reason}there is no checkpoint. Try a lower --learning-rate" in whole.error_line
     saved = os.listdir(tmp_path / "parts/checkpoints")

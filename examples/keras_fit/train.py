@@ -227,6 +227,7 @@ class TrainingState(engine.State):
         return {
             "model": self.model.variables,  # also the random numbers of dropout
             "optimizer": self.model.optimizer.variables,
+            "learning_rate": self.learning_rate,  # before callbacks such as ReduceLROnPlateau change it
             "metrics": self.metrics,  # of the running epoch
             "callbacks": self.callbacks.states,
             "best_weights": self.callbacks.best_weights,  # of EarlyStopping(restore_best_weights=True)
@@ -235,7 +236,7 @@ class TrainingState(engine.State):
     def load_state_dict(self, checkpoint):
         """Load the content of a checkpoint."""
         self.assign(self.model.variables, checkpoint["model"])
-        self.assign(self.model.optimizer.variables, checkpoint["optimizer"])
+        self.load_optimizer(checkpoint["optimizer"], checkpoint["learning_rate"])
         self.metrics = checkpoint["metrics"]
         self.callbacks.states = checkpoint["callbacks"]
         self.callbacks.best_weights = checkpoint["best_weights"]
