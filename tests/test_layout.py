@@ -222,6 +222,11 @@ def test_common_imports_no_framework_and_errors_name_none():
     assert not [name for name in LIBRARIES if name in text]
 
 
+def test_the_page_of_the_design_names_each_module():
+    page = (ROOT / "docs/design.md").read_text()
+    assert not [path.name for path in COMMON if path.name != "__init__.py" and f"`{path.name}`" not in page]
+
+
 def test_no_test_imports_a_script_or_another_test():
     names = {path.stem for path in ROOT.glob("tests/test_*.py")} | {"conftest", "train", "engine", "records"}
     for path in ROOT.glob("tests/*.py"):
