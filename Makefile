@@ -18,7 +18,13 @@ VENV ?= .venv
 FRAMEWORK_INSTALLED = $(or $(wildcard $(VENV)/installed),$(VENV)/$(FRAMEWORK)-installed)
 INSTALL = $(VENV)/bin/python -m pip install --no-compile --requirement
 
-.PHONY: train spot lint check test integration examples bench update
+.DEFAULT_GOAL := help
+$(if $(filter $(FRAMEWORK),pytorch tensorflow mxnet xgboost),,$(error FRAMEWORK=$(FRAMEWORK): expected pytorch, tensorflow, mxnet or xgboost))
+
+.PHONY: help train spot lint check test integration examples bench update
+
+help:
+	@sed -n '1,/^$$/s/^# //p' Makefile
 
 train: $(FRAMEWORK_INSTALLED)
 	$(VENV)/bin/python $(FRAMEWORK)/train.py $(ARGS)

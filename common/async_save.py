@@ -1,10 +1,13 @@
 """Save in the background: the training waits for a copy of its state in memory, not for the disk."""
 
-import time
+from __future__ import annotations
+
+import math
 from concurrent.futures import ThreadPoolExecutor
 
-FREE_SAVES = 100  # at the start of a training, without a limit on their time
-MAX_SHARE = 0.03  # the share of its time that a training may wait for later saves
+MAX_SHARE = 0.01  # of its time that a training may wait for saves inside epochs
+MAX_RATE = 10e6  # bytes per second of such saves, as SageMaker copies them to S3
+MAX_SECONDS = 300  # between two of them
 
 
 class AsyncSaver:
@@ -12,44 +15,42 @@ class AsyncSaver:
 
     `wait` raises an error of the thread in the training: at the next step or save, or at the end.
 
+    Args:
+        seconds: between two saves inside an epoch; 0: no such saves; None: as often as their cost permits.
+        shortest: the shortest such time.
+
     Attributes:
         memory: the copies of the training state by name, reused by each save: filling new memory takes twice
             as long.
         thread: the executor of the saves.
         in_flight: the Future of the running save, or None.
+        interval: the seconds between two saves inside an epoch.
+        is_automatic: whether the interval follows from the cost of the latest save.
+        num_saves: the number of saves so far.
+        stall: the seconds for which the training waited in the latest save.
+        size: the bytes of the latest file.
     """
 
-    def __init__(self):
-        self.memory = {}
+    def __init__(self, seconds: float | None = None, shortest: float = 20) -> None:
+        self.memory: dict = {}
         self.in_flight = None
         self.thread = ThreadPoolExecutor(1, "save")
-        self._num_saves = 0
-        self._seconds_waited = 0.0
-        self._rationed_since = time.monotonic()
-
-    def count(self, seconds):
-        """Count a save for which the training has waited this long."""
-        self._num_saves += 1
-        self._seconds_waited += seconds
-        if self._num_saves <= FREE_SAVES:
-            self._rationed_since = time.monotonic()
-            self._seconds_waited = 0.0
+        self.is_automatic = seconds is None
+        self.interval = shortest if seconds is None else seconds or math.inf
+        self._shortest = shortest
+        self.num_saves = 0
+        self.stall = 0.0
+        self.size = 0
 
     def wait(self):
         """Wait for the save in flight and raise its error."""
         save, self.in_flight = self.in_flight, None
-        if save:
-            save.result()
-
-    def is_affordable(self):
-        """Return whether the training has waited for saves for at most 3 % of its time.
-
-        For a state that grows: saving each of 2,000 boosting rounds would take a time that grows with their
-        square.
-        """
-        if self._num_saves < FREE_SAVES:
-            return True
-        return self._seconds_waited <= MAX_SHARE * (time.monotonic() - self._rationed_since)
+        if not save:
+            return
+        self.size = save.result()
+        if self.is_automatic:
+            affordable = max(self.stall / MAX_SHARE, self.size / MAX_RATE)
+            self.interval = min(max(self._shortest, affordable), MAX_SECONDS)
 
     def close(self):
         """End the thread, after the save in flight."""

@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-DICTIONARIES = ("progress", "job", "data", "machine", "flags", "export")
+DICTIONARIES = ("progress", "job", "data", "machine", "flags", "code", "export")
 # The fields of `train_state.Progress`; "sums" has a dictionary for each worker.
 PROGRESS = {
     "epoch": int,

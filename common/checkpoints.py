@@ -189,7 +189,7 @@ class Checkpoints:
         return content
 
     def write(self, name, content, best_epoch, origin=(None, "")):
-        """Write a checkpoint, then delete those that it replaces; see `remove_old`.
+        """Write a checkpoint, then delete those that it replaces; return its size in bytes.
 
         Args:
             name: of the file.
@@ -209,7 +209,9 @@ class Checkpoints:
             )
         with atomic_write(Path(self.folder, name)) as file:
             self.engine.write_checkpoint(content, file)
+            size = file.seek(0, os.SEEK_END)
         self.remove_old(best_epoch)
+        return size
 
     def check_room(self):
         """Log a warning, once, if the remaining checkpoints will probably not fit on the disk."""
@@ -285,8 +287,8 @@ class Checkpoints:
     def check_same_job(self, name, content, now):
         """Log what differs between the run that saved `content` and this one, which `now` describes.
 
-        Both have the dictionaries "job", "data", "machine" and "flags". Raises UserError if the checkpoint
-        belongs to another job, unless `--resume-anyway` is set.
+        Both have the dictionaries "job", "data", "machine", "flags" and "code". Raises UserError if the
+        checkpoint belongs to another job, unless `--resume-anyway` is set.
         """
         changes = {}
         for kind, values in now.items():
@@ -311,6 +313,8 @@ class Checkpoints:
             log(f"Changed since {name}: {'; '.join(changed.values())}")
         if changes["data"]:
             log(f"Warning: the data has changed since {name}: {'; '.join(changes['data'].values())}")
+        if changes.get("code"):
+            log(f"train.py has changed since {name}: pass another --output to train from the start with it")
         if changes["machine"]:
             machine = "; ".join(changes["machine"].values())
             log(f"Warning: {machine}: the result will be equally good but not bit-identical")

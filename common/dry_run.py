@@ -99,7 +99,7 @@ class DryRun:
         free = shutil.disk_usage(_existing(folder)).free
         log(
             f"Dry run: a checkpoint takes {_megabytes(max(sizes))}, and {folder} has room for "
-            f"{_megabytes(free)}; kept are {self.args.keep_checkpoints or 'all'} epochs"
+            f"{_megabytes(free)}; --keep-checkpoints keeps {self.args.keep_checkpoints or 'all'} epochs"
         )
         if folder.is_dir() and (found := checkpoints.find_checkpoints(folder, self.pattern)):
             log(f"Dry run: {folder} contains {found[0][1]}, from which a training would resume")

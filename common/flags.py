@@ -112,7 +112,7 @@ def image_flags(framework: str) -> argparse.ArgumentParser:
         default=False,
         help="torch.compile, or XLA in TensorFlow (with --no-deterministic); MXNet always compiles",
     )
-    _checkpoint_flags(parser, checkpoint_seconds=300)
+    _checkpoint_flags(parser)
     _output_flags(parser, framework)
     add = parser.adder("output")
     add(
@@ -184,7 +184,7 @@ def xgboost_flags() -> argparse.ArgumentParser:
     add("--eval-metric", help="metrics to report, separated by commas; default: chosen from the objective")
     _training_flags(parser)
     add("--nthread", type=integer(0), default=0, help="CPU threads; 0: all")
-    _checkpoint_flags(parser, checkpoint_seconds=0)
+    _checkpoint_flags(parser)
     _output_flags(parser, "xgboost")
     _worker_flags(parser)
     return parser
@@ -259,14 +259,13 @@ def _training_flags(parser):
     )
 
 
-def _checkpoint_flags(parser, checkpoint_seconds):
+def _checkpoint_flags(parser):
     add = parser.adder("checkpoints")
     add("--checkpoint-path", type=_local_path, help="folder of the checkpoints; default: OUTPUT/checkpoints")
     add(
         "--checkpoint-seconds",
         type=real(0),
-        default=checkpoint_seconds,
-        help="also save inside an epoch each time this time has passed; 0: never (XGBoost: after a round)",
+        help="also save inside an epoch after this time; 0: never; default: from 20 to 300, by the cost",
     )
     add(
         "--checkpoint-steps",

@@ -287,10 +287,11 @@ def _read_class_folders(channel, entries, expected):
 
 def _check_class_names(flag, folder, classes):
     """Raise UserError for folders that are not classes, or whose names are not UTF-8."""
-    if {name.lower() for name in classes} <= SPLITS:
+    splits = [name for name in classes if name.lower() in SPLITS]
+    if len(splits) == len(classes) or {name.lower()[:2] for name in splits} >= {"tr", "va"}:
         raise UserError(
-            f"{flag} {folder} contains the folders {', '.join(classes)}, which look like data sets: "
-            f"pass one of them, such as {flag} {folder / next(iter(classes))}"
+            f"{flag} {folder} contains the folders {', '.join(splits)}, which look like data sets: "
+            f"pass one of them, such as {flag} {folder / splits[0]}"
         )
     for name in classes:
         try:

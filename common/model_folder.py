@@ -85,6 +85,14 @@ def restore_data(facts):
     )
 
 
+def describe_script(engine: str) -> dict:
+    """Return a checksum of the train.py beside an engine, by name; empty if there is none."""
+    script = Path(engine).with_name("train.py")
+    if not script.is_file():
+        return {}
+    return {script.name: f"{zlib.crc32(script.read_bytes()):08x}"}
+
+
 def describe_flags(args: Namespace) -> dict:
     """Return the input of `restore_flags`: the flags by name, paths as text, and the names of the paths."""
     flags = {name: _plain(value) for name, value in vars(args).items()}

@@ -258,7 +258,10 @@ class _Predictions:
         self.mistakes = []
         facts = serving.read_facts(run.args.model_dir)
         self.names = facts["class_names"]
-        if facts["outputs"] == "values" or not self.names:
+        if facts["outputs"] == "values":
+            return
+        if not self.names:
+            log("Pictures: no confusion matrix, as the data set has no `classes`")
             return
         script = type(run.state).__module__
         sys.modules.setdefault("train", sys.modules[script])  # inference.py imports it

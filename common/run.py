@@ -45,6 +45,7 @@ from common.errors import (
 from common.preemption import Interrupted
 from common.report import log
 
+FREE_ROUNDS = 100  # boosting rounds of a run that are saved one by one
 _notice = threading.Timer(1, say, ["Importing the framework ..."])  # seconds
 _notice.daemon = True
 
@@ -110,7 +111,10 @@ class Run:
         self.progress = train_state.Progress()
         self.workers = distributed.Workers()
         self.signals = preemption.SignalHandlers(self._end_early)
-        self.saver = async_save.AsyncSaver()
+        seconds = args.checkpoint_seconds
+        if seconds is None and args.checkpoint_steps and hasattr(engine, "MIN_SAVE_SECONDS"):
+            seconds = 0  # the other scripts also save after each epoch
+        self.saver = async_save.AsyncSaver(seconds, getattr(engine, "MIN_SAVE_SECONDS", 20))
         self.checkpoints = None
         self._newest = None  # (name, content) of the newest checkpoint between `load_data` and `restore`
         self.steps_per_epoch = 0
@@ -129,6 +133,8 @@ class Run:
         self._best_name = None
         self._bar = report.ProgressBar(args.epochs, False)
         self._clock = self._last_save = time.monotonic()
+        self._saves_by_time = False
+        self._has_logged_interval = not self.saver.is_automatic
 
     # Start and end ------------------------------------------------------------------------------------------
 
@@ -160,6 +166,7 @@ class Run:
                 "data": self._data_facts,
                 "machine": machine,
                 "flags": flags,
+                "code": model_folder.describe_script(self.engine.__file__),
             }
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -250,6 +257,7 @@ class Run:
             if not hasattr(dataset, "batches"):
                 batches.check_sizes(len(dataset), self.args, self.workers)
             if not isinstance(dataset, datasets.ArrayDataset):
+                log(f"Data: {len(dataset)} {name} {getattr(dataset, 'unit', 'samples')}")
                 self_check.check_data_set(name, dataset, self._read_samples)
         for flag in ("model", "batch_size", "seed"):
             self.job[f"--{flag.replace('_', '-')}"] = getattr(self.args, flag)
@@ -348,6 +356,7 @@ class Run:
                 "raise --epochs, or export an earlier checkpoint with python -m common.export"
             )
         if epoch >= args.epochs:
+            self._export_facts = found[1].get("export", self._export_facts)  # the flags of the training
             log(f"Nothing left to train: {epoch} epochs are finished, --epochs asks for {args.epochs}")
         elif (args.patience or self.progress.stopped) and self.should_stop():
             epoch = args.epochs
@@ -383,6 +392,7 @@ class Run:
 
         This is a collective call: every worker must reach it.
         """
+        began = time.monotonic()
         progress = vars(self.progress).copy()
         progress["history"] = list(progress["history"])  # the next epoch may end before this is written
         sums = self.progress.sums
@@ -406,8 +416,20 @@ class Run:
                 place = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
             write = self.checkpoints.write
             self.saver.in_flight = self.saver.thread.submit(write, name, content, best, (self.state, place))
+            self.saver.num_saves += 1
+            self.saver.stall = time.monotonic() - began
         self._last_save = time.monotonic()
         return name
+
+    def _finish_save(self):
+        """Raise the error of a save that has failed; log what saves cost, once."""
+        self.saver.wait()
+        self.checkpoints.check_room()
+        if self._saves_by_time and not self._has_logged_interval:
+            self._has_logged_interval = True
+            stall, size = 1000 * self.saver.stall, self.saver.size / 1e6
+            cost = f"a save stops the training for {stall:.1f} ms and writes {size:.1f} MB"
+            log(f"Saving every {self.saver.interval:.0f} seconds: {cost}")
 
     def _refuse_metric(self, metrics):
         names = ", ".join(metrics)
@@ -520,16 +542,16 @@ class Run:
             self._bar.update(self._read_metrics)
         elif args.log_steps and progress.step % args.log_steps == 0:
             log(f"step={progress.step}/{self.steps_per_epoch} epoch={progress.epoch + 1}")
-        due = args.checkpoint_seconds and now - self._last_save >= args.checkpoint_seconds
+        due = now - self._last_save >= self.saver.interval
         if args.checkpoint_steps and progress.step % args.checkpoint_steps == 0:
             due = True
         if self.saver.in_flight and self.saver.in_flight.done():
-            self.saver.wait()  # raises the error of a failed save
-            self.checkpoints.check_room()
+            self._finish_save()
         if self.signals.received or self.workers.size > 1:
             due = self._check_signals(due, save=True)
         if due and progress.step < self.steps_per_epoch:
             self.save()
+            self._saves_by_time = True
 
     def _read_metrics(self):
         """Return the metrics of this worker's part of the running epoch."""
@@ -593,21 +615,18 @@ class Run:
         if not self._has_checked_attributes:
             self._check_attributes()
         stop = self.should_stop()
-        if args.checkpoint_steps or args.checkpoint_seconds:
-            due = args.checkpoint_seconds and now - self._last_save >= args.checkpoint_seconds
-            if args.checkpoint_steps and progress.epoch % args.checkpoint_steps == 0:
-                due = True
-        else:
-            due = self.saver.is_affordable()
+        due = now - self._last_save >= self.saver.interval
+        if args.checkpoint_steps and progress.epoch % args.checkpoint_steps == 0:
+            due = True
+        if self.saver.is_automatic and self.saver.num_saves < FREE_ROUNDS:
+            due = True
         if self.saver.in_flight and self.saver.in_flight.done():
-            self.saver.wait()  # raises the error of a failed save
-            self.checkpoints.check_room()
+            self._finish_save()
         if self.workers.size > 1:
             due, stop = self.workers.all_gather([bool(due), stop])[0]
         if due or stop or progress.epoch == args.epochs:
-            began = time.monotonic()
             self.save()
-            self.saver.count(time.monotonic() - began)
+            self._saves_by_time = self.saver.num_saves > FREE_ROUNDS
         if self.signals.received or self.workers.size > 1:
             self._check_signals(save=True)
         self._clock = time.monotonic()

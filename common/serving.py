@@ -311,10 +311,12 @@ def predict_files(args, model_fn, predict_fn):
                 name = str(path) if len(predictions) == 1 else f"{path}:{number + 1}"
                 rows.append([name, *_columns(prediction)])
                 print(_line(name, prediction))
-        _write_table(args.output, rows, model)
+        if rows:
+            _write_table(args.output, rows, model)
     except (UserError, OSError) as error:
         errors.fail(error)
-    print(f"{len(rows)} predictions in {args.output}" + (f", {failures} files left out" if failures else ""))
+    place = f" in {args.output}" if rows else ""
+    print(f"{len(rows)} predictions{place}" + (f"; files left out: {failures}" if failures else ""))
     return 1 if failures else 0
 
 

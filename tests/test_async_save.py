@@ -5,7 +5,6 @@ import time
 
 import pytest
 
-from common import async_save
 from common.async_save import AsyncSaver
 
 pytestmark = pytest.mark.quick
@@ -24,6 +23,7 @@ def test_training_continues_during_a_write_and_the_next_save_waits(saver):
     def write(name):
         proceed.wait(10)
         written.append(name)
+        return 1  # byte
 
     saver.in_flight = saver.thread.submit(write, "first")
     assert written == []
@@ -55,17 +55,45 @@ def test_close_waits_for_the_running_save():
     assert written == [1]
 
 
-def test_saves_after_the_first_hundred_take_a_small_share_of_the_time(saver, monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(async_save.time, "monotonic", lambda: now)
-    saved = []
-    for boosting_round in range(2000):
+def save(saver, stall, size):
+    """Save a file of a number of bytes, for which the training waits a number of seconds."""
+    saver.stall = stall
+    saver.in_flight = saver.thread.submit(lambda: size)
+    saver.wait()
+
+
+@pytest.mark.parametrize(
+    ("stall", "size", "seconds"),
+    [(0.0001, 1e6, 20), (0.5, 1e6, 50), (0.01, 1e9, 100), (60, 1e10, 300)],
+)
+def test_the_interval_follows_from_what_a_save_costs(saver, stall, size, seconds):
+    """At most 1 % of the time and 10 MB/s, between 20 and 300 seconds."""
+    assert saver.interval == 20
+    save(saver, stall, size)
+    assert saver.interval == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("seconds", "interval"), [(7, 7), (0, float("inf"))])
+def test_a_chosen_interval_stays(seconds, interval):
+    saver = AsyncSaver(seconds)
+    save(saver, 60, 1e10)
+    assert saver.interval == interval
+    saver.close()
+
+
+def test_saves_of_boosting_rounds_take_a_small_share_of_the_time():
+    """Their time grows with the model."""
+    saver = AsyncSaver(shortest=1)
+    now = waited = last = longest = 0.0
+    for boosting_round in range(40_000):
         now += 0.01  # a round
-        if saver.is_affordable():
-            seconds = 0.00002 * boosting_round  # proportional to the size of the copy
-            now += seconds
-            saver.count(seconds)
-            saved.append((boosting_round, now))
-    assert [boosting_round for boosting_round, _ in saved[:100]] == list(range(100))
-    assert now <= 2000 * 0.01 * 1.05
-    assert max(after - before for (_, before), (_, after) in zip(saved, saved[1:])) < 2
+        if now - last >= saver.interval:
+            stall = 0.000002 * boosting_round
+            save(saver, stall, 100 * boosting_round)
+            waited += stall
+            now += stall
+            longest = max(longest, now - last)
+            last = now
+    saver.close()
+    assert waited <= 0.011 * now
+    assert longest < 9

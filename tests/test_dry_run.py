@@ -19,7 +19,7 @@ def test_a_dry_run_reports_and_writes_nothing(framework, tmp_path, uninterrupted
     assert not list(temporary.glob("dry-run-*"))
     assert " s for 5\n" in result.output
     assert "Dry run: a checkpoint takes " in result.output
-    assert "kept are 2 epochs" in result.output
+    assert "--keep-checkpoints keeps 2 epochs" in result.output
     assert result.last_line.endswith(f"output/{framework}/model, output/{framework}/data")
     folder = checkpoint_folder(finished, framework).relative_to(finished)
     newest = checkpoint_name(framework, EPOCHS[framework])
@@ -33,7 +33,7 @@ def test_a_dry_run_lists_every_bad_image(tmp_path, digits):
         (tmp_path / "train" / name).write_bytes(b"no image")
     result = run("pytorch", "--dry-run", "--train", "train", cwd=tmp_path, code=1)
     for name in ("class-3/3.png", "class-5/5.png", "class-5/15.png"):
-        assert result.output.count(f"cannot read the image train/{name}: it is no image") == 1
+        assert result.output.count(f"cannot read the image train/{name}: it is not an image") == 1
     assert "of 270 training samples cannot be read, see above" in result.error_line
     assert not (tmp_path / "output").exists()
 

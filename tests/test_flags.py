@@ -254,7 +254,7 @@ def test_version(capsys):
 
 def test_xgboost_shares_the_applicable_flags():
     image, trees = ({action.dest: action for action in PARSERS[name]._actions} for name in PARSERS)
-    differing = {"epochs", "checkpoint_seconds", "checkpoint_path", "learning_rate"}
+    differing = {"epochs", "checkpoint_path", "learning_rate"}
     assert {"output", "best_metric", "patience", "seed", "hosts", "keep_checkpoints"} <= set(image) & set(
         trees
     )

@@ -362,7 +362,7 @@ def test_images_are_predicted_from_the_command_line(image_framework, tmp_path, t
     model = model_of(folder, image_framework)
     result = infer(script, "photos", "--model-dir", model, cwd=tmp_path, code=1)
     assert "photos/broken.png" in result.error_line
-    assert "101 predictions in predictions.csv, 1 files left out" in result.last_line
+    assert "101 predictions in predictions.csv; files left out: 1" in result.last_line
     with open(tmp_path / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
     assert [*rows[0]] == ["file", "class_name", "class", "probability"]

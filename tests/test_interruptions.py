@@ -266,7 +266,7 @@ from common.checkpoints import Checkpoints
 original = Checkpoints.write
 def write(*arguments):
     time.sleep(0.3)
-    original(*arguments)
+    return original(*arguments)
 Checkpoints.write = write
 """
 

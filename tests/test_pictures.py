@@ -107,7 +107,8 @@ draw, pictures.draw_confusion = pictures.draw_confusion, act
     drawn = ["feature-importance.png", "training-curve.png"]
     if "raise" in event:
         assert (
-            "training-curve.png, feature-importance.png; the rest are left out: of a library" in result.output
+            "training-curve.png, feature-importance.png; the others are left out: of a library"
+            in result.output
         )
     else:
         drawn.append("confusion-matrix.png")

@@ -117,7 +117,9 @@ def test_the_commands_of_all_pages_run_unchanged(clone):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.count("\nStarting training from epoch: 1\n") == 10
     assert re.search(r"Resuming training from xgboost-checkpoint.\d+\nStarting training", finished.stdout)
-    sums = re.findall(r"^(\w{64})  (?:whole|killed)/model/xgboost-model$", finished.stdout, re.MULTILINE)
+    sums = re.findall(
+        r"^(\w{64})  output/(?:whole|killed)/model/xgboost-model$", finished.stdout, re.MULTILINE
+    )
     assert len(sums) == 2
     assert sums[0] == sums[1]
     assert finished.stdout.count('"EnableManagedSpotTraining": true') == 3

@@ -175,7 +175,7 @@ def test_the_images_equal_those_of_class_folders(records, tmp_path, folders):
 def test_an_empty_file_contains_no_images(records, tmp_path, folders):
     suffix = suffix_of(records)
     write(tmp_path / f"records/0{suffix}", [], [])
-    with pytest.raises(UserError, match="has record files without images"):
+    with pytest.raises(UserError, match="has record files without any images"):
         load(records, tmp_path / "records")
     write(tmp_path / f"records/1{suffix}", *folders[1:])
     assert len(load(records, tmp_path / "records")[0]) == 54
@@ -346,8 +346,8 @@ def record(label, content=b"1234", num_labels=0):
 GOOD = part(0, record(1))
 RECORDIO_MISTAKES = {
     "text": (b"label,image\n" * 10, "record 0: it does not start like a record of MXNet's RecordIO"),
-    "short": (MAGIC, "record 0: it does not begin as"),
-    "second": (GOOD + bytes(40), "record 1: it does not begin as"),
+    "short": (MAGIC, "record 0: it does not start like"),
+    "second": (GOOD + bytes(40), "record 1: it does not start like"),
     "truncated": (GOOD + GOOD[:-1], "record 1: the file ends inside it: it is truncated or damaged"),
     "huge": (part(0, record(1), 2**29 - 1), "record 0: the file ends inside it"),
     "several labels": (
@@ -363,7 +363,7 @@ RECORDIO_MISTAKES = {
     "large label": (part(0, record(1e30)), r"record 0: it has the label 1e\+30: expected an integer"),
     "rest": (part(3, record(0)), "record 0: it starts with the rest of another record"),
     "unknown kind": (part(7, record(0)), "record 0: it starts with the rest of another record"),
-    "no end": (part(1, record(0)), "record 0: it does not begin as"),
+    "no end": (part(1, record(0)), "record 0: it does not start like"),
     "another record": (part(1, record(0)) + GOOD, "record 0: its end is missing"),
 }
 

@@ -33,6 +33,7 @@ with errors.importing("XGBoost", "Install it with: pip install xgboost"):
 CHECKPOINT = "xgboost-checkpoint.{}"  # the last round, counted from 0, as in SageMaker's own container
 TABLE = "table"  # the booster's attribute that maps numbers to categories
 FIRST_NUMBER = 0  # in the name of the checkpoint after the first round
+MIN_SAVE_SECONDS = 1  # between the saves of two boosting rounds
 FRAMEWORK = "xgboost"
 VERSION = str(xgb.__version__)
 MODEL_FACTS = "code/model.json"  # SageMaker's own container loads every file beside the model as a model
