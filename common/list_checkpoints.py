@@ -131,7 +131,7 @@ def _describe(checkpoints, name):
     except UserError as error:  # the disk or the memory failed: the file may be intact
         state = f"unknown: {errors.first_line(error)}"
     except Exception as error:  # each framework has its own errors for a damaged file
-        state = f"damaged: {errors.first_line(error)[:60]}"
+        state = f"damaged: {errors.first_line(error)[:80]}"
     cells = [name, epoch, step, f"{size:.1f}", _age(age), "".join(marks[:1]) or "-", state]
     return list(map(str, cells)), metrics
 
