@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -637,6 +638,13 @@ class Run:
             log(report.epoch_line(row))
         for tracker in self._trackers:
             tracker.add(row)
+        losses = [row.get("train_loss", 0.0) for row in self.progress.history[-2:]]
+        if len(losses) == 2 and not any(map(math.isfinite, losses)):
+            raise UserError(
+                f"the training loss of epochs {row['epoch'] - 1} and {row['epoch']} is not finite, but the "
+                "weights are. Try a lower --learning-rate or --precision fp32, and look for divisions and "
+                "logarithms of zero in the loss"
+            )
 
     def should_stop(self):
         """Return whether the training ends before `--epochs`; this depends only on saved state.

@@ -569,6 +569,14 @@ def test_infinite_weights_are_not_saved(image_framework, tmp_path):
     assert not os.listdir(tmp_path / "whole/checkpoints")
 
 
+def test_a_loss_that_is_not_finite_for_a_whole_epoch_ends_the_training(tmp_path):
+    change = ('{"loss": ((losses * weights).sum(), count)', '{"loss": ((losses * weights).sum() / 0, count)')
+    script = copy_script("pytorch", tmp_path, [change])
+    result = run(script, "--epochs", 5, cwd=tmp_path, code=1)
+    assert result.epochs == [1, 2]
+    assert "the training loss of epochs 1 and 2 is not finite" in result.error_line
+
+
 TABLE_MISTAKES = {
     "0,1,2\n1,2,3\n0,1\n": "a.csv, line 3: Expected 3 columns, got 2",
     "1,2\n1,3\n1,4\n": "one label only (1)",
