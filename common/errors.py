@@ -78,7 +78,7 @@ def fail(message: str | BaseException, code: int = 1) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         is_red = is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")  # https://no-color.org
         label = "\033[31merror:\033[0m" if is_red else "error:"
-        print(label, message, file=sys.stderr, flush=True)
+        print(f"{label} {message}\n", end="", file=sys.stderr, flush=True)  # in one piece
     sys.exit(code)
 
 

@@ -159,12 +159,6 @@ def xgboost_flags() -> argparse.ArgumentParser:
     add("--max-depth", type=integer(0), default=6, help="maximum depth of a tree; 0: no limit")
     add("--max-leaves", type=integer(0), default=0, help="maximum number of leaves of a tree; 0: no limit")
     add("--max-bin", type=integer(2), default=256, help="maximum number of bins of a feature")
-    add(
-        "--grow-policy",
-        choices=("depthwise", "lossguide"),
-        default="depthwise",
-        help="which node is split next",
-    )
     add("--min-child-weight", type=real(0), default=1.0, help="minimum sum of instance weights in a child")
     add("--subsample", type=share, default=1.0, help="share of the rows drawn for each tree")
     add("--colsample-bytree", type=share, default=1.0, help="share of the columns drawn for each tree")

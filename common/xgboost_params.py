@@ -91,6 +91,7 @@ PARAMETERS = {
     "skip_drop": real(0, 1),
     "tweedie_variance_power": real(1, 2),
     "huber_slope": real(0),
+    "grow_policy": choice("depthwise", "lossguide"),
     "quantile_alpha": _quantiles,
     # Flags, also by the names of XGBoost's scikit-learn interface
     "csv_weights": Flag("--weight-column"),
@@ -147,7 +148,6 @@ OWN_FLAGS = (  # the flags of the script with XGBoost's names
     "eta",
     "eval_metric",
     "gamma",
-    "grow_policy",
     "lambda",
     "learning_rate",
     "max_bin",

@@ -54,7 +54,8 @@ def s3_server(endpoint_url=None):
         server.start()
         host, port = server.get_host_and_port()
         endpoint_url = f"http://{host}:{port}"
-        variables.update(AWS_ACCESS_KEY_ID="any", AWS_SECRET_ACCESS_KEY="any")  # noqa: S106 - boto3 needs some
+        # boto3 needs some credentials.
+        variables.update(AWS_ACCESS_KEY_ID="any", AWS_SECRET_ACCESS_KEY="any")  # noqa: S106
         variables.update(AWS_DEFAULT_REGION="us-east-1", NO_PROXY=host, no_proxy=host)
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL"):  # the last is the toolkit's
         variables[name] = endpoint_url

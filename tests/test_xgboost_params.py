@@ -26,7 +26,7 @@ BUILT_IN = {
     "eta": ("0.2", {"eta": 0.2}),
     "eval_metric": ("auc,logloss", {"eval_metric": "auc,logloss"}),
     "gamma": ("1", {"gamma": 1.0}),
-    "grow_policy": ("lossguide", {"grow_policy": "lossguide"}),
+    "grow_policy": ("lossguide", {"params": {"grow_policy": "lossguide"}}),
     "interaction_constraints": (
         "[[1, 2], [3, 4]]",
         {"params": {"interaction_constraints": "[[1, 2], [3, 4]]"}},

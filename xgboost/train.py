@@ -50,7 +50,6 @@ def build_params(args, data):
         "max_depth": args.max_depth,
         "max_leaves": args.max_leaves,
         "max_bin": args.max_bin,
-        "grow_policy": args.grow_policy,
         "min_child_weight": args.min_child_weight,
         "subsample": args.subsample,
         "colsample_bytree": args.colsample_bytree,
