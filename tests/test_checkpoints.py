@@ -645,12 +645,13 @@ def test_only_leftovers_of_killed_saves_are_removed(tmp_path):
 
 
 def test_another_job_is_refused_and_changed_flags_are_logged(tmp_path, log):
-    def description(job=(), data=(), machine=(), flags=()):
+    def description(job=(), data=(), machine=(), flags=(), code=()):
         return {
             "job": {"--model": "cnn", "classes": ["a", "b"], **dict(job)},
             "data": {"checksum of the labels (training data)": 1, **dict(data)},
             "machine": {"CPU threads": 2, "torch": "1.0", **dict(machine)},
             "flags": {"--learning-rate": "0.1", "--epochs": "5", "--schedule": "constant", **dict(flags)},
+            "code": {"train.py": "1", **dict(code)},
         }
 
     def check(now, resume_anyway=False):
@@ -671,6 +672,9 @@ def test_another_job_is_refused_and_changed_flags_are_logged(tmp_path, log):
     assert check(description(machine={"torch": "2"})) == f"Warning: torch was 1.0 and is now 2: {other_bits}"
     data = "Warning: the data has changed since checkpoint-5.pt: checksum of the labels (training data) was 1"
     assert data in check(description(data={"checksum of the labels (training data)": 2}))
+
+    code = "train.py has changed since checkpoint-5.pt: pass another --output"
+    assert code in check(description(code={"train.py": "2"}))
 
     other = description(job={"--model": "resnet18", "classes": ["a"]})
     changes = "--model was cnn and is now resnet18; classes was ['a', 'b'] and is now ['a']"
