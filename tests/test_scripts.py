@@ -569,6 +569,14 @@ def test_infinite_weights_are_not_saved(image_framework, tmp_path):
     assert not os.listdir(tmp_path / "whole/checkpoints")
 
 
+def test_a_model_that_is_exported_again_keeps_the_flags_of_its_training(tmp_path):
+    jobs = [(tmp_path, ["--epochs", 3, "--eta", 0.2]), (tmp_path, ["--epochs", 3])]
+    _, again = run_many("xgboost", jobs, cwd=tmp_path)
+    assert "Nothing left to train" in again.output
+    facts = json.loads((tmp_path / "output/xgboost/model/code/model.json").read_text())
+    assert facts["flags"]["eta"] == 0.2
+
+
 def test_a_loss_that_is_not_finite_for_a_whole_epoch_ends_the_training(tmp_path):
     change = ('{"loss": ((losses * weights).sum(), count)', '{"loss": ((losses * weights).sum() / 0, count)')
     script = copy_script("pytorch", tmp_path, [change])
