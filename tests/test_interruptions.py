@@ -263,6 +263,13 @@ def test_a_long_epoch_is_saved_at_intervals(image_framework, tmp_path):
     assert files(tmp_path, image_framework) == names(image_framework, 1)
 
 
+def test_the_time_between_saves_is_logged_once(tmp_path):
+    event = "from common import async_save; async_save.MAX_SECONDS = 0.05"
+    result = run_with(event, "pytorch", "--epochs", 3, "--batch-size", 8, cwd=tmp_path, code=0)
+    line = r"^Saving every 0 seconds: a save stops the training for [\d.]+ ms and writes 0\.\d MB$"
+    assert len(re.findall(line, result.output, re.MULTILINE)) == 1
+
+
 SLOW_DISK = """
 from common.checkpoints import Checkpoints
 original = Checkpoints.write
