@@ -90,6 +90,8 @@ class BatchLoader:
             order = self.generator(ORDER).permutation(len(dataset))
         batches = np.split(order, np.cumsum(self.sizes)[:-1])
         self.indices = [batch[workers.shard(len(batch))] for batch in batches]
+        # One call for all steps: it takes as long as the rest of a small batch.
+        self.seeds = np.random.SeedSequence((*self.key, FRAMEWORK, self.rank)).generate_state(len(self.sizes))
 
     def generator(self, *key):
         """Return a NumPy random generator that follows from the seed, the epoch and `key`."""
@@ -110,9 +112,9 @@ class BatchLoader:
                 raise UserError(
                     f"augment returns {images.dtype} for images of {dtype}: expected the same type"
                 )
-        seed = np.random.SeedSequence((*self.key, FRAMEWORK, step, self.rank)).generate_state(1)[0]
+        seed = int(self.seeds[step])
         share = self.sizes[step] / self.world_size
-        return Batch(images, labels, weights, self.first_step + step, len(self.sizes), int(seed), share)
+        return Batch(images, labels, weights, self.first_step + step, len(self.sizes), seed, share)
 
 
 _reading = threading.Lock()  # a data set that draws random numbers uses global generators

@@ -20,6 +20,7 @@ from common import checkpoint_schema, errors
 from common.atomic_io import TEMPORARY, ErrorKeepingReader, atomic_write
 from common.distributed import PER_WORKER_FLAGS
 from common.errors import UserError
+from common.history import HistoryFile
 from common.model_folder import STRUCTURE
 from common.report import log
 
@@ -67,6 +68,7 @@ class Checkpoints:
         self.folder = args.checkpoint_path
         self.engine = engine
         self.workers = workers
+        self.history = HistoryFile(args.checkpoint_path)
         self._lock = None
         self._has_checked_room = False
         self._undeletable = set()
@@ -207,11 +209,20 @@ class Checkpoints:
                 f"after {place} some weights are infinite or not a number: they are not saved, {last}. "
                 "Try a lower --learning-rate or some --warmup-epochs, with another --output"
             )
+        if self.history.unwritten:
+            self.history.write()
         with atomic_write(Path(self.folder, name)) as file:
             self.engine.write_checkpoint(content, file)
             size = file.seek(0, os.SEEK_END)
         self.remove_old(best_epoch)
         return size
+
+    def merge_history(self, rows):
+        """Return the rows of all epochs, from those of the checkpoint that was read. A collective call."""
+        content = b""
+        if self.workers.is_main_process and self.history.path.is_file():
+            content = self.history.path.read_bytes()
+        return self.history.merge(rows, self.workers.broadcast(content))
 
     def check_room(self):
         """Log a warning, once, if the remaining checkpoints will probably not fit on the disk."""

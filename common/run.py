@@ -23,6 +23,7 @@ from common import (
     datasets,
     distributed,
     dry_run,
+    history,
     model_folder,
     pictures,
     preemption,
@@ -132,6 +133,7 @@ class Run:
         self._is_validating = False
         self._validation_sums = {}
         self._best_name = None
+        self._best = None  # a train_state.BestEpoch
         self._bar = report.ProgressBar(args.epochs, False)
         self._clock = self._last_save = time.monotonic()
         self._saves_by_time = False
@@ -345,6 +347,8 @@ class Run:
                 progress.sums = total if self.workers.is_main_process else {}
             for name, pair in progress.sums.items():
                 progress.sums[name] = tuple(map(self.engine.to_device, pair))
+            if len(progress.history) >= history.BLOCK:  # otherwise it is complete
+                progress.history = self.checkpoints.merge_history(progress.history)
             self.progress = progress
             self.resumed = [*content.get("resumed", []), pictures.position(progress, self.data)]
         elif getattr(args, "weights", None):
@@ -395,7 +399,6 @@ class Run:
         """
         began = time.monotonic()
         progress = vars(self.progress).copy()
-        progress["history"] = list(progress["history"])  # the next epoch may end before this is written
         sums = self.progress.sums
         if self.workers.size > 1 and hasattr(self.state, "metric_sums"):  # the framework adds them up itself
             sums = self.state.metric_sums()
@@ -405,18 +408,20 @@ class Run:
         name = self.checkpoints.name_of(self.progress.epoch, self.progress.step)
         if self.saver.in_flight:
             self.saver.wait()
+        best = self._best_row() if self.args.best_metric or self.args.patience else None
+        progress["history"] = self.checkpoints.history.split(self.progress.history, best)
         path = self.checkpoints.folder / name
         is_saved = path.is_file() and not path.is_symlink()
         if self.workers.is_main_process and not is_saved:
             content = {**self.state.state_dict(), "progress": progress, **self._description}
             content["export"], content["resumed"] = self._export_facts, self.resumed
             content = self.engine.copy_to_host(content, self.saver.memory)
-            best = self._best_epoch() if self.args.best_metric else None
+            kept = best["epoch"] if best and self.args.best_metric else None
             place = f"epoch {self.progress.epoch}"
             if self.progress.step:
                 place = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
             write = self.checkpoints.write
-            self.saver.in_flight = self.saver.thread.submit(write, name, content, best, (self.state, place))
+            self.saver.in_flight = self.saver.thread.submit(write, name, content, kept, (self.state, place))
             self.saver.num_saves += 1
             self.saver.stall = time.monotonic() - began
         self._last_save = time.monotonic()
@@ -436,9 +441,14 @@ class Run:
         names = ", ".join(metrics)
         raise UserError(f"--best-metric {self.args.best_metric}: expected one of the metrics {names}")
 
-    def _best_epoch(self):
-        """Return the best epoch by `--best-metric`."""
-        return train_state.best_epoch(self.progress.history, *self._metric())
+    def _best_row(self):
+        """Return the best epoch's row of the history; None before the first epoch."""
+        if not self.progress.history:
+            return None
+        metric = self._metric()
+        if not self._best or self._best.metric != metric:
+            self._best = train_state.BestEpoch(*metric)
+        return self._best.find(self.progress.history)
 
     def _metric(self):
         """Return (name, sign) of the metric that decides; by default the loss, or else the last one."""
@@ -651,19 +661,18 @@ class Run:
 
         A callback has ended it, or `--patience` epochs have brought no better metric.
         """
-        history = self.progress.history
         if self.progress.stopped:
             if not self._has_stopped:
                 log(f"Stopping early: a callback has ended the training after epoch {self.progress.epoch}")
             self._has_stopped = True
             return True
-        if not self.args.patience or not history:
+        if not self.args.patience or not self.progress.history:
             return False
-        name, sign = self._metric()
-        best = train_state.best_epoch(history, name, sign)
+        best = self._best_row()["epoch"]
         if self.progress.epoch - best < self.args.patience:
             return False
         if not self._has_stopped:
+            name, _ = self._metric()
             patience = f"--patience {self.args.patience}"
             log(f"Stopping early: no better validation_{name} since epoch {best} ({patience})")
         self._has_stopped = True
@@ -741,7 +750,8 @@ class Run:
         epoch = getattr(self.state, "restored_epoch", None) or self.progress.epoch
         if not self.args.best_metric:
             return epoch
-        best = self._best_epoch()
+        row = self._best_row()
+        best = row["epoch"] if row else epoch
         if best == epoch:
             return best
         if hasattr(self.state, "load_epoch"):  # XGBoost: the last state contains those of all epochs

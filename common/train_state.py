@@ -137,19 +137,37 @@ def parse_metric(text: str, flag: str) -> tuple[str, int]:
     return name, 1 if direction == "max" else -1
 
 
-def best_epoch(history: list[dict], name: str, sign: int) -> int:
-    """Return the epoch with the best validation metric, the first of equal ones; 0 before the first epoch.
+class BestEpoch:
+    """Finds the epoch with the best validation metric in a history that grows.
 
-    Raises UserError if the last epoch has no such metric. Values that are not a number do not count.
+    Args:
+        name: of the metric.
+        sign: 1 if more is better, else -1.
     """
-    if not history:
-        return 0
-    key = f"validation_{name}"
-    if key not in history[-1]:
-        names = [key[len("validation_") :] for key in history[-1] if key.startswith("validation_")]
-        raise UserError(f"there is no validation metric {name}: expected one of {', '.join(names)}")
-    values = [(row.get(key, math.nan), row["epoch"]) for row in history]
-    finite = [(sign * value, -epoch) for value, epoch in values if not math.isnan(value)]
-    if not finite:
-        return history[-1]["epoch"]
-    return -max(finite)[1]
+
+    def __init__(self, name: str, sign: int) -> None:
+        self.metric = name, sign
+        self._best = -math.inf, None  # the value times the sign, and the row
+        self._num_seen = 0
+
+    def find(self, history: list[dict]) -> dict | None:
+        """Return the best row, the first of equal ones; None before the first epoch.
+
+        Raises UserError if the last epoch has no such metric. Values that are not a number do not count.
+
+        Args:
+            history: the rows of the previous call, and new ones.
+        """
+        if not history:
+            return None
+        name, sign = self.metric
+        key = f"validation_{name}"
+        if key not in history[-1]:
+            names = [key[len("validation_") :] for key in history[-1] if key.startswith("validation_")]
+            raise UserError(f"there is no validation metric {name}: expected one of {', '.join(names)}")
+        for row in history[self._num_seen :]:
+            value = sign * row.get(key, math.nan)
+            if value > self._best[0] or (value == self._best[0] and self._best[1] is None):
+                self._best = value, row
+        self._num_seen = len(history)
+        return self._best[1] or history[-1]

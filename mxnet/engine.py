@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import threading
-import warnings
 import zlib
 
 import numpy as np
@@ -146,9 +145,10 @@ class State:
             raise UserError(
                 f"build_model returns a {type(model).__name__}: expected a HybridBlock, which can be exported"
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about layers that are already initialized
-            model.initialize(mx.init.Xavier())
+        for parameter in model.collect_params().values():
+            is_deferred = bool(parameter._deferred_init)  # initialized with the first batch
+            if parameter._data is None and not is_deferred:
+                parameter.initialize(default_init=mx.init.Xavier())
         try:
             outputs = model(self._zeros(mx.cpu()))
             mx.nd.waitall()

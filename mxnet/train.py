@@ -25,7 +25,7 @@ if __name__ == "__main__":
     args = start(parse_args)  # before the slow imports: --help and a misspelt flag answer at once
 
 import engine
-from mxnet import autograd, gluon, nd
+from mxnet import autograd, gluon, init, nd
 from mxnet.gluon import nn
 from records import RecordFile
 
@@ -70,6 +70,8 @@ def build_model(args, data):
     layers.append(nn.Dense(data.num_classes))
     model = nn.HybridSequential()
     model.add(*layers)
+    # Uniform within 1 / sqrt(fan_in), as in PyTorch. The network learns faster than with Xavier's rule.
+    model.initialize(init.Xavier("uniform", "in", magnitude=1))
     return model
 
 

@@ -65,14 +65,19 @@ def build_model(args, data):
         outputs = layers.Normalization(mean=data.mean, variance=data.std**2, dtype="float32")(outputs)
     if args.model != "cnn":
         return keras.Model(inputs, engine.zoo_model(args.model, data, outputs))
+
+    def uniform():  # within 1 / sqrt(fan_in), as in PyTorch: the network learns faster than by default
+        return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+
     for filters in (32, 64, 128):
-        outputs = layers.Conv2D(filters, 3, padding="same", use_bias=False)(outputs)
+        convolution = layers.Conv2D(filters, 3, padding="same", use_bias=False, kernel_initializer=uniform())
+        outputs = convolution(outputs)
         outputs = layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(outputs)
         outputs = layers.ReLU()(outputs)
         outputs = layers.MaxPooling2D(2)(outputs)
     outputs = layers.GlobalAveragePooling2D()(outputs)
     outputs = layers.Dropout(0.25)(outputs)
-    outputs = layers.Dense(data.num_classes, dtype="float32")(outputs)
+    outputs = layers.Dense(data.num_classes, dtype="float32", kernel_initializer=uniform())(outputs)
     return keras.Model(inputs, outputs)
 
 

@@ -6,6 +6,7 @@ imports them into its own process.
 
 import ast
 import fcntl
+import inspect
 import json
 import os
 import platform
@@ -48,6 +49,19 @@ HAS_EXACT_SAMPLING = tuple(map(int, version("xgboost").split(".")[:2])) >= (3, 4
 SAMPLING = ("--subsample", 0.7, "--colsample-bytree", 0.5) if HAS_EXACT_SAMPLING else ()
 
 LATER = pytest.mark.integration  # for slow variants of another test
+
+
+def in_make_test(*names):
+    """Return a decorator: `make test` runs a test for these frameworks, `make integration` for the others."""
+
+    def decorate(test):
+        is_general = "framework" in inspect.signature(test).parameters
+        fixture, known = ("framework", FRAMEWORKS) if is_general else ("image_framework", IMAGE_FRAMEWORKS)
+        variants = [pytest.param(name, marks=() if name in names else LATER) for name in known]
+        return pytest.mark.parametrize(fixture, variants, indirect=True)(test)
+
+    return decorate
+
 
 # The flags of shared trainings; an epoch of XGBoost is a boosting round, which takes milliseconds.
 EPOCHS = {**dict.fromkeys(IMAGE_FRAMEWORKS, 12), "xgboost": 100}

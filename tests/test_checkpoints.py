@@ -27,7 +27,7 @@ from common.checkpoints import Checkpoints, find_checkpoints
 from common.distributed import Workers
 from common.errors import UserError
 from common.model_folder import STRUCTURE, describe_metrics, describe_structure
-from common.train_state import Progress, add_up, best_epoch, mean_metrics
+from common.train_state import BestEpoch, Progress, add_up, mean_metrics
 from helpers import ROOT, environment, run_python
 
 pytestmark = pytest.mark.quick
@@ -336,7 +336,7 @@ def test_any_content_of_a_checkpoint_is_refused_or_usable(value):
         progress = Progress(**content["progress"])
         mean_metrics(add_up(progress.sums))
         with contextlib.suppress(UserError):  # the last epoch has no such metric
-            best_epoch(progress.history, "loss", -1)
+            BestEpoch("loss", -1).find(progress.history)
         describe_metrics(progress, progress.epoch)
         assert 0 <= progress.epoch <= LARGEST
         checkpoints_in(".", resume_anyway=True).check_same_job("", content, {**GOOD, "progress": {}})

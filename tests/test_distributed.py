@@ -31,11 +31,11 @@ from helpers import (
     assert_same_bits,
     checkpoint_folder,
     checkpoint_name,
-    choose,
     copy_script,
     files,
     free_port,
     history,
+    in_make_test,
     metrics,
     model_bytes,
     names,
@@ -163,12 +163,8 @@ def own_copy(framework, folder, recorded=None):
     return script
 
 
-@pytest.mark.parametrize(
-    "framework",
-    ["pytorch", pytest.param("tensorflow", marks=LATER), pytest.param("mxnet", marks=LATER), "xgboost"],
-)
+@in_make_test("xgboost")
 def test_the_loss_curves_of_one_two_and_four_workers_agree(framework, tmp_path):
-    choose(framework)
     script = framework if framework == "xgboost" else own_copy(framework, tmp_path)
     # Without augmentation, which draws different random numbers on each worker.
     flags = ["--epochs", 15] if framework == "xgboost" else [*IMAGES, "--no-augment"]
@@ -190,7 +186,8 @@ def test_the_loss_curves_of_one_two_and_four_workers_agree(framework, tmp_path):
 OFTEN = [["--checkpoint-steps", 5], ["--checkpoint-seconds", 0.02]]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@in_make_test("pytorch", "tensorflow", "xgboost")
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=LATER), 1])
 def test_when_one_worker_is_killed_all_stop_and_a_restart_is_bit_identical(
     framework, tmp_path, whole, victim
 ):
@@ -214,7 +211,7 @@ def test_when_one_worker_is_killed_all_stop_and_a_restart_is_bit_identical(
     assert_one_set_of_files(tmp_path, framework, *range(1, flags[1] + 1))
 
 
-@pytest.mark.parametrize(("size", "receivers"), [(2, [1]), (4, [0, 1, 2, 3])])
+@pytest.mark.parametrize(("size", "receivers"), [(2, [1]), pytest.param(4, [0, 1, 2, 3], marks=LATER)])
 def test_after_sigterm_all_save_at_the_same_step_and_a_restart_is_bit_identical(
     framework, tmp_path, whole, size, receivers
 ):
@@ -235,9 +232,8 @@ def test_after_sigterm_all_save_at_the_same_step_and_a_restart_is_bit_identical(
     assert_same(tmp_path, whole(framework, size), framework)
 
 
-@pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER)])
+@in_make_test("pytorch")
 def test_a_signal_during_the_validation_and_a_run_with_nothing_left(image_framework, tmp_path):
-    choose(image_framework)
     script = own_copy(image_framework, tmp_path, recorded=1)
     flags = ["--epochs", 2, "--batch-size", 128, "--loaders", 0]
     parts, unbroken = tmp_path / "run", tmp_path / "unbroken"
@@ -249,10 +245,9 @@ def test_a_signal_during_the_validation_and_a_run_with_nothing_left(image_framew
     assert_same(parts, unbroken, image_framework)
 
 
-@pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER)])
+@in_make_test("pytorch")
 def test_another_number_of_workers_continues_the_same_sequence_of_batches(image_framework, tmp_path):
     """Start on two, interrupt in the second epoch, continue on three: each sample is read once."""
-    choose(image_framework)
     script = own_copy(image_framework, tmp_path, recorded=0)
     flags = ["--epochs", 3, "--batch-size", 128, "--loaders", 0]
     folder = tmp_path / "run"
@@ -315,6 +310,7 @@ def test_xgboost_continues_with_another_number_of_workers(tmp_path, whole):
 # Checkpoints ------------------------------------------------------------------------------------------------
 
 
+@in_make_test("pytorch", "xgboost")
 def test_if_the_folders_disagree_the_main_process_decides_for_all(framework, tmp_path, whole):
     """Its newest checkpoint is damaged; the other worker has a newer one, and a missing one."""
     for worker in ("1", "2"):
@@ -420,6 +416,7 @@ def test_all_workers_need_all_data(framework, tmp_path):
     assert expected in results[0].error_line
 
 
+@in_make_test("pytorch", "xgboost")
 def test_a_signal_before_the_training_ends_all_with_nothing_to_save(framework, tmp_path):
     workers = Workers(framework, 2, folder=tmp_path)
     workers.wait_for("Data: ")
@@ -550,6 +547,7 @@ def test_a_worker_reports_another_program_at_the_port():
         assert ": another program answers. " in line
 
 
+@in_make_test("pytorch")
 def test_there_must_be_a_sample_for_each_worker(image_framework, tmp_path):
     for result in Workers(image_framework, 2, "--batch-size", 1, folder=tmp_path).finish(1):
         assert "2 workers" in result.error_line
@@ -691,11 +689,8 @@ def start_in_networks(networks, framework, *flags, folder):
     return processes
 
 
-@pytest.mark.parametrize(
-    "framework", ["pytorch", pytest.param("tensorflow", marks=LATER), "mxnet", "xgboost"]
-)
+@in_make_test("pytorch", "xgboost")
 def test_two_hosts_with_separate_networks(framework, tmp_path, whole, two_networks):
-    choose(framework)
     processes = start_in_networks(two_networks, framework, *flags_of(framework), folder=tmp_path)
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)

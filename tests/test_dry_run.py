@@ -1,6 +1,15 @@
 """`--dry-run` reads all data, reports, and writes nothing."""
 
-from helpers import EPOCHS, checkpoint_folder, checkpoint_name, copy_with, environment, run, save_images
+from helpers import (
+    EPOCHS,
+    checkpoint_folder,
+    checkpoint_name,
+    copy_with,
+    environment,
+    in_make_test,
+    run,
+    save_images,
+)
 
 
 def contents(folder):
@@ -8,6 +17,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@in_make_test("pytorch", "xgboost")
 def test_a_dry_run_reports_and_writes_nothing(framework, tmp_path, uninterrupted):
     temporary = tmp_path / "temporary"
     temporary.mkdir()

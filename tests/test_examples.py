@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from examples import renew
-from helpers import ROOT, SAMPLING, finish, run, run_verify, start_command
+from helpers import LATER, ROOT, SAMPLING, finish, run, run_verify, start_command
 from verify.compare import read_history
 
 EXAMPLES = sorted(renew.TEMPLATES)
@@ -84,7 +84,9 @@ def test_a_copy_is_complete(tmp_path, name):
     assert "--best-metric" in run(copy / "train.py", "--help", cwd=tmp_path).output
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [name if name == "own_objective" else pytest.param(name, marks=LATER) for name in EXAMPLES]
+)
 def test_an_example_is_bit_identical_after_random_interruptions(tmp_path, name):
     flags = list(FLAGS[name])
     if name == "finetune":

@@ -204,12 +204,14 @@ def test_all_cores_read_the_same_pixels_as_pillow_alone(tmp_path, monkeypatch, i
 
 
 LOAD = """
+import signal
 import sys
 import numpy as np
 from pathlib import Path
 from common import flags, images
 args = flags.image_flags("pytorch").parse_args(["--train", sys.argv[1]])
 train, _ = images.load_images(args)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has switched it off
 try:
     print(flush=True)
     train.__getitems__(np.arange(100))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from helpers import EVENTS, ROOT, assert_same_bits, history, run_python
+from helpers import EVENTS, ROOT, assert_same_bits, history, in_make_test, run_python
 
 FLAGS = {"xgboost": ["--epochs", "30"]}
 
@@ -41,6 +41,7 @@ assert received == [signal.SIGTERM]
 """
 
 
+@in_make_test("pytorch", "xgboost")
 def test_main_can_be_called_again_even_after_an_interruption(framework, tmp_path, uninterrupted):
     """The signal handlers are restored, and the result is bit-identical to a run of the script."""
     flags = FLAGS.get(framework, ["--epochs", "2"])
@@ -116,6 +117,7 @@ print(json.dumps({kind: sorted(names) for kind, names in entered.items()}))
 LIMITS = {"step": 8, "save": 11, "read": 19, "resume": 10}
 
 
+@in_make_test("pytorch", "xgboost")
 def test_a_step_a_save_and_a_resume_call_few_of_our_functions(framework, tmp_path):
     flags = ["--checkpoint-steps", 100] if framework == "xgboost" else []
     result = run_python(JUMPS.replace("{EVENTS}", EVENTS), ROOT / framework, ROOT, *flags, cwd=tmp_path)

@@ -38,6 +38,7 @@ from helpers import (
     files,
     finish,
     history,
+    in_make_test,
     metrics,
     model_bytes,
     names,
@@ -133,6 +134,7 @@ def test_stop_after_saves_and_has_its_own_exit_code(tmp_path, interruptible):
     assert_same_bits(tmp_path, interruptible("xgboost"), "xgboost")
 
 
+@in_make_test("pytorch", "xgboost")
 def test_repeated_signals_do_not_change_the_result(framework, tmp_path):
     with start(framework, "--epochs", 10**6, "--keep-checkpoints", 1, cwd=tmp_path) as process:
         try:
@@ -168,6 +170,7 @@ def test_a_signal_before_the_training_ends_the_script_immediately(framework, tmp
     assert files(tmp_path, framework) == []
 
 
+@in_make_test("pytorch", "xgboost")
 def test_ctrl_c_that_also_ends_the_reader_of_a_pipe_loses_no_step(framework, tmp_path):
     """As in `train.py | tee log`: the signal of the terminal also ends tee, which reads the output."""
     flags = ["--epochs", 300, "--checkpoint-steps", 299] if framework == "xgboost" else ["--epochs", 50]
@@ -188,7 +191,7 @@ def test_ctrl_c_that_also_ends_the_reader_of_a_pipe_loses_no_step(framework, tmp
     assert "Resuming training from" in result.output
 
 
-@pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow"])  # a custom loop and a Keras loop
+@in_make_test("pytorch")
 def test_an_unreadable_image_loses_no_step(image_framework, tmp_path):
     """It ends the training in the first epoch, before all images are decoded.
 
@@ -230,6 +233,7 @@ def test_a_run_waits_for_another_run_to_finish(tmp_path):
         assert first.wait() == 0
 
 
+@in_make_test("pytorch", "xgboost")
 def test_a_signal_during_or_after_the_export_does_not_stop_the_training(framework, tmp_path, uninterrupted):
     """The exit code is 0 even while Python shuts down and removes its handlers."""
     epochs = EPOCHS[framework]
@@ -248,6 +252,7 @@ def test_a_signal_during_or_after_the_export_does_not_stop_the_training(framewor
 # Without a signal -------------------------------------------------------------------------------------------
 
 
+@in_make_test("pytorch")
 def test_a_long_epoch_is_saved_at_intervals(image_framework, tmp_path):
     """A training that is killed in its long first epoch loses only the last tenths of a second."""
     flags = ["--epochs", 1, "--batch-size", 2, "--checkpoint-seconds", 0.2]
@@ -311,6 +316,7 @@ def test_a_write_error_ends_the_training_at_one_of_the_next_steps(framework, tmp
     assert ": Input/output error. Earlier checkpoints are intact" in result.error_line
 
 
+@in_make_test("pytorch", "xgboost")
 def test_a_failed_write_does_not_damage_earlier_checkpoints(framework, tmp_path, uninterrupted):
     """A file size limit truncates the write at any byte, in any library."""
     first = checkpoint_folder(uninterrupted(framework), framework) / checkpoint_name(framework, 1)
@@ -335,6 +341,7 @@ def test_a_failed_write_does_not_damage_earlier_checkpoints(framework, tmp_path,
     assert results[-1].epochs == [2]
 
 
+@in_make_test("pytorch", "xgboost")
 def test_a_full_and_a_read_only_disk(framework, tmp_path, uninterrupted):
     copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
     first = checkpoint_folder(tmp_path, framework) / checkpoint_name(framework, 1)
@@ -372,6 +379,7 @@ def test_a_full_and_a_read_only_disk(framework, tmp_path, uninterrupted):
 # Metadata of a checkpoint -----------------------------------------------------------------------------------
 
 
+@in_make_test("pytorch", "xgboost")
 def test_a_changed_number_of_threads_is_reported_in_one_line(framework, tmp_path, uninterrupted):
     copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
     threads = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
@@ -398,6 +406,7 @@ def test_one_line_warns_if_xgboost_cannot_resume_exactly(tmp_path):
         assert ("Warning: XGBoost before 3.4 draws different row" in result.output) is warned
 
 
+@in_make_test("pytorch", "xgboost")
 def test_harmless_changes_are_not_reported(framework, tmp_path, uninterrupted):
     copy_checkpoints(uninterrupted(framework), tmp_path, framework, 1)
     flags = ["--keep-checkpoints", 5, "--checkpoint-seconds", 9, "--best-metric", "accuracy", "--patience", 3]
@@ -411,6 +420,7 @@ def test_harmless_changes_are_not_reported(framework, tmp_path, uninterrupted):
 # The best epoch ---------------------------------------------------------------------------------------------
 
 
+@in_make_test("pytorch", "xgboost")
 def test_the_best_epoch_is_exported_and_patience_works_after_a_restart(framework, tmp_path):
     """With a learning rate that is far too large, the best epoch is not the last."""
     bad = ["--learning-rate", 0.6, "--batch-size", 128]

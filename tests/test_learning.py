@@ -14,6 +14,7 @@ from helpers import (
     ROOT,
     copy_script,
     history,
+    in_make_test,
     model_bytes,
     replace_body,
     run,
@@ -67,6 +68,7 @@ def weights(image_framework, tmp_path, uninterrupted):
     return [tmp_path / f"all{suffix}" for suffix in SUFFIXES[image_framework]]
 
 
+@in_make_test("pytorch", "mxnet")
 def test_a_training_starts_from_the_given_weights(image_framework, tmp_path, weights, digits):
     """Layers of another shape keep their initial values and are logged; a checkpoint takes precedence."""
     (tmp_path / "three").mkdir()
@@ -108,7 +110,33 @@ def test_weights_that_fit_no_layer_are_rejected(tmp_path, uninterrupted):
     assert "no layer fits the model, whose layers are conv1.weight, " in line
 
 
-# Optimizers -------------------------------------------------------------------------------------------------
+# Networks and optimizers ------------------------------------------------------------------------------------
+
+# Each returns the standard deviation of the initial weights of each layer, multiplied by sqrt(inputs).
+INITIAL_WEIGHTS = """
+from types import SimpleNamespace
+import numpy as np
+data = SimpleNamespace(sample_shape=(32, 32, 3), dtype=np.dtype("uint8"), num_classes=1000, mean=None)
+model = train.build_model(args, data)
+def scaled(weights, num_outputs):
+    return float(weights.std() * (weights.size / num_outputs) ** 0.5)
+"""
+SCALED_WEIGHTS = {
+    "pytorch": """
+weights = [parameter.detach().numpy() for parameter in model.parameters() if parameter.ndim > 1]
+return [scaled(array, array.shape[0]) for array in weights]
+""",
+    "tensorflow": """
+weights = [variable.numpy() for variable in model.trainable_variables if len(variable.shape) > 1]
+return [scaled(array, array.shape[-1]) for array in weights]
+""",
+    "mxnet": """
+import mxnet as mx
+model(mx.nd.zeros((1, 3, 32, 32)))
+weights = [parameter.data().asnumpy() for parameter in model.collect_params().values()]
+return [scaled(array, array.shape[0]) for array in weights if array.ndim > 1]
+""",
+}
 
 # Each returns a weight with the initial value 1 and no gradient, after 1,000 steps.
 DECAY = {
@@ -165,6 +193,13 @@ def values(framework, code, cases, cwd):
     code = textwrap.indent(code, "    ")
     script = EACH.format(folder=folder, code=code, flags=[list(map(str, flags)) for flags in cases])
     return json.loads(run_python(script, cwd=cwd).last_line)
+
+
+def test_the_initial_weights_have_the_same_range_in_all_image_scripts(image_framework, tmp_path):
+    """The weights are uniform within 1 / sqrt(inputs), whose standard deviation is 1 / sqrt(3 * inputs)."""
+    code = INITIAL_WEIGHTS + SCALED_WEIGHTS[image_framework]
+    [found] = values(image_framework, code, [[]], tmp_path)
+    assert found == pytest.approx([3**-0.5] * 4, rel=0.1)
 
 
 def test_weight_decay_is_the_same_in_all_image_scripts(image_framework, tmp_path):

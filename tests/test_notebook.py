@@ -1,18 +1,11 @@
 """The notebook: it runs from the first cell to the last with each framework, and its outputs are kept."""
 
 import nbformat
-import pytest
 from nbclient import NotebookClient
 
-from helpers import LATER, ROOT, choose
+from helpers import ROOT, in_make_test
 
 NOTEBOOK = ROOT / "notebooks/managed_spot_training.ipynb"
-FRAMEWORKS = [
-    "pytorch",
-    "xgboost",
-    pytest.param("tensorflow", marks=LATER),
-    pytest.param("mxnet", marks=LATER),
-]
 
 
 def check_outputs(notebook):
@@ -36,9 +29,8 @@ def check_outputs(notebook):
     assert pictures == 2
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@in_make_test("xgboost")
 def test_the_notebook_runs(framework, tmp_path):
-    choose(framework)
     for path in ROOT.iterdir():
         if path.is_dir() and path.name not in ("notebooks", "output"):
             (tmp_path / path.name).symlink_to(path)

@@ -16,6 +16,7 @@ from helpers import (
     assert_same_bits,
     choose,
     environment,
+    in_make_test,
     run,
     run_with,
     write_csv,
@@ -38,6 +39,7 @@ def names(folder, framework):
     return sorted(os.listdir(data(folder, framework)))
 
 
+@in_make_test("pytorch", "xgboost")
 def test_a_training_ends_with_pictures(framework, tmp_path):
     other = "feature-importance.png" if framework == "xgboost" else "worst-mistakes.png"
     result = run(framework, *SHORT[framework], cwd=tmp_path, env=environment(**DRAWING))

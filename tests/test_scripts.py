@@ -19,7 +19,6 @@ from helpers import (
     CHECKPOINTS,
     EPOCHS,
     HAS_EXACT_SAMPLING,
-    LATER,
     MODEL_FILES,
     ROOT,
     SCRIPT,
@@ -34,6 +33,7 @@ from helpers import (
     files,
     finish,
     history,
+    in_make_test,
     metrics,
     model_bytes,
     names,
@@ -84,6 +84,7 @@ def test_the_default_flags_reach_the_promised_accuracy_and_more_epochs_continue(
     assert facts["wall_seconds"] > facts["seconds"] > 0
 
 
+@in_make_test("pytorch", "xgboost")
 def test_twelve_starts_of_one_epoch_are_one_run_of_twelve(framework, tmp_path, uninterrupted):
     """Four of them run in one process, so that a second `main` in one process is tested too."""
     folder = checkpoint_folder(tmp_path, framework)
@@ -213,6 +214,7 @@ def run_on_terminal(framework, *flags, folder, event="", ctrl_c_at=None, **varia
     return process.returncode, shown.decode()
 
 
+@in_make_test("pytorch")
 def test_a_progress_bar_appears_only_on_a_terminal(image_framework, tmp_path, uninterrupted):
     flags = ["--epochs", 2, "--batch-size", 8]
     event = "from common import report; report.METRICS_SECONDS = 0.2"
@@ -418,6 +420,7 @@ def test_xgboost_continues_from_checkpoints_of_other_programs(tmp_path):
 ZOO = {"pytorch": "resnet18", "tensorflow": "MobileNetV2", "mxnet": "resnet18_v1"}
 
 
+@in_make_test("pytorch")
 def test_a_model_of_the_zoo_trains_and_resumes(image_framework, tmp_path, digits):
     np.savez(tmp_path / "digits.npz", x=digits[0][:65], y=digits[1][:65])
     flags = ["--train", ".", "--model", ZOO[image_framework], "--image-size", 32, "--batch-size", 32]
@@ -426,12 +429,8 @@ def test_a_model_of_the_zoo_trains_and_resumes(image_framework, tmp_path, digits
     assert (first.epochs, second.epochs) == ([1], [2])
 
 
-@pytest.mark.parametrize(
-    "image_framework",
-    ["pytorch", pytest.param("tensorflow", marks=LATER), pytest.param("mxnet", marks=LATER)],
-)
+@in_make_test()
 def test_a_compiled_network_trains_and_resumes(image_framework, tmp_path):
-    choose(image_framework)
     flags = ["--compile"]
     if image_framework == "tensorflow":
         flags = ["--compile", "--no-deterministic"]
@@ -457,9 +456,8 @@ def test_a_compiled_network_trains_and_resumes(image_framework, tmp_path):
         assert any(path.is_file() for path in made.rglob("*"))
 
 
-@pytest.mark.parametrize("image_framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER)])
+@in_make_test("pytorch")
 def test_bf16_adamw_warm_up_and_cosine_resume_exactly(image_framework, tmp_path):
-    choose(image_framework)
     # Some virtual machines announce AMX, which oneDNN then uses for bf16, but kill a process that uses it.
     env = environment(ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
     flags = [

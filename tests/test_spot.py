@@ -16,7 +16,7 @@ import pytest
 
 from common import checkpoints, distributed, report
 from common.s3 import download, list_objects, split_uri
-from helpers import CHECKPOINTS, LATER, ROOT, checkpoint_name, choose, environment
+from helpers import CHECKPOINTS, LATER, ROOT, checkpoint_name, choose, environment, in_make_test
 from launch.job import forwarding_sigterm
 from spot import container, service, sync
 from spot import report as spot_report
@@ -48,6 +48,7 @@ def log_of(job):
 # The real toolkit -------------------------------------------------------------------------------------------
 
 
+@in_make_test("pytorch", "xgboost")
 def test_five_epochs_and_later_ten_as_in_sagemaker(s3, framework, tmp_path):
     """S3 has five checkpoints after the first job, and ten after the second, which starts with epoch 6."""
     name = f"walkthrough-{framework}"
@@ -269,11 +270,8 @@ def simulate(*words, code=0, cwd, **more):
     return finished.stdout if code == 0 else finished.stderr
 
 
-@pytest.mark.parametrize(
-    "framework", ["pytorch", "tensorflow", pytest.param("mxnet", marks=LATER), "xgboost"]
-)
+@in_make_test("xgboost")
 def test_three_interruptions_end_with_the_same_bits(framework, tmp_path):
-    choose(framework)
     moments, flags = JOBS[framework]
     script = ROOT / framework / "train.py"
 

@@ -106,12 +106,15 @@ def test_a_direction_is_never_guessed(text):
 )
 def test_the_best_epoch_has_the_best_validation_metric(metric, values, best):
     rows = history(**{f"validation_{metric[0]}": values})
-    assert train_state.best_epoch(rows, *metric) == best
+    tracker = train_state.BestEpoch(*metric)
+    found = [tracker.find(rows[: number + 1]) for number in range(len(rows))]  # as the history grows
+    assert found[-1]["epoch"] == best
+    assert train_state.BestEpoch(*metric).find(rows)["epoch"] == best  # as after a restart
 
 
 def test_a_metric_that_was_added_later_counts_from_then_on():
     rows = [{"epoch": 1, "validation_rmse": 0.1}, {"epoch": 2, "validation_rmse": 0.3, "validation_mae": 0.2}]
-    assert train_state.best_epoch(rows, "mae", -1) == 2
-    assert train_state.best_epoch([], "mae", -1) == 0
+    assert train_state.BestEpoch("mae", -1).find(rows)["epoch"] == 2
+    assert train_state.BestEpoch("mae", -1).find([]) is None
     with pytest.raises(UserError, match="no validation metric f1: expected one of rmse, mae"):
-        train_state.best_epoch(rows, "f1", 1)
+        train_state.BestEpoch("f1", 1).find(rows)
