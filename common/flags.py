@@ -18,6 +18,8 @@ from common import __version__, errors, machine, xgboost_params
 from common.flag_types import duration, integer, real, share
 
 machine.check_threads()  # a script imports this module before NumPy, which needs threads too
+with errors.importing("NumPy", "Activate its environment, such as: source .venv/bin/activate"):
+    import numpy  # noqa: F401 - the next import of a script needs it
 
 FRAMEWORKS = ("torch", "torchvision", "tensorflow", "keras", "mxnet", "xgboost")
 CHANNEL = "SM_CHANNEL_"  # the prefix of the variables with the folders of SageMaker's channels
@@ -208,7 +210,7 @@ def _data_flags(parser):
         "--train",
         type=_data_path,
         default=env("SM_CHANNEL_TRAIN") or env("SM_CHANNEL_TRAINING"),
-        help="folder with the training data; default: scikit-learn's handwritten digits",
+        help="folder with the training data, or one table (XGBoost); default: scikit-learn's digits",
     )
     add(
         "--validation",
@@ -281,12 +283,18 @@ def _checkpoint_flags(parser):
     )
 
 
+def _folder_name(framework):
+    """Return the name of the script's folder: a copy must not write into the output of its original."""
+    folder = Path(__file__).absolute().parents[1]
+    return folder.name if (folder / "train.py").is_file() else framework
+
+
 def _output_flags(parser, framework):
     add = parser.adder("output")
     add(
         "--output",
         type=_local_path,
-        default=Path("output", framework),
+        default=Path("output", _folder_name(framework)),
         help="folder of everything that a training writes; the folders below have their own flags",
     )
     add("--model-dir", metavar="PATH", help="folder of the trained model; default: OUTPUT/model")

@@ -153,6 +153,8 @@ def draw_curve(history: list[dict], metrics: list[str], resumed: list[float]):
         axes.set_xlim(first, epochs[-1])
         if metric == "loss":
             _choose_scale(axes, curves)
+        elif metric == "accuracy":
+            axes.set_ylim(top=min(1, axes.get_ylim()[1]))
         for mark in marks:
             axes.axvline(mark, color=GREY, linewidth=1, linestyle=":", zorder=0)
         _label_ends(axes, curves)

@@ -362,7 +362,7 @@ class Run:
             )
         if epoch >= args.epochs:
             self._export_facts = found[1].get("export", self._export_facts)  # the flags of the training
-            log(f"Nothing left to train: {epoch} epochs are finished, --epochs asks for {args.epochs}")
+            log(f"Nothing left to train: epoch {epoch} is finished, and --epochs is {args.epochs}")
         elif (args.patience or self.progress.stopped) and self.should_stop():
             epoch = args.epochs
         else:

@@ -53,6 +53,20 @@ def check_augment(augment, images, labels, make_rng):
     )
 
 
+def check_loss(once, twice):
+    """Log a warning if the loss of a sample that is twice in a batch is not twice as large.
+
+    Args:
+        once, twice: the losses of batches of one and of two such samples.
+    """
+    if math.isfinite(once) and math.isfinite(twice) and not math.isclose(twice, 2 * once, rel_tol=1e-3):
+        log(
+            "Warning: compute_loss is not the sum over the samples: for one sample it is "
+            f"{once:.4g}, and for two that are equal {twice:.4g}. train_step divides it by the batch size: "
+            "return the sum, not the mean"
+        )
+
+
 def is_same(arrays, others):
     """Return whether two sequences of arrays are bit-identical."""
     pairs = zip(map(np.asarray, arrays), map(np.asarray, others))

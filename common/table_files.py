@@ -25,13 +25,24 @@ def find_files(flag, folder, outputs=()):
 
     Args:
         flag: the flag that names the folder, for messages.
-        folder: the path, such as the current folder.
+        folder: the path, such as the current folder, or that of a single file.
         outputs: folders that trainings write into, which may be inside it.
     """
+    paths = [folder] if kind_of(folder) else _list_files(flag, folder, outputs)
+    empty = [path for path in paths if _is_empty(path)]
+    paths = [path for path in paths if path not in empty]
+    if not paths:
+        raise UserError(f"{flag} {folder} has files without rows: expected at least one row")
+    if empty:
+        log(f"Left out of {flag} {folder}, without rows ({len(empty)}): {shortened(empty)}")
+    return paths
+
+
+def _list_files(flag, folder, outputs):
     own = [output.resolve() for output in outputs if folder.resolve() in output.resolve().parents]
     own = [output.relative_to(folder.resolve()).parts for output in own]
     if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is not a folder: {EXPECTED}")
+        raise UserError(f"{flag} {folder} is not a folder or a table: {EXPECTED}")
     paths = []
     left_out = []
     for path in sorted(folder.rglob("*")):
@@ -48,12 +59,6 @@ def find_files(flag, folder, outputs=()):
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise UserError(f"{flag} {folder} contains {names}: {EXPECTED}")
     log_left_out(flag, folder, left_out, "tables")
-    empty = [path for path in paths if _is_empty(path)]
-    paths = [path for path in paths if path not in empty]
-    if not paths:
-        raise UserError(f"{flag} {folder} has files without rows: expected at least one row")
-    if empty:
-        log(f"Left out of {flag} {folder}, without rows ({len(empty)}): {shortened(empty)}")
     return paths
 
 

@@ -4,6 +4,7 @@
 """
 
 import atexit
+import contextlib
 import io
 import json
 import operator
@@ -18,7 +19,7 @@ import zlib
 
 import numpy as np
 
-from common import batches, errors, machine, model_folder, preemption
+from common import batches, errors, machine, model_folder, preemption, self_check
 from common.datasets import ArrayDataset
 from common.errors import UserError
 from common.report import log, log_weights
@@ -158,10 +159,22 @@ class State:
                 f"--model {self.args.model} cannot take images of {size} ({errors.first_line(error)}): "
                 "pass --image-size, such as 224"
             ) from error
+        self._check_loss(outputs)
         array = outputs.astype("float32").asnumpy() if isinstance(outputs, mx.nd.NDArray) else None
         self.model_facts = {"outputs": model_folder.describe_outputs(array, self.data.classes)}
         model.collect_params().reset_ctx(self.devices)
         return model
+
+    def _check_loss(self, outputs):
+        """Log a warning if compute_loss returns the mean over the samples instead of the sum."""
+        compute_loss = type(self).state_dict.__globals__.get("compute_loss")
+        losses = []
+        with contextlib.suppress(Exception):  # a loss that needs other labels: the first step will check it
+            for count in (1, 2):
+                labels = mx.nd.zeros((count, *self.data.label_shape))
+                copies = mx.nd.concat(*[outputs] * count, dim=0)
+                losses.append(compute_loss(copies, labels, mx.nd.ones(count)).asscalar())
+            self_check.check_loss(*losses)
 
     def _zeros(self, device):
         """Return a batch of one sample of zeros as the network gets it: channels first for an image."""

@@ -3,6 +3,7 @@
 `common/run.py` calls the functions; the training state in `train.py` inherits from `State`.
 """
 
+import contextlib
 import copy
 import os
 import signal
@@ -11,7 +12,7 @@ import warnings
 
 import numpy as np
 
-from common import atomic_io, batches, errors, model_folder, preemption
+from common import atomic_io, batches, errors, model_folder, preemption, self_check
 from common.errors import UserError
 from common.report import log, log_weights
 
@@ -123,12 +124,24 @@ class State:
             ) from error
         if batches.batch_sizes(len(self.data.train), self.args.batch_size)[-1] < 2 * self.workers.size:
             self._check_one_sample(model, sample)
+        self._check_loss(outputs)
         array = outputs.float().numpy() if isinstance(outputs, torch.Tensor) else None
         self.model_facts = {"outputs": model_folder.describe_outputs(array, self.data.classes)}
         model.to(self.device)
         if self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)  # the layout of the images, and of tensor cores
         return model
+
+    def _check_loss(self, outputs):
+        """Log a warning if compute_loss returns the mean over the samples instead of the sum."""
+        compute_loss = type(self).state_dict.__globals__.get("compute_loss")
+        labels = torch.from_numpy(np.zeros((1, *self.data.label_shape), self.data.label_dtype))
+        losses = []
+        with contextlib.suppress(Exception):  # a loss that needs other labels: the first step will check it
+            for count in (1, 2):
+                copies = tree_map(lambda tensor: torch.cat([tensor] * count), outputs)  # noqa: B023
+                losses.append(compute_loss(copies, torch.cat([labels] * count), torch.ones(count)).item())
+            self_check.check_loss(*losses)
 
     def _check_one_sample(self, model, sample):
         """Raise UserError if the model cannot learn from a batch of one sample."""

@@ -132,7 +132,7 @@ def test_the_commands_of_all_pages_run_unchanged(clone):
     assert "A restart resumes from checkpoint-" in finished.stdout
     assert (clone / "output/epoch-3/model/model.pth").is_file()
     assert not any(path.is_symlink() for path in (clone / "my-job").rglob("*"))
-    assert (clone / "my-job/output/checkpoints/checkpoint-1.pt").is_file()
+    assert (clone / "output/my-job/checkpoints/checkpoint-1.pt").is_file()
 
 
 def test_make_train_the_second_time_trains_nothing(clone):

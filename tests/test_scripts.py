@@ -66,7 +66,7 @@ def test_the_default_flags_reach_the_promised_accuracy_and_more_epochs_continue(
     second = run(framework, cwd=tmp_path)
     newest = checkpoint_name(framework, epochs)
     assert f"Resuming training from {newest}\n" in second.output
-    assert f"Nothing left to train: {epochs} epochs are finished" in second.output
+    assert f"Nothing left to train: epoch {epochs} is finished" in second.output
     assert second.epochs == []
     assert model_bytes(tmp_path, framework) == model
     assert history(tmp_path, framework) == rows

@@ -63,6 +63,17 @@ def test_many_files_in_nested_folders_are_one_table(tmp_path, rows, suffix):
     assert data.train.labels.dtype == data.train.features.dtype == np.float32
 
 
+def test_a_single_file_is_a_table(tmp_path, rows):
+    for name, part in (("train.csv", rows), ("validation.csv", rows[:100]), ("other.csv", rows[:9])):
+        write_csv(tmp_path / name, part)
+    data = load(train=tmp_path / "train.csv", validation=tmp_path / "validation.csv")
+    np.testing.assert_array_equal(dense(data.train), rows)
+    np.testing.assert_array_equal(dense(data.validation), rows[:100])
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(UserError, match=r"photo\.png is not a folder or a table: expected \.csv"):
+        load(train=tmp_path / "photo.png")
+
+
 def test_hidden_folders_are_ignored_and_other_files_are_logged(tmp_path, rows, caplog):
     caplog.set_level("INFO", logger="train")
     write_csv(tmp_path / "part.CSV", rows)

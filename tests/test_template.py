@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import HAS_MXNET, LATER, NO_MXNET, ROOT, Result, copy_with, in_make_test, run, run_verify
+from helpers import HAS_MXNET, LATER, NO_MXNET, ROOT, Result, choose, copy_with, in_make_test, run, run_verify
 from verify import compare
 
 
@@ -188,6 +188,32 @@ def test_sample_weights_reach_the_loss(tmp_path, image_framework):
     script = copy_with(tmp_path / "job", image_framework, WEIGHTS)
     result = check_exact(tmp_path, script, "--epochs", 3)
     assert 0.75 < result.metric("validation_accuracy") < 0.95
+
+
+MEAN_LOSS = {
+    "pytorch": """
+def compute_loss(outputs, labels, weights):
+    return F.cross_entropy(outputs, labels)
+""",
+    "mxnet": """
+def compute_loss(outputs, labels, weights):
+    return -outputs.log_softmax().pick(labels).mean()
+""",
+}
+
+
+@pytest.mark.parametrize("framework", ["pytorch", pytest.param("mxnet", marks=LATER)])
+def test_a_loss_that_is_a_mean_is_named(framework, tmp_path, uninterrupted):
+    line = "Warning: compute_loss is not the sum over the samples: for one sample it is 2."
+    script = copy_with(tmp_path / "job", choose(framework), MEAN_LOSS[framework])
+    result = run(script, "--epochs", 1, cwd=tmp_path)
+    assert result.output.count(line) == 1
+    assert line not in (uninterrupted(framework) / "log").read_text()
+    assert sorted(path.name for path in (tmp_path / "output/job").iterdir()) == [
+        "checkpoints",
+        "data",
+        "model",
+    ]
 
 
 def test_a_second_training_does_not_overwrite_the_model_of_the_first(tmp_path):
