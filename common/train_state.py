@@ -147,7 +147,8 @@ class BestEpoch:
 
     def __init__(self, name: str, sign: int) -> None:
         self.metric = name, sign
-        self._best = -math.inf, None  # the value times the sign, and the row
+        self._value = -math.inf  # of the best row, times the sign
+        self._row: dict | None = None
         self._num_seen = 0
 
     def find(self, history: list[dict]) -> dict | None:
@@ -167,7 +168,8 @@ class BestEpoch:
             raise UserError(f"there is no validation metric {name}: expected one of {', '.join(names)}")
         for row in history[self._num_seen :]:
             value = sign * row.get(key, math.nan)
-            if value > self._best[0] or (value == self._best[0] and self._best[1] is None):
-                self._best = value, row
+            if value > self._value or (value == self._value and self._row is None):
+                self._value = value
+                self._row = row
         self._num_seen = len(history)
-        return self._best[1] or history[-1]
+        return self._row or history[-1]
