@@ -4,8 +4,13 @@ The time to resume is divided by the time of a fresh start plus the time to read
 page cache; with the default model, and with a model of the framework's zoo whose training state has 100 MB or
 more. Then: the time to find the newest of 10,000 checkpoints with their markers, and the time of `--help` and
 of a misspelt flag.
+
+The picture shows where the time to the first step goes with the default model. The share of this repository's
+own code is that of its modules' imports, the flags, the data and the checkpoint; the rest is Python, the
+framework, and the first step, which compiles.
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -19,11 +24,56 @@ from common import checkpoints
 
 # Few layers but many weights, so that building the network does not hide the time to load them.
 LARGE = {"pytorch": "resnet18", "tensorflow": "VGG16", "mxnet": "resnet18_v1"}
+PHASES = {  # name: colour
+    "Python and NumPy": "#bbbbbb",
+    "our modules": "#d55e00",
+    "flags": "#e69f00",
+    "framework": "#0072b2",
+    "device": "#56b4e9",
+    "data": "#cc79a7",
+    "model": "#009e73",
+    "checkpoint": "#f0e442",
+    "first step": "#555555",
+}
+OURS = ("our modules", "flags", "data", "checkpoint")
+# Runs a script to its first step and prints the seconds of each phase. The script is the first argument.
+TIMED = """
+import json, os, runpy, sys, time
+import numpy
+times = {"Python and NumPy": time.time()}
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+from common import run
+times["our modules"] = time.time()
+
+def mark(owner, name, before=None, after=None):
+    function = getattr(owner, name)
+    def marked(*args, **options):
+        times.setdefault(before, time.time())
+        result = function(*args, **options)
+        times.setdefault(after, time.time())
+        if after == "first step":
+            times.pop(None, None)
+            print(json.dumps(times), flush=True)
+            os._exit(0)
+        return result
+    setattr(owner, name, marked)
+
+mark(run, "start", after="flags")
+mark(run.Run, "__enter__", before="framework", after="device")
+mark(run.Run, "load_data", after="data")
+mark(run.Run, "load_tables", after="data")
+mark(run.Run, "restore", before="model", after="checkpoint")
+mark(run.Run, "finish_step", after="first step")
+mark(run.Run, "finish_round", after="first step")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def measure(repetitions):
     """Yield the figures."""
     with tempfile.TemporaryDirectory() as folder:
+        yield from _phases(Path(folder), repetitions)
         data = harness.write_images(Path(folder, "images"), 80)
         table = harness.write_table(Path(folder, "table"), 20_000, 20)
         for framework in harness.IMAGES:
@@ -33,6 +83,65 @@ def measure(repetitions):
         yield _find(Path(folder, "many"), repetitions)
     for framework in harness.FRAMEWORKS:
         yield from _usage(framework, repetitions)
+
+
+def _phases(folder, repetitions):
+    bars = {}
+    for framework in harness.FRAMEWORKS:
+        if framework == "xgboost":
+            data, epochs, more = harness.write_table(folder / "phases-table", 20_000, 20), 100, 101
+        else:
+            data, epochs, more = harness.write_images(folder / "phases-images", 5000), 1, 2
+        flags = ["--train", data, "--output", folder / f"phases-{framework}"]
+        harness.run_script(framework, *flags, "--epochs", epochs)
+        turns = harness.take_turns(
+            repetitions,
+            fresh=lambda: _seconds(framework, "--train", data),  # noqa: B023
+            resumed=lambda: _seconds(framework, *flags, "--epochs", more),  # noqa: B023
+        )
+        for kind, runs in turns.items():
+            phases = {name: statistics.median(run[name] for run in runs) for name in PHASES}
+            bars[f"{framework}, {kind}"] = phases
+            share = sum(phases[name] for name in OURS) / sum(phases.values())
+            detail = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items())
+            what = f"{framework}, {kind}: our share of the time to the first step"
+            yield harness.Figure(what, share, "<= 0.05", detail)
+    _draw(bars)
+
+
+def _seconds(framework, *flags):
+    """Return the seconds of each phase of a start."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.time()
+        script = harness.ROOT / framework / "train.py"
+        times = json.loads(harness.run(["-c", TIMED, script, *flags], folder).splitlines()[-1])
+    seconds = {}
+    for name in PHASES:
+        seconds[name] = times[name] - began
+        began = times[name]
+    return seconds
+
+
+def _draw(bars):
+    """Draw the phases of each start, of a dictionary by its name."""
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(9, 0.9 + 0.4 * len(bars)))
+    axes = drawing.subplots()
+    for place, phases in enumerate(bars.values()):
+        began = 0
+        for name, seconds in phases.items():
+            label = name if place == 0 else None
+            axes.barh(place, seconds, left=began, color=PHASES[name], height=0.7, label=label)
+            began += seconds
+        axes.text(began + 0.03, place, f"{began:.1f} s", va="center", fontsize=10)
+    axes.set_yticks(range(len(bars)), bars, fontsize=10)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds from the start of the process to the end of the first step")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=10)
+    drawing.savefig(harness.RESULTS / "restart.png", dpi=100, bbox_inches="tight")
 
 
 def _restart(framework, model, data, repetitions):
