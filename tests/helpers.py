@@ -258,7 +258,7 @@ def copy_script(framework, folder, changes=()):
         folder: the copy is created in it.
         changes: pairs (old, new); each old text must be in the script.
     """
-    copy = folder / f"my-{framework}"
+    copy = folder / "copy" / framework  # the default output has the name of the folder
     shutil.copytree(
         ROOT / framework, copy, symlinks=False, ignore=shutil.ignore_patterns("__pycache__", "output")
     )

@@ -103,7 +103,7 @@ def test_a_custom_metric_selects_the_exported_epoch(tmp_path):
     best = scores.index(max(scores)) + 1
     (tmp_path / "best").mkdir()
     run(script, *flags, "--epochs", best, cwd=tmp_path / "best")
-    model = compare.read_model(tmp_path / "best/output/pytorch/model")
+    model = compare.read_model(tmp_path / "best/output/job/model")
     assert model == compare.read_model(output / "model")
 
 
