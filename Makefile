@@ -17,6 +17,9 @@ VENV ?= .venv
 # The packages for one framework, or for all frameworks if `make check` or `make test` has installed them.
 FRAMEWORK_INSTALLED = $(or $(wildcard $(VENV)/installed),$(VENV)/$(FRAMEWORK)-installed)
 INSTALL = $(VENV)/bin/python -m pip install --no-compile --requirement
+# By all cores; some packages contain files for other versions of Python. Without it, each of the tests' many
+# processes would compile what it imports, if PYTHONDONTWRITEBYTECODE is set.
+COMPILE = $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .DEFAULT_GOAL := help
 $(if $(filter $(FRAMEWORK),pytorch tensorflow mxnet xgboost),,$(error FRAMEWORK=$(FRAMEWORK): expected pytorch, tensorflow, mxnet or xgboost))
@@ -79,11 +82,13 @@ $(VENV)/bin/pip:
 
 $(VENV)/installed: requirements.txt $(wildcard requirements/*.txt) | $(VENV)/bin/pip
 	$(INSTALL) $<
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/spot-installed: requirements/spot.txt requirements/versions.txt | $(VENV)/bin/pip
 	@echo "$(INSTALL) $<" && $(INSTALL) $< || { \
 	    command -v gcc >/dev/null || echo "error: compiling SageMaker's toolkit needs gcc: install it"; exit 1; }
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/%-installed: requirements/%.txt requirements/versions.txt | $(VENV)/bin/pip

@@ -28,6 +28,7 @@ NAMES = (
     "step",
     "account",
     "checkpoint",
+    "interruptions",
     "rounds",
     "restart",
     "memory",

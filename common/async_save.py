@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 MAX_SHARE = 0.01  # of its time that a training may wait for saves inside epochs
@@ -25,7 +26,7 @@ class AsyncSaver:
         thread: the executor of the saves.
         in_flight: the Future of the running save, or None.
         interval: the seconds between two saves inside an epoch.
-        is_automatic: whether the interval follows from the cost of the latest save.
+        is_automatic: whether the interval follows from the cost of the latest saves.
         num_saves: the number of saves so far.
         stall: the seconds for which the training waited in the latest save.
         size: the bytes of the latest file.
@@ -40,6 +41,9 @@ class AsyncSaver:
         self._shortest = shortest
         self.num_saves = 0
         self.stall = 0.0
+        self._stalls: deque[float] = deque(
+            maxlen=3
+        )  # of the latest saves; the machine may be busy for a moment
         self.size = 0
 
     def wait(self):
@@ -49,7 +53,8 @@ class AsyncSaver:
             return
         self.size = save.result()
         if self.is_automatic:
-            affordable = max(self.stall / MAX_SHARE, self.size / MAX_RATE)
+            self._stalls.append(self.stall)
+            affordable = max(min(self._stalls) / MAX_SHARE, self.size / MAX_RATE)
             self.interval = min(max(self._shortest, affordable), MAX_SECONDS)
 
     def close(self):

@@ -225,7 +225,7 @@ def _training_flags(parser):
     add(
         "--best-metric",
         metavar="NAME[:min|:max]",
-        help="validation metric that chooses the exported epoch, and keeps its checkpoint; default: the last",
+        help="export the epoch that is best by this validation metric, not the last, and keep its checkpoint",
     )
     add(
         "--patience",

@@ -107,6 +107,8 @@ def load_images(args, record_file=None):
         flag, validation_folder = OWN_VALIDATION, args.train
         log(f"No --validation folder: using the validation or test data in --train {args.train}")
     if validation_folder is None:
+        if args.train:
+            log("No --validation folder: a tenth of the training images is held out")
         validation_indices, train_indices = hold_out(labels, args.seed)
         train = ArrayDataset(images, labels, classes, train_indices)
         validation = ArrayDataset(images, labels, classes, validation_indices)

@@ -254,13 +254,15 @@ class Run:
         if self._dry_run:
             for name, dataset in (("training", train), ("validation", validation)):
                 self._dry_run.check(name, dataset, self._read_samples)
+                log(f"Dry run: {len(dataset)} {name} {getattr(dataset, 'unit', 'samples')}")
             train, validation = self._dry_run.shorten(train, validation)
         self.data = datasets.describe(train, validation, self._read_samples, self._saved_statistics())
         for name, dataset in (("training", train), ("validation", validation)):
             if not hasattr(dataset, "batches"):
                 batches.check_sizes(len(dataset), self.args, self.workers)
             if not isinstance(dataset, datasets.ArrayDataset):
-                log(f"Data: {len(dataset)} {name} {getattr(dataset, 'unit', 'samples')}")
+                if not self._dry_run:
+                    log(f"Data: {len(dataset)} {name} {getattr(dataset, 'unit', 'samples')}")
                 self_check.check_data_set(name, dataset, self._read_samples)
         for flag in ("model", "batch_size", "seed"):
             self.job[f"--{flag.replace('_', '-')}"] = getattr(self.args, flag)

@@ -113,7 +113,7 @@ def decode(body, content_type):
     try:
         return readers[kind](bytes(body))
     except Exception as error:  # each reader has its own errors
-        raise RequestError(f"the body cannot be read as {kind}: {errors.first_line(error)}") from error
+        raise RequestError(f"the content cannot be read as {kind}: {errors.first_line(error)}") from error
 
 
 def _read_json(body):
@@ -186,7 +186,10 @@ def _to_array(content, expected):
 def _fit_image(image, shape, is_image):
     """Return the pixels of an image in the size of the training images, resized as they were."""
     if not is_image or len(shape) != 3 or shape[2] not in (1, 3):
-        raise RequestError(f"the model takes no images: expected samples of shape {shape} as JSON or .npy")
+        raise RequestError(
+            f"the model was trained with samples that are no images of uint8, of shape {shape}: pass such "
+            "samples as JSON or .npy, or convert images as load_data does, in `input_fn` of inference.py"
+        )
     if shape[2] == 1:
         image = image.convert("L")
     if image.size != shape[1::-1]:
@@ -257,19 +260,27 @@ def _columns(prediction):
     return np.concatenate([np.ravel(values) for values in prediction.values()]).tolist()
 
 
+def other_network(path):
+    """Return the UserError for weights that do not fit the network of `build_model`."""
+    return UserError(
+        f"{path} does not fit the network of `build_model` in train.py: pass the --model-dir of a model that "
+        "this train.py has trained"
+    )
+
+
 # The local tool ---------------------------------------------------------------------------------------------
 
 
-def parse_args(framework, code, description, argv=None):
+def parse_args(code, description, argv=None):
     """Return the flags of `inference.py`.
 
     Args:
-        framework: the name of the folder of the script.
         code: the path of `inference.py`, which may be in the folder of an exported model.
         description: for --help.
     """
     exported = Path(code).resolve().parent.parent
     is_exported = (exported / model_folder.CODE / "inference.py").is_file()
+    trained = Path("output", Path(code).absolute().parent.name, "model")  # by the train.py beside it
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -278,7 +289,7 @@ def parse_args(framework, code, description, argv=None):
     add(
         "--model-dir",
         type=Path,
-        default=exported if is_exported else Path("output", framework, "model"),
+        default=exported if is_exported else trained,
         help="folder of the exported model (default: %(default)s)",
     )
     add("--output", type=Path, default=Path("predictions.csv"), help="table to write (default: %(default)s)")
@@ -331,10 +342,13 @@ def _write_table(path, rows, model):
     columns = ["class_name", "class", "probability"]
     if model.facts["outputs"] == "values":
         columns = [f"output_{index}" for index in range(width)]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", *columns])
-        writer.writerows(rows)
+    try:
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["file", *columns])
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
 def _find_files(paths, facts):
@@ -346,7 +360,9 @@ def _find_files(paths, facts):
             for folder, folders, names in os.walk(path):
                 folders.sort()
                 found += [Path(folder, name) for name in sorted(names) if name.lower().endswith(wanted)]
-        elif path.suffix.lower() in SUFFIXES and path.is_file():
+        elif not path.exists():
+            raise UserError(f"{path} does not exist")
+        elif path.suffix.lower() in SUFFIXES:
             found.append(path)
         else:
             raise UserError(f"{path} is not a folder or a file with one of {', '.join(SUFFIXES)}")

@@ -220,6 +220,8 @@ def load_tables(args):
     if len(tables) == 1:
         if len(tables[0].labels) < 2:
             raise UserError(f"--train {args.train} has one row only: expected more, and --validation")
+        if args.train:
+            log("No --validation: a tenth of the training rows is held out")
         return _hold_out(tables[0], args.seed)
     return tuple(tables)
 
@@ -316,7 +318,8 @@ def _read_columns(args, channels, layout, folder):
         for name, feature in zip(names, layout.features):
             if feature.values:
                 categories[name] = feature.values
-    parts, classes = _find_classes(args, parts, layout.label_name, layout.label_values)
+    name = layout.label_name if args.label_column else f"{layout.label_name}, by default the first column"
+    parts, classes = _find_classes(args, parts, name, layout.label_values)
     for flag, counts in unseen.items():
         table_columns.log_unseen(flag, counts)
     return parts, {"names": names, "types": types, "categories": categories or None, "classes": classes}

@@ -14,7 +14,7 @@ from pathlib import Path
 from common import serving
 
 if __name__ == "__main__":
-    args = serving.parse_args("mxnet", __file__, __doc__)  # before the slow imports
+    args = serving.parse_args(__file__, __doc__)  # before the slow imports
 
 import engine  # noqa: F401 - prepares NumPy for MXNet
 import mxnet as mx

@@ -21,7 +21,10 @@ os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 )  # without it cuBLAS may change bits from run to run
 
-with errors.importing("PyTorch and torchvision", "Install them with: pip install torch torchvision"):
+with errors.importing(
+    "PyTorch and torchvision",
+    "Activate their environment (source .venv/bin/activate), or install them: pip install torch torchvision",
+):
     import torch
     import torchvision
     from torch import distributed, nn
@@ -140,8 +143,16 @@ class State:
         with contextlib.suppress(Exception):  # a loss that needs other labels: the first step will check it
             for count in (1, 2):
                 copies = tree_map(lambda tensor: torch.cat([tensor] * count), outputs)  # noqa: B023
-                losses.append(compute_loss(copies, torch.cat([labels] * count), torch.ones(count)).item())
-            self_check.check_loss(*losses)
+                losses.append(compute_loss(copies, torch.cat([labels] * count), torch.ones(count)))
+        losses = [loss for loss in losses if isinstance(loss, torch.Tensor)]
+        for loss in losses:
+            if loss.numel() > 1:
+                shape = tuple(loss.shape)
+                raise UserError(
+                    f"compute_loss returns a tensor of shape {shape}: return the sum over the samples"
+                )
+        if len(losses) == 2:
+            self_check.check_loss(losses[0].item(), losses[1].item())
 
     def _check_one_sample(self, model, sample):
         """Raise UserError if the model cannot learn from a batch of one sample."""

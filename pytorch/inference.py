@@ -14,7 +14,7 @@ from pathlib import Path
 from common import serving
 
 if __name__ == "__main__":
-    args = serving.parse_args("pytorch", __file__, __doc__)  # before the slow imports
+    args = serving.parse_args(__file__, __doc__)  # before the slow imports
 
 import engine
 import torch
@@ -36,7 +36,10 @@ class Model:
         self.network = train.build_model(args, data)
         path = Path(model_dir, "model.pth")
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        self.network.load_state_dict(weights)
+        try:
+            self.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise serving.other_network(path) from error
         self.network.to(self.device).eval()
         self.statistics = engine.channel_statistics(data, self.device)
 

@@ -28,7 +28,10 @@ from common.report import log, log_weights
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # otherwise every start reports missing GPUs
 
-missing = errors.importing("TensorFlow", "Install it with: pip install tensorflow")
+missing = errors.importing(
+    "TensorFlow",
+    "Activate its environment (source .venv/bin/activate), or install it: pip install tensorflow",
+)
 with missing, quiet.without_lines(quiet.TENSORFLOW):
     import h5py
     import keras

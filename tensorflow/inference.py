@@ -16,7 +16,7 @@ from pathlib import Path
 from common import quiet, serving
 
 if __name__ == "__main__":
-    args = serving.parse_args("tensorflow", __file__, __doc__)  # before the slow imports
+    args = serving.parse_args(__file__, __doc__)  # before the slow imports
 
 import numpy as np
 

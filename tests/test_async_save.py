@@ -73,6 +73,15 @@ def test_the_interval_follows_from_what_a_save_costs(saver, stall, size, seconds
     assert saver.interval == pytest.approx(seconds)
 
 
+def test_one_slow_save_on_a_busy_machine_does_not_lengthen_the_interval(saver):
+    for stall in (0.01, 2.0, 0.01):
+        save(saver, stall, 1e6)
+        assert saver.interval == 20
+    for _ in range(3):
+        save(saver, 2.0, 1e6)
+    assert saver.interval == pytest.approx(200)
+
+
 @pytest.mark.parametrize(("seconds", "interval"), [(7, 7), (0, float("inf"))])
 def test_a_chosen_interval_stays(seconds, interval):
     saver = AsyncSaver(seconds)

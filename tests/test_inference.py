@@ -386,7 +386,7 @@ def test_command_line_errors_are_one_line(tmp_path, trained):
     assert "has no model.json" in infer(script, "rows.csv", cwd=tmp_path, code=1).error_line
     flags = ("--model-dir", model_of(trained("xgboost"), "xgboost"))
     missing = infer(script, "nowhere", *flags, cwd=tmp_path, code=1)
-    assert "nowhere is not a folder or a file" in missing.error_line
+    assert "nowhere does not exist" in missing.error_line
     assert "expected 64 columns" in infer(script, ".", *flags, cwd=tmp_path, code=1).error_line
 
 

@@ -37,7 +37,9 @@ def parse_args(argv=None):
     output = Path("output/verify")
     add("--output", type=Path, default=output, help=f"folder of the two trainings (default: {output})")
     split = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:split])
+    args, unknown = parser.parse_known_args(argv[:split])
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; flags of the script follow --, such as: -- --epochs 2")
     args.script_flags = argv[split + 1 :]
     if not args.script.is_file():
         parser.error(f"there is no script {args.script}")

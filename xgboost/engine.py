@@ -27,7 +27,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin briefly 
 with contextlib.suppress(ImportError):
     # XGBoost imports it too, but from nested calls, which takes 0.2 seconds longer in Python 3.12.
     import sklearn  # noqa: F401
-with errors.importing("XGBoost", "Install it with: pip install xgboost"):
+with errors.importing(
+    "XGBoost", "Activate its environment (source .venv/bin/activate), or install it: pip install xgboost"
+):
     import xgboost as xgb
     from xgboost.tracker import RabitTracker
 

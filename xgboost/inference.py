@@ -13,7 +13,7 @@ from pathlib import Path
 from common import serving, table_requests
 
 if __name__ == "__main__":
-    args = serving.parse_args("xgboost", __file__, __doc__)  # before the slow imports
+    args = serving.parse_args(__file__, __doc__)  # before the slow imports
 
 import numpy as np
 import xgboost as xgb
