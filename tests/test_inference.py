@@ -408,13 +408,17 @@ return model
 def test_a_copy_with_another_network_predicts_without_changes(image_framework, tmp_path, digits):
     body = OTHER_NETWORKS[image_framework].strip().replace("\n", "\n    ")
     script = copy_with(tmp_path / "mine", image_framework, f"def build_model(args, data):\n    {body}")
-    run(script, "--epochs", 1, "--output", "out", cwd=tmp_path)
-    facts = json.loads((tmp_path / "out/model/model.json").read_text())
+    run(script, "--epochs", 1, cwd=tmp_path)
+    facts = json.loads((tmp_path / "output/mine/model/model.json").read_text())
     assert facts["outputs"] == "probabilities"
     save_images(tmp_path / "photos", digits[0][:5], digits[1][:5])
-    infer(script.with_name("inference.py"), "photos", "--model-dir", "out/model", cwd=tmp_path)
+    infer(script.with_name("inference.py"), "photos", cwd=tmp_path)
     with open(tmp_path / "predictions.csv") as file:
         assert {row["class_name"] for row in csv.DictReader(file)} <= set(DIGITS)
+    if image_framework == "pytorch":  # the others load the network from the model
+        original = ROOT / "pytorch/inference.py"
+        other = infer(original, "photos", "--model-dir", "output/mine/model", cwd=tmp_path, code=1)
+        assert "model.pth does not fit the network of `build_model` in train.py" in other.error_line
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------

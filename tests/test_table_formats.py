@@ -129,6 +129,8 @@ def test_the_label_is_a_name_or_a_number_and_the_log_says_which(load, caplog):
         data = load({"a.csv": ROWS}, label_column=label)
         np.testing.assert_array_equal(rows_of(data.train), [[0, 0, 1.5], [1, 1, NAN]] * 20)
     assert "Label: b (2 20, 3 20)" in caplog.messages
+    load({"a.csv": ROWS})
+    assert "Label: y, by default the first column (0 20, 1 20)" in caplog.messages
     line = refuse(load, {"a.csv": ROWS}, label_column="c")
     assert "--label-column c" in line
     assert "one of y, a, b, or a number from 0 to 2" in line
