@@ -259,7 +259,7 @@ class Checkpoints:
         epochs = [position for position in available if position[1] == 0]
         keep = self.args.keep_checkpoints
         oldest = epochs[keep - 1] if 0 < keep <= len(epochs) else (0, 0)
-        best = self.name_of(best_epoch) if best_epoch else None
+        best = None if best_epoch is None else self.name_of(best_epoch)
         for position, name in found:
             is_replaced = position < (oldest if position[1] == 0 else available[0]) and name != best
             is_safe = f"{name}.sagemaker-uploading" not in entries and (uploaded or name not in self._from_s3)
