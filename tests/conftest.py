@@ -19,7 +19,9 @@ from helpers import (
 if importlib.util.find_spec("moto") is None:  # `make check` needs no simulator; `make test` installs it
     collect_ignore = ["test_launch.py", "test_spot.py"]
 
-hypothesis.settings.register_profile("tests", deadline=None)  # the machine may be busy
+# The machine may be busy.
+busy = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=busy)
 hypothesis.settings.load_profile("tests")
 
 
