@@ -197,7 +197,7 @@ class ProgressBar:
         self._bar = LogHandler.bar = None
 
 
-def write_results(folder: Path, history: list[dict], epoch: int, facts: dict) -> None:
+def write_results(folder: Path, history: list[dict], epoch: int | None, facts: dict) -> None:
     """Write `metrics.json` and `history.csv`.
 
     Args:
