@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Collection
+from typing import Any, Collection
 
 from common import errors
 from common.atomic_io import atomic_write
@@ -108,7 +108,7 @@ def log_left_out(flag: str, folder: Path, names: Collection[str], kind: str) -> 
         log(f"Left out of {flag} {folder}, not {kind} ({len(names)}): {shortened(sorted(names))}")
 
 
-def shortened(names: Collection[str], limit: int = 6) -> str:
+def shortened(names: Collection[Any], limit: int = 6) -> str:
     """Return the first names as text, and the number of the rest."""
     names = list(map(str, names))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
