@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 MAX_SHARE = 0.01  # of its time that a training may wait for saves inside epochs
 MAX_RATE = 10e6  # bytes per second of such saves, as SageMaker copies them to S3
@@ -34,7 +35,7 @@ class AsyncSaver:
 
     def __init__(self, seconds: float | None = None, shortest: float = 20) -> None:
         self.memory: dict = {}
-        self.in_flight = None
+        self.in_flight: Any = None
         self.thread = ThreadPoolExecutor(1, "save")
         self.is_automatic = seconds is None
         self.interval = shortest if seconds is None else seconds or math.inf
@@ -46,7 +47,7 @@ class AsyncSaver:
         )  # of the latest saves; the machine may be busy for a moment
         self.size = 0
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait for the save in flight and raise its error."""
         save, self.in_flight = self.in_flight, None
         if not save:
@@ -57,6 +58,6 @@ class AsyncSaver:
             affordable = max(min(self._stalls) / MAX_SHARE, self.size / MAX_RATE)
             self.interval = min(max(self._shortest, affordable), MAX_SECONDS)
 
-    def close(self):
+    def close(self) -> None:
         """End the thread, after the save in flight."""
         self.thread.shutdown()

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import Any, BinaryIO, Iterator
 
 from common.errors import UserError, first_line
 
@@ -114,7 +114,7 @@ class ErrorKeepingReader(io.FileIO):
     Not every library passes an error on unchanged.
     """
 
-    error = None
+    error: OSError | None = None
 
     @contextlib.contextmanager
     def _keeping_error(self):
@@ -124,19 +124,19 @@ class ErrorKeepingReader(io.FileIO):
             self.error = self.error or error
             raise
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: Any) -> int:
         with self._keeping_error():
             return super().readinto(buffer)
 
-    def readall(self):
+    def readall(self) -> bytes:
         with self._keeping_error():
             return super().readall()
 
-    def close(self):
+    def close(self) -> None:
         with self._keeping_error():
             super().close()
 
-    def size(self):
+    def size(self) -> int:
         """Return the number of bytes."""
         with self._keeping_error():
             return os.fstat(self.fileno()).st_size

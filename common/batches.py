@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import random
 import threading
+from argparse import Namespace
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def batch_sizes(num_samples: int, batch_size: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(num_samples), num_batches)]
 
 
-def check_sizes(num_samples, args, workers):
+def check_sizes(num_samples: int, args: Namespace, workers: Any) -> None:
     """Raise UserError if a batch has fewer samples than there are workers."""
     smallest = batch_sizes(num_samples, args.batch_size)[-1]
     if smallest < workers.size:
@@ -76,12 +77,14 @@ class BatchLoader:
         epoch: counted from 0; the number of the shuffled order. None: all samples in order, for validation.
     """
 
-    def __init__(self, args, dataset, workers, engine, epoch=None):
+    def __init__(
+        self, args: Namespace, dataset: Any, workers: Any, engine: Any, epoch: int | None = None
+    ) -> None:
         self.dataset = dataset
         self.engine = engine
         self.rank = workers.rank
         self.key = (args.seed, 0 if epoch is None else epoch + 1)
-        self.augment = None
+        self.augment: Any = None
         self.sizes = batch_sizes(len(dataset), args.batch_size)
         self.world_size = workers.size
         self.first_step = 0 if epoch is None else epoch * len(self.sizes)
@@ -93,11 +96,11 @@ class BatchLoader:
         # One call for all steps: it takes as long as the rest of a small batch.
         self.seeds = np.random.SeedSequence((*self.key, FRAMEWORK, self.rank)).generate_state(len(self.sizes))
 
-    def generator(self, *key):
+    def generator(self, *key: int) -> np.random.Generator:
         """Return a NumPy random generator that follows from the seed, the epoch and `key`."""
         return np.random.default_rng((*self.key, *key))
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> Batch:
         """Return the Batch of a step, counted from 0 in this epoch."""
         indices = self.indices[step]
         if isinstance(self.dataset, ArrayDataset):
@@ -120,7 +123,9 @@ class BatchLoader:
 _reading = threading.Lock()  # a data set that draws random numbers uses global generators
 
 
-def read_samples(dataset, indices, engine, key=(0,)):
+def read_samples(
+    dataset: Any, indices: np.ndarray, engine: Any, key: tuple[int, ...] = (0,)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return arrays (samples, labels, weights) of the samples at `indices`.
 
     Random numbers that the data set draws follow from `key` and the index. A data set with `__getitems__`
@@ -178,7 +183,7 @@ def _to_array(value):
     return value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)  # MXNet has `asnumpy`
 
 
-def load_ahead(load, steps, num_threads):
+def load_ahead(load: Callable[[int], Any], steps: Iterable[int], num_threads: int) -> Iterator[Any]:
     """Yield `load(step)` for each step in order, prepared ahead by threads."""
     # Once a block of this size is freed, the C library keeps memory for the next batch (mallopt(3):
     # M_MMAP_THRESHOLD). Allocating it takes longer than filling it.

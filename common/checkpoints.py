@@ -14,7 +14,9 @@ import os
 import re
 import shutil
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from common import checkpoint_schema, errors
 from common.atomic_io import TEMPORARY, ErrorKeepingReader, atomic_write
@@ -63,24 +65,25 @@ class Checkpoints:
         workers: only the main process uses its folder; the others receive the newest checkpoint from it.
     """
 
-    def __init__(self, args, engine, workers):
+    def __init__(self, args: Namespace, engine: Any, workers: Any) -> None:
         self.args = args
         self.folder = args.checkpoint_path
         self.engine = engine
         self.workers = workers
         self.history = HistoryFile(args.checkpoint_path)
-        self._lock = None
+        self._lock: int | None = None
         self._has_checked_room = False
-        self._undeletable = set()
+        self._undeletable: set[str] = set()
         self._has_checked_uploads = False
-        self._from_s3 = set()  # names of the checkpoints that SageMaker copied from S3 before the start
+        # Names of the checkpoints that SageMaker copied from S3 before the start.
+        self._from_s3: set[str] = set()
 
-    def name_of(self, epoch, step=0):
+    def name_of(self, epoch: int, step: int = 0) -> str:
         """Return the name of the checkpoint after `epoch` epochs and `step` steps."""
         number = epoch - 1 + self.engine.FIRST_NUMBER
         return self.engine.CHECKPOINT.format(f"{number}-{step}" if step else number)
 
-    def open(self):
+    def open(self) -> None:
         """Lock the folder, and delete the leftovers of interrupted saves.
 
         Another run with this folder may be saving after a signal: wait until it ends.
@@ -98,20 +101,20 @@ class Checkpoints:
         if "SM_MODEL_DIR" in os.environ:
             self._from_s3.update(name for _, name in find_checkpoints(self.folder, self.engine.CHECKPOINT))
 
-    def close(self):
+    def close(self) -> None:
         """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def read_newest(self):
+    def read_newest(self) -> tuple[str, dict[str, Any]] | None:
         """Return (name, content) of the newest checkpoint that can be read; None without any checkpoint.
 
         Newer, damaged checkpoints are renamed and kept for inspection. Raises UserError if none of the
         checkpoints can be read, as a silent new start would lose them, and if disk or memory fail, as the
         file may be intact.
         """
-        damaged = []
+        damaged: list[str] = []
         for _, name in find_checkpoints(self.folder, self.engine.CHECKPOINT):
             try:
                 content = self.read(name)
@@ -135,7 +138,7 @@ class Checkpoints:
             )
         return None
 
-    def share_newest(self):
+    def share_newest(self) -> tuple[str, dict[str, Any]] | None:
         """Return what `read_newest` returns on the main process, on every worker."""
         folder_has = find_checkpoints(self.folder, self.engine.CHECKPOINT) if self.folder.is_dir() else []
         newest = self.workers.all_gather([*folder_has[0][0], folder_has[0][1]] if folder_has else [-1, 0, ""])
@@ -156,7 +159,7 @@ class Checkpoints:
             return None
         return name, self.engine.read_checkpoint(io.BytesIO(self.workers.broadcast()))
 
-    def read(self, name):
+    def read(self, name: str) -> dict[str, Any]:
         """Return the content of a checkpoint.
 
         Raises UserError if the disk or the memory fails, and another error if the file is damaged or not a
@@ -190,7 +193,9 @@ class Checkpoints:
             )
         return content
 
-    def write(self, name, content, best_epoch, origin=(None, "")):
+    def write(
+        self, name: str, content: dict[str, Any], best_epoch: int | None, origin: tuple[Any, str] = (None, "")
+    ) -> int:
         """Write a checkpoint, then delete those that it replaces; return its size in bytes.
 
         Args:
@@ -217,14 +222,14 @@ class Checkpoints:
         self.remove_old(best_epoch)
         return size
 
-    def merge_history(self, rows):
+    def merge_history(self, rows: list[dict]) -> list[dict]:
         """Return the rows of all epochs, from those of the checkpoint that was read. A collective call."""
         content = b""
         if self.workers.is_main_process and self.history.path.is_file():
             content = self.history.path.read_bytes()
         return self.history.merge(rows, self.workers.broadcast(content))
 
-    def check_room(self):
+    def check_room(self) -> None:
         """Log a warning, once, if the remaining checkpoints will probably not fit on the disk."""
         if self._has_checked_room or not self.workers.is_main_process:
             return
@@ -242,7 +247,7 @@ class Checkpoints:
                 f"{free / 1e6:,.0f} MB that are free in {self.folder}: pass --keep-checkpoints"
             )
 
-    def remove_old(self, best_epoch=None):
+    def remove_old(self, best_epoch: int | None = None) -> None:
         """Delete outdated checkpoints, except those of the best epoch and of the last `--keep-checkpoints`.
 
         A checkpoint is deleted only after its successor is in S3, because SageMaker repeats a deletion there:
@@ -295,7 +300,7 @@ class Checkpoints:
                 log(f"Warning: cannot delete {Path(self.folder, name)}: {error.strerror}")
             self._undeletable.add(name)
 
-    def check_same_job(self, name, content, now):
+    def check_same_job(self, name: str, content: dict[str, Any], now: dict[str, dict[str, Any]]) -> None:
         """Log what differs between the run that saved `content` and this one, which `now` describes.
 
         Both have the dictionaries "job", "data", "machine", "flags" and "code". Raises UserError if the

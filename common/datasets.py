@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 import numpy as np
 
@@ -35,30 +35,32 @@ class ArrayDataset:
         indices: the rows that belong to this data set, in order; default: all of them. They are not copied.
     """
 
-    def __init__(self, images, labels, classes, indices=None):
+    def __init__(
+        self, images: Any, labels: np.ndarray, classes: list[str], indices: np.ndarray | None = None
+    ) -> None:
         self.images = images
         self.labels = labels
         self.classes = classes
         self.indices = np.arange(len(labels)) if indices is None else indices
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         row = self.indices[index]
         return self.images[row], self.labels[row]
 
-    def __getitems__(self, indices):
+    def __getitems__(self, indices: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return the images (n, height, width, channels) and labels (n,) of many samples."""
         rows = self.indices[indices]
         return self.images[rows], self.labels[rows]
 
     @property
-    def is_in_memory(self):
+    def is_in_memory(self) -> bool:
         """Whether a batch needs no reading or decoding."""
         return getattr(self.images, "is_in_memory", not isinstance(self.images, np.memmap))
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict[str, int]:
         """Return the checksums of all labels, and of some images or of their names and sizes."""
         labels = self.labels[self.indices]
         if hasattr(self.images, "fingerprint"):
@@ -85,18 +87,18 @@ class Data(NamedTuple):
         label_shape, label_dtype: of the label of a sample.
     """
 
-    train: object
-    validation: object
+    train: Any
+    validation: Any
     sample_shape: tuple
     dtype: np.dtype
-    classes: list
-    mean: np.ndarray
-    std: np.ndarray
+    classes: list[str] | None
+    mean: np.ndarray | None
+    std: np.ndarray | None
     label_shape: tuple
     label_dtype: np.dtype
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         """The number of classes. Raises UserError if the training data set has no `classes`."""
         if self.classes is None:
             raise UserError(
@@ -106,7 +108,12 @@ class Data(NamedTuple):
         return len(self.classes)
 
 
-def describe(train, validation, read_samples, statistics=None):
+def describe(
+    train: Any,
+    validation: Any,
+    read_samples: Callable[..., Any],
+    statistics: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Data:
     """Return the Data of two data sets.
 
     Args:
@@ -167,9 +174,9 @@ def _some_images(dataset, read_samples):
         yield from read_samples(dataset, part)[0]
 
 
-def channel_statistics(images):
+def channel_statistics(images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of each channel of an iterable of uint8 images."""
-    histograms = 0
+    histograms: Any = 0
     for image in images:  # one by one they stay in the processor's cache
         channels = range(image.shape[2])
         counts = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in channels]
@@ -184,7 +191,7 @@ def channel_statistics(images):
     return np.array(means, np.float32), np.array(stds, np.float32)
 
 
-def find_classes(dataset):
+def find_classes(dataset: Any) -> list[str] | None:
     """Return the names of the classes; those of the data set inside for a wrapper such as torch's Subset."""
     while dataset is not None:
         classes = getattr(dataset, "classes", None)
@@ -194,7 +201,7 @@ def find_classes(dataset):
     return None
 
 
-def fingerprint(dataset, read_samples):
+def fingerprint(dataset: Any, read_samples: Callable[..., Any]) -> dict[str, Any]:
     """Return plain values that differ if the data differ: the data set's own, or checksums of samples."""
     if hasattr(dataset, "fingerprint"):
         return dataset.fingerprint()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ FIRST_PAGE = "one of several pages: only the first is read"
 RESIZED = "of another size: resized, and cropped if its shape differs"
 
 
-def decode(content: bytes, size: tuple[int, int] | None) -> tuple[np.ndarray, list[str]]:
+def decode(content: bytes, size: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
     """Return the pixels of an encoded image, uint8 (height, width, 3), and the changes to it (see above).
 
     Args:
@@ -32,7 +33,7 @@ def decode(content: bytes, size: tuple[int, int] | None) -> tuple[np.ndarray, li
     Raises Pillow's errors and ValueError.
     """
     pixels = _decode_jpeg(content)
-    notes = []
+    notes: list[str] = []
     if pixels is None:
         image = open_image(io.BytesIO(content))
         notes += image.info.get(NOTES, [])
@@ -48,14 +49,14 @@ def decode(content: bytes, size: tuple[int, int] | None) -> tuple[np.ndarray, li
     return np.asarray(image), notes
 
 
-def fit(image, size):
+def fit(image: Any, size: tuple[int, int]) -> Any:
     """Return a Pillow image resized until it covers (width, height), and cropped around the centre."""
     from PIL import Image, ImageOps
 
-    return ImageOps.fit(image, size, Image.BILINEAR)
+    return ImageOps.fit(image, size, Image.BILINEAR)  # type: ignore[attr-defined]
 
 
-def open_image(file):
+def open_image(file: Any) -> Any:
     """Return the image of a name or an open file in colour, the right way up and without transparency.
 
     The changes to it are in `info[NOTES]`. Raises Pillow's errors and ValueError.

@@ -6,6 +6,8 @@ checkpoint, add up metrics, and fail together, even if an engine would wait for 
 method is a no-op.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import json
@@ -17,6 +19,8 @@ import struct
 import sys
 import threading
 import time
+from argparse import Namespace
+from typing import Any, Sequence
 
 from common.errors import UserError, read_count, say, write_failure_reason
 
@@ -49,7 +53,7 @@ _HEADER = struct.Struct(">cQ")  # kind and length of a message
 _VALUE, _BYE, _END = b"V", b"B", b"E"
 
 
-def flag_values(args):
+def flag_values(args: Namespace) -> dict[str, str]:
     """Return the flags as a dictionary such as {"--batch-size": "64"}."""
     return {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()}
 
@@ -66,22 +70,24 @@ class Workers:
             other.
     """
 
-    def __init__(self, rank=0, names=("localhost",)):
+    def __init__(self, rank: int = 0, names: Sequence[str] = ("localhost",)) -> None:
         self.rank = rank
         self.names = list(names)
         self.size = len(self.names)
         self.is_main_process = rank == 0
         self.address = self.main_address = "127.0.0.1"
-        self._peers = {}  # by rank: all other workers in the main process, only rank 0 in the others
-        self._patience = None  # seconds that the main process waits for a message; None: for ever
+        # By rank: all other workers in the main process, only rank 0 in the others.
+        self._peers: dict[int, Peer] = {}
+        # Seconds that the main process waits for a message; None: for ever.
+        self._patience: float | None = None
         # Held by the thread that ends this process: only the first reason is reported.
         self._ending = threading.Lock()
 
-    def shard(self, count):
+    def shard(self, count: int) -> slice:
         """Return the slice of this worker if `count` items are split as evenly as possible."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def describe_shards(self, count, items):
+    def describe_shards(self, count: int, items: str) -> str:
         """Describe the workers and their shards of `count` items for the log; "" with one worker."""
         if self.size == 1:
             return ""
@@ -89,7 +95,7 @@ class Workers:
         sizes = " or ".join(map(str, shards))
         return f", {self.size} workers: {', '.join(self.names)}; each gets {sizes} of the {count} {items}"
 
-    def all_gather(self, value):
+    def all_gather(self, value: Any) -> list[Any]:
         """Return the values of all workers, by rank. Every worker must make this call.
 
         A value is anything that JSON can represent; floats keep their bits.
@@ -114,7 +120,7 @@ class Workers:
                 f"{self.names[rank]} joined, but then sent nothing: see its log, or raise --join-seconds"
             ) from error
 
-    def broadcast(self, content=b""):
+    def broadcast(self, content: bytes = b"") -> bytes:
         """Return the bytes of the main process on every worker; the argument of the others is ignored."""
         if self.size == 1:
             return content
@@ -123,7 +129,7 @@ class Workers:
         self._send_all(_VALUE, content)
         return content
 
-    def check_same(self, facts):
+    def check_same(self, facts: dict[str, Any]) -> None:
         """Raise UserError if the dictionary `facts` differs from that of the main process."""
         expected = self.all_gather(facts)[0]
         for name in expected:
@@ -134,7 +140,7 @@ class Workers:
                     "the same kind of device, and all of the data (FullyReplicated)"
                 )
 
-    def leave(self):
+    def leave(self) -> None:
         """Wait until every worker has finished, so that a late failure still reaches all of them."""
         if self.size == 1:
             return
@@ -145,7 +151,7 @@ class Workers:
         if self.is_main_process:
             self._send_all(_BYE, b"")
 
-    def fail(self, reason):
+    def fail(self, reason: str) -> None:
         """Send the other workers the reason why this one ends, so that they end too.
 
         The call does not return if another thread is already ending this process.
@@ -155,7 +161,7 @@ class Workers:
                 threading.Event().wait()  # until the other thread ends this process
             self._send_end(1, f"error: {self.names[self.rank]} has failed: {reason}. {RUN_AGAIN}")
 
-    def stop(self, code, reason):
+    def stop(self, code: int, reason: str) -> None:
         """End all workers with the same exit code, after a signal before the training.
 
         A thread does it: the signal may have interrupted a message that the main thread has to finish first.
@@ -168,12 +174,12 @@ class Workers:
 
         threading.Thread(target=end, daemon=True).start()
 
-    def end_if_another_failed(self):
+    def end_if_another_failed(self) -> None:
         """Wait, as the failure of another worker may have caused an error: its message ends this process."""
         if self._peers:
             time.sleep(3)
 
-    def connect(self, main_host, port, seconds, local):
+    def connect(self, main_host: str, port: int, seconds: float, local: bool) -> None:
         """Connect all workers with the main process. Raises UserError with the names of missing workers."""
         deadline = time.monotonic() + seconds
         if self.is_main_process:
@@ -281,7 +287,7 @@ class Workers:
         for peer in list(self._peers.values()):
             peer.send(_END, content, patience=1)  # without it a worker sees a closed connection
 
-    def end(self, code, message):
+    def end(self, code: int, message: str) -> None:
         """End this process and the other workers, no matter what the main thread is waiting for."""
         if self._ending.acquire(blocking=False):
             try:
@@ -305,11 +311,11 @@ _TCP_OPTIONS = {
 class Peer:
     """A connection to another worker, with a thread that reads from it and detects a lost worker."""
 
-    def __init__(self, workers, rank, connection):
+    def __init__(self, workers: Workers, rank: int, connection: socket.socket) -> None:
         self.workers = workers
         self.name = workers.names[rank]
         self.socket = connection
-        self.inbox = queue.Queue()
+        self.inbox: queue.Queue[bytes] = queue.Queue()
         self.lock = threading.Lock()
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -318,7 +324,7 @@ class Peer:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         threading.Thread(target=self._read_all, daemon=True).start()
 
-    def send(self, kind, content, patience=-1):
+    def send(self, kind: bytes, content: bytes, patience: float = -1) -> None:
         """Send a message, unless another one is still being sent after `patience` seconds.
 
         If the other worker is gone, the thread that reads from it ends this process with the reason.
@@ -349,7 +355,7 @@ class Peer:
             self.workers.end(1, f"error: {self.name} {happened}. {RUN_AGAIN}")
 
 
-def join(args):
+def join(args: Namespace) -> Workers:
     """Return the Workers, all connected; from now on they fail together.
 
     The workers are the processes that torchrun has started, or else one on each of `--hosts`, ranked by

@@ -1,11 +1,15 @@
 """`--dry-run`: a training of a few steps that reads all data, writes into a temporary folder, and reports."""
 
+from __future__ import annotations
+
 import os
 import resource
 import shutil
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
+from typing import Any, Callable
 
 import numpy as np
 
@@ -28,23 +32,23 @@ class DryRun:
         pattern: of the names of checkpoints.
     """
 
-    def __init__(self, args, pattern):
+    def __init__(self, args: Namespace, pattern: str) -> None:
         self.args = args
         self.pattern = pattern
         self.epochs = args.epochs
-        self.steps_per_epoch = None
+        self.steps_per_epoch: int | None = None
         self._temporary = tempfile.TemporaryDirectory(prefix="dry-run-")
-        self._folders = {}
+        self._folders: dict[str, Path] = {}
         for name in ("checkpoint_path", "model_dir", "output_data_dir"):
             self._folders[name] = getattr(args, name)
             setattr(args, name, Path(self._temporary.name, name))
         args.epochs = EPOCHS if hasattr(args, "batch_size") else ROUNDS
 
-    def close(self):
+    def close(self) -> None:
         """Remove the files that the training has written."""
         self._temporary.cleanup()
 
-    def check(self, name, dataset, read_samples):
+    def check(self, name: str, dataset: Any, read_samples: Callable[..., Any]) -> None:
         """Read all samples of a data set.
 
         Args:
@@ -60,7 +64,7 @@ class DryRun:
         if is_ours and not isinstance(dataset.images, ImageFiles):
             return  # in memory already
         indices = np.arange(len(dataset))
-        bad = []
+        bad: list[str] = []
         for part in np.array_split(indices, max(1, len(indices) // self.args.batch_size)):
             if not _try(read_samples, dataset, part):
                 continue
@@ -73,7 +77,7 @@ class DryRun:
         if bad:
             raise UserError(f"{len(bad)} of {len(dataset)} {name} samples cannot be read, see above")
 
-    def shorten(self, train, validation):
+    def shorten(self, train: Any, validation: Any) -> tuple[Any, Any]:
         """Return the first samples of both data sets."""
         size = self.args.batch_size
         if hasattr(train, "batches"):
@@ -82,10 +86,11 @@ class DryRun:
         self.steps_per_epoch = -(-len(train) // size)
         return _first(train, STEPS * size), _first(validation, size)
 
-    def report(self, progress):
+    def report(self, progress: Any) -> None:
         """Log the time, memory and disk space that the training would need, and the folders."""
         folder = self._folders["checkpoint_path"]
         row = progress.history[-1]
+        unit: Any  # a text, and later a number of bytes
         if self.steps_per_epoch is None:
             seconds, unit = row["seconds"], "a boosting round"
         else:

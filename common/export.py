@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from common import checkpoint_schema, checkpoints, errors, model_folder, report, run
 from common.atomic_io import prepare_folder
@@ -39,12 +40,12 @@ def main(argv: list[str] | None = None) -> None:
         stop_logging()
 
 
-def import_script(path):
+def import_script(path: Path) -> ModuleType:
     """Return a training script as the module `train`."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: expected a training script, such as pytorch/train.py")
     sys.path.insert(0, str(path.resolve().parent))  # `engine.py` is beside it
-    specification = importlib.util.spec_from_file_location("train", path)
+    specification: Any = importlib.util.spec_from_file_location("train", path)
     module = importlib.util.module_from_spec(specification)
     sys.modules["train"] = module
     specification.loader.exec_module(module)

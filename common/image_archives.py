@@ -32,7 +32,7 @@ def has_data(folder: Path, split: str) -> bool:
     return folder.is_dir() and _find(folder, split) is not None
 
 
-def read(folder, split):
+def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
     """Return images (n, height, width, channels), labels and class names of a downloaded data set, or None.
 
     Args:

@@ -1,5 +1,7 @@
 """Images that are read and decoded when a batch first asks for them."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import math
@@ -9,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +35,7 @@ class Source(NamedTuple):
     sizes: list
     read: Callable
 
-    def place(self, index):
+    def place(self, index: int) -> str:
         """Return the place of an image, for messages."""
         return f"{self.folder}/{self.names[index]}"
 
@@ -55,7 +57,9 @@ class ImageFiles:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, source, size, memory, is_resizing=False):
+    def __init__(
+        self, source: Source, size: tuple[int, int] | None, memory: float, is_resizing: bool = False
+    ) -> None:
         self.source = source
         self.size = size or self._read_first_size()
         width, height = self.size
@@ -66,25 +70,25 @@ class ImageFiles:
         self._is_kept = _shared((len(self),))
         self._logged = {decoder.RESIZED} if is_resizing else set()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """The bytes of all images when decoded."""
         return math.prod(self.shape)
 
     @property
-    def kept_bytes(self):
+    def kept_bytes(self) -> int:
         """The bytes of the decoded images that stay in memory."""
         return self._kept.nbytes
 
     @property
-    def is_in_memory(self):
+    def is_in_memory(self) -> bool:
         """Whether all images are decoded."""
         return bool(self._is_kept.all())
 
-    def __getitem__(self, indices):
+    def __getitem__(self, indices: Any) -> np.ndarray:
         """Return the images of an array of indices (n, height, width, 3), or of one index."""
         indices = np.asarray(indices)
         if indices.ndim == 0:
@@ -150,7 +154,7 @@ class ImageFiles:
                 "Replace it, and run the same command again to resume"
             ) from error
 
-    def fingerprint(self):
+    def fingerprint(self) -> int:
         """Return the checksum of names and sizes."""
         lines = [f"{name} {size}\n" for name, size in zip(self.source.names, self.source.sizes)]
         return zlib.crc32("".join(lines).encode("utf-8", "surrogateescape"))

@@ -6,9 +6,10 @@ import contextlib
 import os
 import re
 import tempfile
+from argparse import Namespace
 from array import array
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,13 +67,13 @@ class Channel(NamedTuple):
     flag: str
     folder: Path
     stem: str
-    image_size: int
-    size: tuple
+    image_size: int | None
+    size: tuple[int, int] | None
     memory: float
-    record_file: type
+    record_file: Any
 
 
-def load_images(args, record_file=None):
+def load_images(args: Namespace, record_file: Any = None) -> tuple[ArrayDataset, ArrayDataset]:
     """Return the training and the validation data set that the flags name, as a pair of `ArrayDataset`.
 
     Without `--validation` the validation data in the folder `--train` are used if there are any; otherwise a
@@ -149,7 +150,7 @@ def _log_data(train, validation):
     log(f"Training images: {shortened(found, MAX_SHOWN)}")
 
 
-def random_crop_and_flip(images, rng):
+def random_crop_and_flip(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return images (n, height, width, channels), shifted at random, and about half of them mirrored.
 
     The shift is up to an eighth of the size; the border is black. This is the augmentation of "Deep Residual
@@ -170,7 +171,9 @@ def random_crop_and_flip(images, rng):
     margin = margin_x * channels
     padded = np.zeros((count, height + 2 * margin_y, row + 2 * margin), images.dtype)
     padded[:, margin_y:-margin_y, margin:-margin] = images.reshape(count, height, row)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, row), axis=(1, 2))
+    windows = np.lib.stride_tricks.sliding_window_view(  # type: ignore[call-overload]
+        padded, (height, row), axis=(1, 2)
+    )
     rows = windows[np.arange(count), top, left * channels]
     columns = np.arange(row).reshape(width, channels)
     mirrored = columns[::-1].ravel()

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable, Iterator
 
 from common import errors, run, s3
 from common.atomic_io import TEMPORARY
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def names_in_s3(address):
+def names_in_s3(address: str) -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """Yield a temporary folder with the names at an address in S3, and a function that fetches one."""
     with errors.importing("boto3 for addresses in S3", "Install it with: pip install boto3"):
         import boto3
@@ -73,7 +74,9 @@ def names_in_s3(address):
         yield Path(folder), fetch
 
 
-def print_table(checkpoints, place=None, fetch=None):
+def print_table(
+    checkpoints: Checkpoints, place: str | None = None, fetch: Callable[[Path], None] | None = None
+) -> int:
     """Print the content of the folder of checkpoints, newest first; return the exit code.
 
     Args:

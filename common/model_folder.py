@@ -15,6 +15,7 @@ import shutil
 import zlib
 from argparse import Namespace
 from pathlib import Path
+from typing import Any, Callable, Iterable
 
 import numpy as np
 
@@ -39,9 +40,9 @@ def describe_origin(args: Namespace, job: dict) -> dict:
     return {"checkpoints": checkpoints, "job": job}
 
 
-def describe_data(data):
+def describe_data(data: datasets.Data) -> dict[str, Any]:
     """Return the facts about the data for `restore_data` and for readers of `model.json`, in plain values."""
-    facts = {
+    facts: dict[str, Any] = {
         "sample_shape": list(data.sample_shape),  # of an image (height, width, channels)
         "sample_type": str(data.dtype),
         "value_range": None,
@@ -56,11 +57,11 @@ def describe_data(data):
         facts["value_range"] = [0, 255]
     if data.mean is not None:
         facts["mean"] = data.mean.tolist()
-        facts["std"] = data.std.tolist()
+        facts["std"] = data.std.tolist()  # type: ignore[union-attr]  # it has one if it has a mean
     return facts
 
 
-def restore_data(facts):
+def restore_data(facts: dict[str, Any]) -> datasets.Data:
     """Return the `common.datasets.Data` of `describe_data`; the samples of both its data sets are zeros."""
     num_samples = facts["num_training_samples"]
     sample = np.zeros(facts["sample_shape"], facts["sample_type"])
@@ -100,7 +101,7 @@ def describe_flags(args: Namespace) -> dict:
     return {"flags": flags, "paths": paths}
 
 
-def restore_flags(facts, parse_args):
+def restore_flags(facts: dict[str, Any], parse_args: Callable[[list[str]], Namespace]) -> Namespace:
     """Return the flags of `describe_flags`; others have their defaults, if `parse_args` needs no flag."""
     args = argparse.Namespace()
     with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
@@ -120,9 +121,9 @@ def _plain(value):
     return str(value)
 
 
-def describe_metrics(progress, epoch):
+def describe_metrics(progress: Any, epoch: int) -> dict[str, Any]:
     """Return the metrics of an epoch without its times; none of them for a model from inside an epoch."""
-    metrics = {}
+    metrics: dict[str, Any] = {}
     if progress.step:
         return metrics
     for row in progress.history:
@@ -134,7 +135,7 @@ def describe_metrics(progress, epoch):
     return metrics
 
 
-def describe_structure(lines):
+def describe_structure(lines: Iterable[str]) -> str:
     """Return a short checksum of text that describes layers and parameters, for `STRUCTURE`.
 
     Args:
@@ -144,7 +145,7 @@ def describe_structure(lines):
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def describe_outputs(outputs, classes):
+def describe_outputs(outputs: np.ndarray | None, classes: list[str] | None) -> str:
     """Return the kind of a network's outputs: "logits" or "probabilities" of the classes, or "values".
 
     Args:

@@ -50,7 +50,7 @@ STYLE: Any = {
 }
 
 
-def position(progress: Progress, data) -> float:
+def position(progress: Progress, data: Any) -> float:
     """Return how far a training has come, in epochs."""
     if not progress.step:
         return progress.epoch
@@ -61,7 +61,7 @@ def position(progress: Progress, data) -> float:
     return progress.epoch + min(1, share)
 
 
-def draw(run) -> None:
+def draw(run: Any) -> None:
     """Draw the pictures of a Run that has ended."""
     folder = run.args.output_data_dir
     drawn = []
@@ -120,7 +120,7 @@ def _metrics(run):
 # The training curve -----------------------------------------------------------------------------------------
 
 
-def draw_curve(history: list[dict], metrics: list[str], resumed: list[float]):
+def draw_curve(history: list[dict], metrics: list[str], resumed: list[float]) -> Any:
     """Return a figure of metrics over epochs, with marks where the training was interrupted.
 
     Args:
@@ -331,7 +331,7 @@ def _read_table(run):
         yield part.features, part.labels
 
 
-def draw_confusion(predictions):
+def draw_confusion(predictions: Any) -> Any:
     """Return a figure of the confusion matrix."""
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
@@ -409,7 +409,7 @@ def _list_confusions(counts, names):
     return "\n".join(lines)
 
 
-def draw_mistakes(predictions):
+def draw_mistakes(predictions: Any) -> Any:
     """Return a contact sheet of the worst mistakes."""
     from matplotlib.figure import Figure
 
@@ -448,7 +448,7 @@ def _to_pixels(image):
 # Boosted trees ----------------------------------------------------------------------------------------------
 
 
-def draw_importance(gains: dict[str, float]):
+def draw_importance(gains: dict[str, float]) -> Any:
     """Return a figure of the features with the largest mean gain of their splits."""
     from matplotlib.figure import Figure
 

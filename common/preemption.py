@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from typing import Any, Callable, NoReturn
 
 from common import errors
 
@@ -35,7 +36,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
         saved: the name of the checkpoint with the whole training state; None if there was nothing to save.
     """
 
-    def __init__(self, number, saved=None):
+    def __init__(self, number: int, saved: str | None = None) -> None:
         done = f"saved {saved}" if saved else "nothing new to save"
         super().__init__(f"Interrupted: {done}, run the same command to resume")
         # As shells report a signal: 143 for SIGTERM, 130 for Ctrl-C.
@@ -51,20 +52,20 @@ class SignalHandlers:
             steps. Until then, a signal calls `on_early_signal(number, frame)`.
     """
 
-    def __init__(self, on_early_signal):
-        self.received = None
+    def __init__(self, on_early_signal: Callable[[int, Any], Any]) -> None:
+        self.received: int | None = None
         self._on_early_signal = on_early_signal
         self.deferred = False
-        self._found = {}  # the handlers before `install`, by signal number
+        self._found: dict[int, Any] = {}  # the handlers before `install`, by signal number
 
-    def install(self):
+    def install(self) -> None:
         """Take over the signals. A second call takes them back from a library that has replaced them."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers in the main thread only
         for number, found in take_over(self._receive).items():
             self._found.setdefault(number, found)
 
-    def pass_on(self, number, frame):
+    def pass_on(self, number: int, frame: Any) -> None:
         """Call the handler that `install` found."""
         found = self._found[number]
         if callable(found):
@@ -73,7 +74,7 @@ class SignalHandlers:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def restore(self):
+    def restore(self) -> None:
         """Restore the handlers that `install` found. A script, which is about to exit, ignores signals."""
         if self._found:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -96,9 +97,9 @@ class SignalHandlers:
             self._on_early_signal(number, frame)
 
 
-def take_over(handler):
+def take_over(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
     """Set the handler of all signals that end a training; return the handlers before, by signal number."""
-    found = {}
+    found: dict[int, Any] = {}
     for number in NUMBERS:
         if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
             continue  # nohup
@@ -106,7 +107,7 @@ def take_over(handler):
     return found
 
 
-def exit_at_once(number, frame=None):
+def exit_at_once(number: int, frame: Any = None) -> NoReturn:
     """Handle a signal while there is nothing to save: end this process.
 
     This raises no exception, as a library that is being imported may swallow one.

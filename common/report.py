@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Collection
+from typing import Any, Callable, Collection
 
 from common import errors
 from common.atomic_io import atomic_write
@@ -30,9 +30,9 @@ class LogHandler(logging.StreamHandler):
         bar: the progress bar on the terminal, or None; a line appears above it.
     """
 
-    bar = None
+    bar: Any = None
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         """Print the line of a record."""
         if self.bar:
             self.bar.clear()
@@ -40,12 +40,12 @@ class LogHandler(logging.StreamHandler):
         if self.bar:
             self.bar.refresh()
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record; names in it cannot add a line."""
         line = super().format(record)
         return line if line.isprintable() else errors.in_one_line(line)
 
-    def handleError(self, record):  # noqa: N802 - the name is that of the base class
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name of the base class
         """Ignore an error; after `train.py | head` Python itself would fail when it exits."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
@@ -54,24 +54,24 @@ class LogHandler(logging.StreamHandler):
 class QuietStream:
     """A stream that ignores errors, such as those of a closed terminal."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def write(self, text):
+    def write(self, text: str) -> None:
         """Write a text, if that is possible."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
 
-    def flush(self):
+    def flush(self) -> None:
         """Write the buffer, if that is possible."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
 
-def start_logging(is_main_process):
+def start_logging(is_main_process: bool) -> Callable[[], None]:
     """Let `log` print, on the main process only; return a function that restores the previous state."""
     handler = LogHandler(sys.stdout)
     level, propagate = LOGGER.level, LOGGER.propagate
@@ -87,7 +87,7 @@ def start_logging(is_main_process):
     return stop_logging
 
 
-def log_weights(path, num_loaded, missing, unused):
+def log_weights(path: Path, num_loaded: int, missing: Collection[str], unused: Collection[str]) -> None:
     """Log which tensors of `--weights` are used.
 
     Args:
@@ -108,7 +108,7 @@ def log_left_out(flag: str, folder: Path, names: Collection[str], kind: str) -> 
         log(f"Left out of {flag} {folder}, not {kind} ({len(names)}): {shortened(sorted(names))}")
 
 
-def shortened(names: Collection[str], limit: int = 6) -> str:
+def shortened(names: Collection[Any], limit: int = 6) -> str:
     """Return the first names as text, and the number of the rest."""
     names = list(map(str, names))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -121,7 +121,7 @@ def epoch_line(row: dict) -> str:
     return " ".join(f"{key}={value:{digits.get(key, '.4f')}}" for key, value in row.items())
 
 
-def metric_definitions(metrics=("loss", "accuracy", "rmse")):
+def metric_definitions(metrics: Collection[str] = ("loss", "accuracy", "rmse")) -> list[dict[str, str]]:
     """Return SageMaker's `metric_definitions` for `epoch_line`: a list of {"Name": ..., "Regex": ...}.
 
     Args:
@@ -147,17 +147,17 @@ class ProgressBar:
         is_main_process: other workers show nothing.
     """
 
-    def __init__(self, num_epochs, is_main_process):
+    def __init__(self, num_epochs: int, is_main_process: bool) -> None:
         self._num_epochs = num_epochs
         self._is_shown = is_main_process and errors.is_terminal(sys.stderr)
-        self._began = None
+        self._began: tuple[int, float] | None = None
         self._last_read = 0.0
-        self._bar = None
+        self._bar: Any = None
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return self._is_shown
 
-    def start_epoch(self, epoch, step, steps_per_epoch):
+    def start_epoch(self, epoch: int, step: int, steps_per_epoch: int) -> None:
         """Show the bar at a step of an epoch; both are counted from 0."""
         if not self._is_shown:
             return
@@ -182,7 +182,7 @@ class ProgressBar:
         self._bar.update(position - self._began[0])
         LogHandler.bar = self._bar
 
-    def update(self, read_metrics):
+    def update(self, read_metrics: Callable[[], dict[str, float]]) -> None:
         """Count a step; `read_metrics()` returns the metrics of the epoch so far, by name."""
         now = time.monotonic()
         if now - self._last_read >= METRICS_SECONDS:
@@ -190,14 +190,14 @@ class ProgressBar:
             self._last_read = now
         self._bar.update()
 
-    def close(self):
+    def close(self) -> None:
         """Remove the bar from the terminal."""
         if self._bar:
             self._bar.close()
         self._bar = LogHandler.bar = None
 
 
-def write_results(folder: Path, history: list[dict], epoch: int, facts: dict) -> None:
+def write_results(folder: Path, history: list[dict], epoch: int | None, facts: dict) -> None:
     """Write `metrics.json` and `history.csv`.
 
     Args:

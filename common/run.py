@@ -4,6 +4,8 @@
 `engine.py`, beside the script, through `Run`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 import os
@@ -12,7 +14,9 @@ import sys
 import threading
 import time
 import traceback
+from argparse import Namespace
 from pathlib import Path
+from typing import Any, Callable, Iterator, NoReturn
 
 import numpy as np
 
@@ -52,7 +56,7 @@ _notice = threading.Timer(1, say, ["Importing the framework ..."])  # seconds
 _notice.daemon = True
 
 
-def start(parse_args):
+def start(parse_args: Callable[[], Namespace]) -> Namespace:
     """Take over the signals that end a training, and return the flags; call this before slow imports."""
     preemption.take_over(preemption.exit_at_once)
     args = parse_args()
@@ -62,7 +66,7 @@ def start(parse_args):
     return args
 
 
-def execute(main, args):
+def execute(main: Callable[[Namespace], Any], args: Namespace) -> None:
     """Call `main(args)`; exit with one line and code 1 after a user's error, 143 or 130 after a signal."""
     try:
         main(args)
@@ -74,7 +78,7 @@ def execute(main, args):
         report_error(error)
 
 
-def report_error(error):
+def report_error(error: BaseException) -> NoReturn:
     """Exit with code 1 and one line for an error that a user can correct, or a traceback for a bug."""
     if isinstance(error, ImportError):
         fail(f"{error}. Install it with: pip install {error.name}")
@@ -100,16 +104,16 @@ class Run:
         progress: see `common/train_state.py`.
     """
 
-    def __init__(self, args, engine):
+    def __init__(self, args: Namespace, engine: Any) -> None:
         self.args = args
         self.engine = engine
-        self.data = None
-        self.state = None
-        self.job = {}
-        self._data_facts = {}
+        self.data: Any = None
+        self.state: Any = None
+        self.job: dict[str, Any] = {}
+        self._data_facts: dict[str, Any] = {}
         self._dry_run = dry_run.DryRun(args, engine.CHECKPOINT) if args.dry_run else None
         self._export_facts = model_folder.describe_flags(args)  # also in each checkpoint
-        self._description = {}  # plain values that the next run is compared with
+        self._description: dict[str, Any] = {}  # plain values that the next run is compared with
         self.progress = train_state.Progress()
         self.workers = distributed.Workers()
         self.signals = preemption.SignalHandlers(self._end_early)
@@ -117,11 +121,11 @@ class Run:
         if seconds is None and args.checkpoint_steps and hasattr(engine, "MIN_SAVE_SECONDS"):
             seconds = 0  # the other scripts also save after each epoch
         self.saver = async_save.AsyncSaver(seconds, getattr(engine, "MIN_SAVE_SECONDS", 20))
-        self.checkpoints = None
-        self._newest = None  # (name, content) of the newest checkpoint between `load_data` and `restore`
+        self.checkpoints: Any = None
+        self._newest: Any = None  # (name, content) of the newest checkpoint between `load_data` and `restore`
         self.steps_per_epoch = 0
-        self.resumed = []  # the places where runs resumed, in epochs; also in each checkpoint
-        self._trackers = []
+        self.resumed: list[float] = []  # the places where runs resumed, in epochs; also in each checkpoint
+        self._trackers: list[Any] = []
         self._exits = contextlib.ExitStack()
         self._started = time.monotonic()
         self._initial_epoch = 0
@@ -129,11 +133,11 @@ class Run:
         self._is_exported = False
         self._has_checked_augment = False
         self._has_checked_attributes = False
-        self._attributes = None
+        self._attributes: Any = None
         self._is_validating = False
-        self._validation_sums = {}
-        self._best_name = None
-        self._best = None  # a train_state.BestEpoch
+        self._validation_sums: dict[str, Any] = {}
+        self._best_name: str | None = None
+        self._best: Any = None  # a train_state.BestEpoch
         self._bar = report.ProgressBar(args.epochs, False)
         self._clock = self._last_save = time.monotonic()
         self._saves_by_time = False
@@ -141,7 +145,7 @@ class Run:
 
     # Start and end ------------------------------------------------------------------------------------------
 
-    def __enter__(self):
+    def __enter__(self) -> Run:
         """Join the other workers, take over the signals, prepare the folders and start the engine."""
         args = self.args
         if args.best_metric:
@@ -176,7 +180,7 @@ class Run:
             raise
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Wait for the last save and the other workers; restore the state of this process."""
         try:
             if error is None:
@@ -237,13 +241,13 @@ class Run:
             self.signals.pass_on(number, frame)
 
     @property
-    def is_main_process(self):
+    def is_main_process(self) -> bool:
         """Whether this worker writes the log, the checkpoints, the model and the metrics."""
         return self.workers.is_main_process
 
     # Data ---------------------------------------------------------------------------------------------------
 
-    def load_data(self, data_sets):
+    def load_data(self, data_sets: tuple[Any, Any]) -> datasets.Data:
         """Return the `common.datasets.Data` of the data sets (training, validation)."""
         try:
             train, validation = data_sets
@@ -289,7 +293,7 @@ class Run:
             return None
         return np.array(facts["mean"], np.float32), np.array(facts["std"], np.float32)
 
-    def load_tables(self, data_sets):
+    def load_tables(self, data_sets: tuple[Any, Any]) -> tables.Tables:
         """Return the tables (training, validation) as `common.tables.Tables`."""
         self._newest = self._read_newest()  # damaged ones are logged before the rows are counted
         self.data = tables.describe(*data_sets)
@@ -317,7 +321,7 @@ class Run:
 
     # Checkpoints --------------------------------------------------------------------------------------------
 
-    def restore(self, state):
+    def restore(self, state: Any) -> int:
         """Load the newest checkpoint into the training state; return the number of finished epochs.
 
         If `--patience` or a callback has ended the training, nothing is left to train: return `--epochs`.
@@ -376,7 +380,7 @@ class Run:
         self._last_save = self._clock = time.monotonic()
         return epoch
 
-    def load_checkpoint(self, content, training_state):
+    def load_checkpoint(self, content: dict[str, Any], training_state: Callable[..., Any]) -> None:
         """Set the training state to the content of a checkpoint, to export its model without any data.
 
         Args:
@@ -394,7 +398,7 @@ class Run:
         progress = {**content["progress"], "sums": {}}
         self.progress = train_state.Progress(**progress)
 
-    def save(self):
+    def save(self) -> str:
         """Copy the training state and write it in the background; return the name of the checkpoint.
 
         This is a collective call: every worker must reach it.
@@ -462,7 +466,9 @@ class Run:
 
     # Training -----------------------------------------------------------------------------------------------
 
-    def training_batches(self, epoch, augment=None):
+    def training_batches(
+        self, epoch: int, augment: Callable[..., Any] | None = None
+    ) -> Iterator[batches.Batch]:
         """Return an iterator over the remaining batches of an epoch, counted from 0, see `batches.Batch`.
 
         Args:
@@ -474,14 +480,14 @@ class Run:
         self.start_epoch(len(loader.sizes))
         return self._load(loader, range(self.progress.step, self.steps_per_epoch))
 
-    def validation_batches(self):
+    def validation_batches(self) -> Iterator[batches.Batch]:
         """Return an iterator over the batches of all validation samples in order, each sample once."""
         loader = batches.BatchLoader(self.args, self.data.validation, self.workers, self.engine)
         self._is_validating = True
         self._validation_sums = {}
         return self._load(loader, range(len(loader.sizes)))
 
-    def training_loader(self, epoch, augment=None):
+    def training_loader(self, epoch: int, augment: Callable[..., Any] | None = None) -> batches.BatchLoader:
         """Return the BatchLoader of an epoch."""
         loader = batches.BatchLoader(self.args, self.data.train, self.workers, self.engine, epoch)
         if self.args.augment:
@@ -505,7 +511,7 @@ class Run:
             loaded = batches.load_ahead(loader, steps, self.args.loaders or int(is_waiting))
         return loaded
 
-    def start_epoch(self, steps_per_epoch):
+    def start_epoch(self, steps_per_epoch: int) -> None:
         """Start the clock and the progress bar of an epoch."""
         self.defer_signals()
         progress = self.progress
@@ -514,7 +520,7 @@ class Run:
         self._bar.start_epoch(progress.epoch, progress.step, steps_per_epoch)
         self._clock = time.monotonic()
 
-    def defer_signals(self):
+    def defer_signals(self) -> None:
         """Let signals end the training between two steps only, with a checkpoint.
 
         This is a collective call: every worker must reach it.
@@ -525,7 +531,7 @@ class Run:
             self.workers.all_gather(None)  # all workers start together
         self.signals.deferred = True
 
-    def finish_step(self, metrics, num_samples=None):
+    def finish_step(self, metrics: dict[str, tuple[Any, Any]], num_samples: int | None = None) -> None:
         """Count a step: add up its metrics, show progress, save if due, end after a signal.
 
         Args:
@@ -587,7 +593,7 @@ class Run:
             owners.update(self.state.attributes())
         return owners
 
-    def finish_validation_step(self, metrics):
+    def finish_validation_step(self, metrics: dict[str, tuple[Any, Any]]) -> None:
         """Add up the metrics of a validation step; end the training after a signal."""
         for name, (numerator, denominator) in metrics.items():
             total = self._validation_sums.get(name, (0.0, 0.0))
@@ -595,7 +601,7 @@ class Run:
         if self.signals.received or self.workers.size > 1:
             self._check_signals(save=True)
 
-    def finish_epoch(self, metrics=None, validation_metrics=None):
+    def finish_epoch(self, metrics: dict[str, float] | None = None, validation_metrics: Any = None) -> bool:
         """Finish an epoch: save its checkpoint, log its line, return whether `--patience` ends the training.
 
         Args:
@@ -611,7 +617,9 @@ class Run:
         self._log_epoch(row)
         return self.should_stop()
 
-    def finish_round(self, metrics, validation_metrics, samples):
+    def finish_round(
+        self, metrics: dict[str, float], validation_metrics: dict[str, float], samples: int
+    ) -> bool:
         """Finish a boosting round; return whether `--patience` ends the training. End it after a signal.
 
         A round is an epoch of milliseconds; a long training does not save a checkpoint in every round.
@@ -658,7 +666,7 @@ class Run:
                 "logarithms of zero in the loss"
             )
 
-    def should_stop(self):
+    def should_stop(self) -> bool:
         """Return whether the training ends before `--epochs`; this depends only on saved state.
 
         A callback has ended it, or `--patience` epochs have brought no better metric.
@@ -700,7 +708,7 @@ class Run:
     # Results ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def export(self):
+    def export(self) -> Iterator[Path]:
         """Yield an empty folder whose content becomes that of `--model-dir`, then write the metrics.
 
         With `--best-metric` the training state becomes that of the best epoch. Every worker may write into
@@ -723,7 +731,7 @@ class Run:
             return
         step = f" and {self.progress.step} steps" if self.progress.step else ""
         log(f"Model: {args.model_dir} ({files}), of epoch {epoch}{step}")
-        facts = {"epochs": self.progress.epoch, "initial_epoch": self._initial_epoch}
+        facts: dict[str, Any] = {"epochs": self.progress.epoch, "initial_epoch": self._initial_epoch}
         if isinstance(self.data, datasets.Data):
             facts["class_names"] = self.data.classes
         facts["wall_seconds"] = time.monotonic() - self._started

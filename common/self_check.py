@@ -1,10 +1,13 @@
 """Warn at the start of the usual mistakes that make a resumed training differ from an uninterrupted one."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import random
 import types
 import zlib
+from typing import Any, Callable, Iterable
 
 import numpy as np
 
@@ -16,7 +19,7 @@ MAX_VALUES = 2**16  # in a list or an array to compare
 IN_CHECKPOINT = ("state", "param_groups", "defaults", "_parameters", "_buffers", "_modules")
 
 
-def check_data_set(name, dataset, read_samples):
+def check_data_set(name: str, dataset: Any, read_samples: Callable[..., Any]) -> None:
     """Log a warning if a data set returns different samples when it is read again with the same seed.
 
     Args:
@@ -36,7 +39,12 @@ def check_data_set(name, dataset, read_samples):
     )
 
 
-def check_augment(augment, images, labels, make_rng):
+def check_augment(
+    augment: Callable[..., Any],
+    images: np.ndarray,
+    labels: np.ndarray,
+    make_rng: Callable[[], np.random.Generator],
+) -> None:
     """Log a warning if `augment` returns different images for the same samples and random numbers.
 
     Args:
@@ -53,7 +61,7 @@ def check_augment(augment, images, labels, make_rng):
     )
 
 
-def check_loss(once, twice):
+def check_loss(once: float, twice: float) -> None:
     """Log a warning if the loss of a sample that is twice in a batch is not twice as large.
 
     Args:
@@ -67,7 +75,7 @@ def check_loss(once, twice):
         )
 
 
-def is_same(arrays, others):
+def is_same(arrays: Iterable[Any], others: Iterable[Any]) -> bool:
     """Return whether two sequences of arrays are bit-identical."""
     pairs = zip(map(np.asarray, arrays), map(np.asarray, others))
     return all(array.tobytes() == other.tobytes() for array, other in pairs)
@@ -81,12 +89,12 @@ class Attributes:
         owners: a function that returns dictionaries of attributes, by the name of their owner in the log.
     """
 
-    def __init__(self, state, owners):
+    def __init__(self, state: Any, owners: Callable[[], dict[str, Any]]) -> None:
         self._state = state
         self._owners = owners
-        self._before = None
+        self._before: dict[str, Any] | None = None
 
-    def compare(self):
+    def compare(self) -> bool:
         """Log a warning for attributes changed since the previous call; return whether there was one.
 
         Call it after the first step too, which sets some attributes for the first time.
@@ -111,9 +119,9 @@ class Attributes:
         return True
 
 
-def own_attributes(state):
+def own_attributes(state: Any) -> dict[str, Any]:
     """Return the attributes of a training state that `train.py` itself sets, not `engine.py`."""
-    names = set()
+    names: set[str] = set()
     for value in vars(type(state)).values():
         if hasattr(value, "__code__"):
             names.update(value.__code__.co_names)

@@ -7,6 +7,8 @@ A request is JSON, CSV, an `.npy` file, or a JPEG or PNG image. The answer has a
 Nothing in this module knows a framework, and nothing in a request is executed.
 """
 
+from __future__ import annotations
+
 import argparse
 import csv
 import functools
@@ -16,6 +18,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any, Callable
 
 import numpy as np
 
@@ -41,16 +44,16 @@ class RequestError(ServingError):
         status_code: 400; 415 for an unknown content type, 406 for an unknown accepted type.
     """
 
-    def __init__(self, message, status_code=400):
+    def __init__(self, message: str, status_code: int = 400) -> None:
         Exception.__init__(self, message)
         self.message = self.phrase = message
         self.status_code = status_code
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.message
 
 
-def with_status(function):
+def with_status(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function of `inference.py` answer with the status of a RequestError on a Flask server.
 
     SageMaker's XGBoost container wraps each exception in another one, which Flask answers with 500.
@@ -73,7 +76,7 @@ def with_status(function):
 # A model folder ---------------------------------------------------------------------------------------------
 
 
-def read_facts(model_dir):
+def read_facts(model_dir: Path | str) -> dict[str, Any]:
     """Return the content of the `model.json` of an exported model."""
     places = (
         Path(model_dir, model_folder.FILE_NAME),
@@ -85,7 +88,9 @@ def read_facts(model_dir):
     raise UserError(f"{model_dir} has no {model_folder.FILE_NAME}: expected the folder of an exported model")
 
 
-def restore(facts, parse_args):
+def restore(
+    facts: dict[str, Any], parse_args: Callable[[list[str]], argparse.Namespace]
+) -> tuple[argparse.Namespace, Any]:
     """Return the flags of the training and its data, whose samples are zeros, for `build_model`."""
     args = model_folder.restore_flags(facts, parse_args)
     return args, model_folder.restore_data(facts)
@@ -94,7 +99,7 @@ def restore(facts, parse_args):
 # Requests ---------------------------------------------------------------------------------------------------
 
 
-def decode(body, content_type):
+def decode(body: bytes | str, content_type: str | None) -> Any:
     """Return the content of a request: an array, a list (of rows), or a Pillow image.
 
     Args:
@@ -140,7 +145,7 @@ def _read_image(body):
         raise ValueError("it is not an image, or damaged") from error
 
 
-def to_samples(content, facts):
+def to_samples(content: Any, facts: dict[str, Any]) -> np.ndarray:
     """Return the result of `decode` as samples for the network.
 
     Returns:
@@ -200,7 +205,7 @@ def _fit_image(image, shape, is_image):
 # Answers ----------------------------------------------------------------------------------------------------
 
 
-def answers(outputs, facts):
+def answers(outputs: Any, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a prediction for each sample: a dictionary of plain values.
 
     Args:
@@ -229,7 +234,7 @@ def answers(outputs, facts):
     return found
 
 
-def to_probabilities(outputs, facts):
+def to_probabilities(outputs: np.ndarray, facts: dict[str, Any]) -> np.ndarray:
     """Return the outputs of a classifier, an array (n, classes), as probabilities in float64."""
     probabilities = outputs.astype(np.float64)
     if facts["outputs"] == "logits":
@@ -238,7 +243,7 @@ def to_probabilities(outputs, facts):
     return probabilities
 
 
-def encode(predictions, accept):
+def encode(predictions: list[dict[str, Any]], accept: str | None) -> tuple[str, str]:
     """Return the body and the content type of an answer, as JSON or as CSV.
 
     Raises RequestError for another `accept`.
@@ -260,7 +265,7 @@ def _columns(prediction):
     return np.concatenate([np.ravel(values) for values in prediction.values()]).tolist()
 
 
-def other_network(path):
+def other_network(path: Path) -> UserError:
     """Return the UserError for weights that do not fit the network of `build_model`."""
     return UserError(
         f"{path} does not fit the network of `build_model` in train.py: pass the --model-dir of a model that "
@@ -271,7 +276,7 @@ def other_network(path):
 # The local tool ---------------------------------------------------------------------------------------------
 
 
-def parse_args(code, description, argv=None):
+def parse_args(code: str, description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
     """Return the flags of `inference.py`.
 
     Args:
@@ -296,7 +301,9 @@ def parse_args(code, description, argv=None):
     return parser.parse_args(argv)
 
 
-def predict_files(args, model_fn, predict_fn):
+def predict_files(
+    args: argparse.Namespace, model_fn: Callable[..., Any], predict_fn: Callable[..., Any]
+) -> int:
     """Predict files with a model, print a line for each sample, and write the table; return the exit code.
 
     A file that cannot be predicted is reported and left out, and the exit code is 1.

@@ -4,8 +4,11 @@ Text becomes a category: a number that XGBoost does not order, the index of the 
 the training files. All workers read all files, so that their results agree.
 """
 
+from __future__ import annotations
+
 import re
-from typing import NamedTuple
+from argparse import Namespace
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -47,7 +50,7 @@ class Feature(NamedTuple):
     index: int  # type: ignore[assignment]  # tuple.index is not needed
     name: str
     type: str
-    values: object
+    values: list[str] | None
 
 
 class Layout(NamedTuple):
@@ -63,20 +66,20 @@ class Layout(NamedTuple):
         notes: other lines for the log.
     """
 
-    features: list
+    features: list[Feature]
     label: int
-    weight: object
+    weight: int | None
     label_name: str
-    label_values: object
+    label_values: list[str] | None
     careful: bool
-    left_out: list
-    notes: list
+    left_out: list[str]
+    notes: list[str]
 
 
 # The layout of the training files ---------------------------------------------------------------------------
 
 
-def find_layout(files, args, careful=False):
+def find_layout(files: Sequence[Any], args: Namespace, careful: bool = False) -> Layout:
     """Return the Layout of opened training files.
 
     A plain table of numbers is read once. Columns of text need a look at all rows, because a category's
@@ -96,7 +99,7 @@ def find_layout(files, args, careful=False):
     if weight == label:
         raise UserError(f"--weight-column {args.weight_column} is the label: expected another column")
     others = [index for index in range(len(first.names)) if index not in (label, weight)]
-    left_out = []
+    left_out: list[str] = []
     if has_row_numbers and others[0] == 0:
         left_out.append(f"{first.names[others.pop(0)]} (row numbers)")
     to_scan = [label, *others]
@@ -287,7 +290,9 @@ def _scan(files, columns):
 # Rows -------------------------------------------------------------------------------------------------------
 
 
-def read(file, layout, unseen):
+def read(
+    file: Any, layout: Layout, unseen: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Yield features, labels, and weights or None of one part of a file after the other.
 
     Args:
@@ -323,7 +328,9 @@ def read(file, layout, unseen):
         row += len(label)
 
 
-def check_numbers(file, features, labels, weights, first_row):
+def check_numbers(
+    file: Any, features: Any, labels: np.ndarray, weights: np.ndarray | None, first_row: int
+) -> None:
     """Raise UserError, with the place, for a missing label, an infinite value, or a weight below zero."""
     faults = {"has no label, or an infinite one": ~np.isfinite(labels)}
     is_sparse = hasattr(features, "tocsr")
@@ -407,7 +414,7 @@ def _stray_text(file, row, text, name):
 # Names and labels -------------------------------------------------------------------------------------------
 
 
-def model_names(layout, has_header):
+def model_names(layout: Layout, has_header: bool) -> list[str] | None:
     """Return the names of the features in the model, or None without any; log renamed ones."""
     if not has_header and not any(feature.values for feature in layout.features):
         return None
@@ -419,12 +426,12 @@ def model_names(layout, has_header):
     return names
 
 
-def to_model_name(name):
+def to_model_name(name: str) -> str:
     """Return a name without the characters that XGBoost refuses."""
     return re.sub(r"<", "_lt_", name.replace("[", "(").replace("]", ")"))
 
 
-def find_classes(labels, args):
+def find_classes(labels: np.ndarray, args: Namespace) -> np.ndarray | None:
     """Return the sorted values of labels that are classes other than 0, 1, 2, ...; otherwise None.
 
     Classes are two whole numbers, up to MAX_CLASSES without a gap from 0 or 1, or FEW_CLASSES without a gap
@@ -442,7 +449,7 @@ def find_classes(labels, args):
     return values if kind or is_row or len(values) == 2 else None
 
 
-def number_labels(labels, values):
+def number_labels(labels: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return the index of each label among the values of the training labels."""
     unknown = np.setdiff1d(labels, values)
     if len(unknown):
@@ -456,7 +463,7 @@ def number_labels(labels, values):
 # The log ----------------------------------------------------------------------------------------------------
 
 
-def log_features(layout, kind):
+def log_features(layout: Layout, kind: str) -> None:
     """Log the kinds of the columns, and the columns that are left out."""
     categories = [f"{feature.name} ({len(feature.values)})" for feature in layout.features if feature.values]
     num_numbers = len(layout.features) - len(categories)
@@ -469,7 +476,7 @@ def log_features(layout, kind):
         log(f"Note: {note}")
 
 
-def log_label(name, labels, classes):
+def log_label(name: str, labels: np.ndarray, classes: list[str] | None) -> None:
     """Log which column is the label, and its values: their counts, or their range."""
     values, counts = np.unique(labels, return_counts=True)
     is_classes = len(values) <= MAX_CLASSES and np.array_equal(values, np.arange(len(values)))
@@ -482,7 +489,7 @@ def log_label(name, labels, classes):
     log(f"Label: {name} ({text})")
 
 
-def log_unseen(flag, unseen):
+def log_unseen(flag: str, unseen: Any) -> None:
     """Log which texts count as missing, with their counts, if there are any."""
     if unseen:
         found = [f"{name} {text!r:.50} ({count})" for (name, text), count in unseen.most_common()]

@@ -1,11 +1,15 @@
 """CSV files: find the delimiter and the header, and read the rows in parts of bounded size."""
 
+from __future__ import annotations
+
 import codecs
 import contextlib
 import csv
 import io
 import itertools
 import re
+from pathlib import Path
+from typing import Any, Collection, Iterator
 
 from common import table_values
 from common.errors import UserError
@@ -41,7 +45,7 @@ class CsvFile:
         kinds: "number" or "text" for each column, as far as the first rows show.
     """
 
-    def __init__(self, path, wanted=(), first=None):
+    def __init__(self, path: Path, wanted: Collection[str] = (), first: CsvFile | None = None) -> None:
         self.path = path
         with explain_errors(path):
             text = self._read_sample()
@@ -69,7 +73,7 @@ class CsvFile:
             self.names = unique_names(rows.pop(0))
             self._skipped += 1
         self._is_empty = not rows
-        self.kinds = []
+        self.kinds: list[str] = []
         for index in range(width):
             column = [row[index] for row in rows if len(row) > index]
             self.kinds.append("number" if all(map(is_number_or_missing, column)) else "text")
@@ -107,7 +111,7 @@ class CsvFile:
             raise ValueError(f"its first line {text[:5]} is for Excel only: remove it")
         return re.sub("\r\n?", "\n", text).replace("\0", "\ufffd")  # Python's reader accepts neither
 
-    def batches(self, columns, text, careful=False):
+    def batches(self, columns: list[int], text: list[int], careful: bool = False) -> Iterator[list[Any]]:
         """Yield the rows as lists of PyArrow arrays, one for each of the `columns`.
 
         Args:
@@ -158,7 +162,7 @@ class CsvFile:
             f"{self.path}, {place}: {row[2][:200]}. Expected the same number of columns in every row"
         )
 
-    def place(self, row, with_blanks=False):
+    def place(self, row: int, with_blanks: bool = False) -> str:
         """Return the place of a row, counted from 0 without blank lines; optionally lines of spaces count."""
         with contextlib.suppress(csv.Error, StopIteration), open_bytes(self.path) as file:
             lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
@@ -170,15 +174,15 @@ class CsvFile:
             return f"line {reader.line_num}"
         return f"row {row + 1}"
 
-    def has_truth_values(self, index):
+    def has_truth_values(self, index: int) -> bool:
         """Return False: TRUE and FALSE are text here."""
         return False
 
-    def has_whole_numbers(self, index):
+    def has_whole_numbers(self, index: int) -> bool:
         """Return False: later rows may have other numbers."""
         return False
 
-    def check_quotes(self):
+    def check_quotes(self) -> None:
         """Raise UserError if the last quoted field is not closed, as it would contain all following rows."""
         with explain_errors(self.path), open_bytes(self.path) as file:
             count = sum(part.count(b'"') for part in iter(lambda: file.read(table_values.PART), b""))
@@ -197,7 +201,7 @@ class CsvFile:
                         f"{self.path}, line {line + 1}: a field begins with a quote that is never closed"
                     ) from error
 
-    def to_text(self, column):
+    def to_text(self, column: Any) -> Any:
         """Return a text column without spaces around the values, and with null for a missing one."""
         import pyarrow.compute as pc
 
@@ -207,7 +211,7 @@ class CsvFile:
             column = pc.if_else(is_decimal, pc.replace_substring(column, ",", "."), column)
         return column
 
-    def __str__(self):
+    def __str__(self) -> str:
         separator = {"\t": "tabs", ",": "commas", ";": "semicolons"}[self._delimiter]
         return f"CSV with {separator} and {'a' if self.has_header else 'no'} header"
 
@@ -226,7 +230,7 @@ def _is_blank(fields):
     return not "".join(fields).strip() and len(fields) < 2
 
 
-def find_delimiter(text):
+def find_delimiter(text: str) -> str:
     """Return the delimiter that splits the first lines evenly; if several do, the one with most numbers."""
 
     def score(delimiter):

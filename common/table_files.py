@@ -1,9 +1,13 @@
 """Find the files of tables (CSV, LIBSVM and Parquet), and read them in parts of bounded size."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import itertools
 import re
+from pathlib import Path
+from typing import Any, Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -20,7 +24,7 @@ MAX_INDEX = 2**31 - 2  # in a LIBSVM file: SciPy and XGBoost count columns in 32
 # Finding ----------------------------------------------------------------------------------------------------
 
 
-def find_files(flag, folder, outputs=()):
+def find_files(flag: str, folder: Path, outputs: Sequence[Path] = ()) -> list[Path]:
     """Return the paths of the files in a folder and below it, in order, without empty ones.
 
     Args:
@@ -62,7 +66,7 @@ def _list_files(flag, folder, outputs):
     return paths
 
 
-def kind_of(path):
+def kind_of(path: Path) -> str | None:
     """Return the kind of a file by its name, which may end with .gz for text; None for other files."""
     if not path.is_file():
         return None
@@ -80,14 +84,14 @@ def _is_empty(path):
         return not file.read(SAMPLE).replace(b"\xef\xbb\xbf", b"").strip()
 
 
-def open_files(paths, wanted=()):
+def open_files(paths: list[Path], wanted: Collection[str] = ()) -> list[Any]:
     """Return the files at these paths as CsvFile, LibsvmFile or ParquetFile.
 
     Args:
         paths: files of one kind, with the same columns.
         wanted: names of columns from the flags.
     """
-    classes = {"CSV": CsvFile, "LIBSVM": LibsvmFile, "Parquet": ParquetFile}
+    classes: dict[Any, Any] = {"CSV": CsvFile, "LIBSVM": LibsvmFile, "Parquet": ParquetFile}
     first, *others = paths
     for path in others:
         if kind_of(path) != kind_of(first):
@@ -118,7 +122,7 @@ class ParquetFile:
 
     has_header = True
 
-    def __init__(self, path, wanted=(), first=None):
+    def __init__(self, path: Path, wanted: Collection[str] = (), first: ParquetFile | None = None) -> None:
         import pyarrow
         from pyarrow import parquet
 
@@ -131,8 +135,8 @@ class ParquetFile:
         self._has_unique_names = len(set(schema.names)) == len(schema.names)
         if len(self.names) < 2:
             raise UserError(f"{path} has {len(self.names)} columns: expected the label and at least one more")
-        self._types = []
-        self.kinds = []
+        self._types: list[Any] = []
+        self.kinds: list[str] = []
         for name, kind in zip(self.names, schema.types):
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             self._types.append(kind)
@@ -152,7 +156,7 @@ class ParquetFile:
             f"{self.path}: the column {name} has the type {kind}: expected numbers or text; remove the column"
         )
 
-    def batches(self, columns, text, careful=False):
+    def batches(self, columns: list[int], text: list[int], careful: bool = False) -> Iterator[list[Any]]:
         """Yield the rows as lists of PyArrow arrays, one for each of the `columns`, which are numbers."""
         import pyarrow
         from pyarrow import parquet
@@ -167,30 +171,30 @@ class ParquetFile:
                 yield [batch.columns[positions[self.names[index]]] for index in columns]
             pyarrow.default_memory_pool().release_unused()
 
-    def has_truth_values(self, index):
+    def has_truth_values(self, index: int) -> bool:
         """Return whether a column has the type bool."""
         from pyarrow import types
 
         return types.is_boolean(self._types[index])
 
-    def has_whole_numbers(self, index):
+    def has_whole_numbers(self, index: int) -> bool:
         """Return whether a column has a type of whole numbers, or bool."""
         from pyarrow import types
 
         return types.is_integer(self._types[index]) or self.has_truth_values(index)
 
-    def place(self, row):
+    def place(self, row: int) -> str:
         """Return the place of a row, counted from 0."""
         return f"row {row + 1}"
 
-    def check_quotes(self):
+    def check_quotes(self) -> None:
         """Do nothing: Parquet has no quotes."""
 
-    def to_text(self, column):
+    def to_text(self, column: Any) -> Any:
         """Return a text column without spaces around the values, and with null for a missing one."""
         return to_text(column)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "Parquet"
 
 
@@ -203,10 +207,10 @@ class LibsvmFile:
     has_header = False
     names = ()
 
-    def __init__(self, path, wanted=(), first=None):
+    def __init__(self, path: Path, wanted: Collection[str] = (), first: LibsvmFile | None = None) -> None:
         self.path = path
 
-    def parts(self):
+    def parts(self) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
         """Yield a sparse matrix (rows, columns), labels, and weights or None for one part after the other."""
         first_line = 1
         with explain_errors(self.path), open_bytes(self.path) as file:
@@ -270,13 +274,13 @@ class LibsvmFile:
             f"{place}: {reason}. Expected lines of `label index:value ...` with rising indices, no header"
         )
 
-    def place(self, row):
+    def place(self, row: int) -> str:
         """Return the place of a row, counted from 0 without blank lines and comments."""
         with open_bytes(self.path) as file:
             numbers = (number for number, line in enumerate(file, 1) if line.partition(b"#")[0].strip())
             return f"line {next(itertools.islice(numbers, row, None), 0)}"
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "LIBSVM"
 
 

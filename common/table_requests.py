@@ -1,6 +1,9 @@
 """Requests to a model of tables: text in rows becomes the numbers that the training assigned to it."""
 
+from __future__ import annotations
+
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +12,7 @@ from common.serving import RequestError
 from common.table_columns import to_model_name
 
 
-def to_rows(content, facts):
+def to_rows(content: Any, facts: dict[str, Any]) -> np.ndarray:
     """Return the result of `serving.decode` as a float32 array (n, columns) for boosted trees.
 
     Text that the training rows do not have counts as missing, with a warning on standard error. The numbers

@@ -8,9 +8,9 @@ import gzip
 import itertools
 import re
 import zlib
-from io import BufferedIOBase
+from io import BufferedReader
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 from common import errors
 from common.errors import UserError
@@ -35,7 +35,7 @@ class NotNumbersError(UserError):
     """A column read as numbers contains something else."""
 
 
-def open_bytes(path: Path) -> BufferedIOBase:
+def open_bytes(path: Path) -> gzip.GzipFile | BufferedReader:
     """Return a file of bytes, unpacked if its name ends with .gz."""
     return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
@@ -85,7 +85,7 @@ def unique_names(fields: list[str]) -> list[str]:
     return list(names)
 
 
-def to_text(column):
+def to_text(column: Any) -> Any:
     """Return a PyArrow array as text without spaces around it, and with null for a missing value."""
     import pyarrow
     import pyarrow.compute as pc
@@ -97,7 +97,7 @@ def to_text(column):
     return pc.if_else(is_missing, pyarrow.scalar(None, pyarrow.string()), column)
 
 
-def dates_error(path, name, found):
+def dates_error(path: Path | str, name: str, found: str) -> UserError:
     """Return the UserError for a column of dates or times."""
     return UserError(
         f"{path}: the column {name} has dates or times ({found}): expected numbers or text; turn it into "

@@ -4,14 +4,17 @@ Files are read in parts of bounded size, see `common/table_files.py`. The parts 
 files on disk with `--external-memory`.
 """
 
+from __future__ import annotations
+
 import collections
 import functools
 import json
 import shutil
 import tempfile
 import zlib
+from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple, Tuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -40,22 +43,22 @@ class Table(NamedTuple):
         classes: the names of the classes if they are not 0, 1, 2, ..., or None; `labels` are numbers from 0.
     """
 
-    features: object
+    features: Any
     labels: np.ndarray
-    weights: object = None
-    names: object = None
-    types: object = None
-    categories: object = None
-    classes: object = None
+    weights: np.ndarray | None = None
+    names: list[str] | None = None
+    types: list[str] | None = None
+    categories: dict[str, list[str]] | None = None
+    classes: list[str] | None = None
 
-    def rows(self, chosen):
+    def rows(self, chosen: Any) -> Table:
         """Return the rows that a slice or a mask chooses, in order."""
         weights = None
         if self.weights is not None:
             weights = self.weights[chosen]
         return self._replace(features=self.features[chosen], labels=self.labels[chosen], weights=weights)
 
-    def parts(self):
+    def parts(self) -> Iterator[Table]:
         """Yield the rows as tables, with one at a time in memory."""
         if not isinstance(self.features, Parts):
             yield self
@@ -77,18 +80,18 @@ class Parts:
         cache: the prefix of the paths of XGBoost's files.
     """
 
-    def __init__(self, files, num_columns, chosen):
+    def __init__(self, files: Sequence[Any], num_columns: int, chosen: np.ndarray) -> None:
         self.files = files
         self.chosen = chosen  # a mask of the files' rows
         self.shape = (np.count_nonzero(chosen), num_columns)
         self.cache = str(files[0].path.parent / "cache")
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: Any) -> Parts:
         chosen = np.zeros_like(self.chosen)
         chosen[np.flatnonzero(self.chosen)[rows]] = True
         return Parts(self.files, self.shape[1], chosen)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         end = 0
         for file in self.files:
             start, end = end, end + file.shape[0]
@@ -103,10 +106,13 @@ class Tables(NamedTuple):
     train: Table
     validation: Table
 
-    def describe_job(self):
+    def describe_job(self) -> dict[str, Any]:
         """Return the facts that a checkpoint and the run that resumes from it must share."""
         num_rows, num_columns = self.train.features.shape
-        facts = {"number of columns": int(num_columns), "number of training rows": int(num_rows)}
+        facts: dict[str, Any] = {
+            "number of columns": int(num_columns),
+            "number of training rows": int(num_rows),
+        }
         if self.train.classes:
             facts["classes"] = list(self.train.classes)
         if self.train.categories:
@@ -115,9 +121,9 @@ class Tables(NamedTuple):
             facts["categories"] = f"those of {names[:100]} with the checksum {zlib.crc32(text.encode())}"
         return facts
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict[str, Any]:
         """Return plain values that differ if the data differ."""
-        facts = {"number of rows (validation data)": len(self.validation.labels)}
+        facts: dict[str, Any] = {"number of rows (validation data)": len(self.validation.labels)}
         for name, table in zip(("training", "validation"), self):
             facts[f"checksum of the labels ({name} data)"] = _checksum(table.labels)
             if isinstance(table.features, np.ndarray) or hasattr(table.features, "tocsr"):
@@ -129,7 +135,7 @@ class Tables(NamedTuple):
         facts["names of the columns"] = self.train.names
         return facts
 
-    def shard(self, workers):
+    def shard(self, workers: Any) -> Tables:
         """Return the rows of this worker; each row belongs to one worker.
 
         A worker gets every n-th row instead of a block: files may be sorted, and XGBoost's auc needs all
@@ -145,7 +151,7 @@ class Tables(NamedTuple):
         return Tables(self.train.rows(rows), self.validation.rows(rows))
 
 
-def describe(train, validation):
+def describe(train: Any, validation: Any) -> Tables:
     """Return two tables as Tables. They may be plain tuples such as (features, labels).
 
     Raises UserError if they do not fit together.
@@ -192,7 +198,7 @@ def _checksum(values):
     return zlib.crc32(np.ascontiguousarray(values))
 
 
-def load_tables(args):
+def load_tables(args: Namespace) -> tuple[Table, ...]:
     """Read every file below `--train` and `--validation`; return the training and the validation Table.
 
     Without `--validation` a tenth of the training rows, drawn with the seed, is held out. The training
@@ -203,7 +209,7 @@ def load_tables(args):
     folder = None
     if args.external_memory:
         folder = atomic_io.temporary_folder("training-data-")
-    facts = {}
+    facts: dict[str, Any] = {}
     if args.train is None:
         channels = [_digits(folder)]
     else:
@@ -415,7 +421,7 @@ class _File(NamedTuple):
     """Features in a file on disk."""
 
     path: Path
-    shape: Tuple[int, int]
+    shape: tuple[int, int]
 
     def read(self):
         from scipy import sparse

@@ -17,7 +17,9 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from common import errors
 from common.report import log
@@ -30,7 +32,7 @@ MAX_ROWS = 50  # in a request to MLflow, which has room for 1,000 numbers
 MAX_LETTERS = 500  # of the value of a parameter in MLflow
 
 
-def start(args, history: list[dict]) -> list:
+def start(args: Namespace, history: list[dict]) -> list:
     """Return the trackers of a training, which have received the history so far.
 
     A tracker has `add(row)` and `close(status, seconds)`: the status of the run in MLflow's terms, and the
@@ -47,7 +49,7 @@ def start(args, history: list[dict]) -> list:
     return trackers
 
 
-def event_folder(args) -> Path:
+def event_folder(args: Namespace) -> Path:
     """Return the folder of event files: that of SageMaker's TensorBoardOutputConfig, or in `--output`."""
     if "SM_MODEL_DIR" in os.environ:
         return Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"), "output/tensorboard")
@@ -57,20 +59,20 @@ def event_folder(args) -> Path:
 class EventFiles:
     """TensorBoard's event files, which a thread of tensorboardX writes."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         with errors.importing("tensorboardX for --tensorboard", "Install it with: pip install tensorboardX"):
             from tensorboardX import SummaryWriter
 
         log(f"TensorBoard: tensorboard --logdir {folder}")
-        self._writers = {}
+        self._writers: dict[str, Any] = {}
         for split in ("train", "validation"):
             for path in (folder / split).glob(f"*{SUFFIX}"):
                 path.unlink()
             # TensorBoard drops the steps of earlier files from step 0 on, even of files that are still in S3.
-            options = {"purge_step": 0, "filename_suffix": SUFFIX, "flush_secs": 1}
+            options: dict[str, Any] = {"purge_step": 0, "filename_suffix": SUFFIX, "flush_secs": 1}
             self._writers[split] = SummaryWriter(str(folder / split), **options)
 
-    def add(self, row):
+    def add(self, row: dict[str, Any]) -> None:
         """Write a row of the history."""
         for name, value in row.items():
             split, _, metric = name.partition("_")
@@ -79,7 +81,7 @@ class EventFiles:
             if name != "epoch":
                 self._writers[split].add_scalar(metric, value, row["epoch"])
 
-    def close(self, status, seconds):
+    def close(self, status: str, seconds: float) -> None:
         """Write the rest."""
         for writer in self._writers.values():
             writer.close()
@@ -88,14 +90,14 @@ class EventFiles:
 class MlflowProcess:
     """A separate process that sends the history to an MLflow server, which may be slow or down."""
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace) -> None:
         paths = [str(Path(__file__).parents[1]), *sys.path]
         code = f"import sys; sys.path[:] = {paths!r}; from common import tracking; tracking.send_to_mlflow()"
         command = [sys.executable, "-c", code]
         # In a separate session, Ctrl-C does not end it before the last row.
-        options = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        options: Any = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
         self._process = subprocess.Popen(command, **options)  # noqa: S603 - nothing in it is from outside
-        self._lines = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
         params = {name: str(value)[:MAX_LETTERS] for name, value in vars(args).items()}
@@ -110,11 +112,11 @@ class MlflowProcess:
                 pipe.write(line)
                 pipe.flush()
 
-    def add(self, row):
+    def add(self, row: dict[str, Any]) -> None:
         """Send a row of the history."""
         self._put(row=row, milliseconds=int(1000 * time.time()))
 
-    def close(self, status, seconds):
+    def close(self, status: str, seconds: float) -> None:
         """Send the status of the training, and wait until the server has everything."""
         self._put(status=status)
         self._lines.put(b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, Iterable
 
 import numpy as np
 
@@ -66,10 +67,10 @@ class Progress:
     history: list = dataclasses.field(default_factory=list)
     stopped: bool = False
 
-    def finish_epoch(self, metrics, validation_metrics):
+    def finish_epoch(self, metrics: dict[str, float], validation_metrics: dict[str, float]) -> dict[str, Any]:
         """Start the next epoch; return the new row of the history, with both kinds of metrics by name."""
         self.epoch += 1
-        row = {"epoch": self.epoch}
+        row: dict[str, Any] = {"epoch": self.epoch}
         row.update({f"train_{name}": value for name, value in metrics.items()})
         row.update({f"validation_{name}": value for name, value in validation_metrics.items()})
         rate = self.samples / self.seconds if self.seconds else 0.0
@@ -81,9 +82,9 @@ class Progress:
         return row
 
 
-def plain_sums(sums):
+def plain_sums(sums: dict[str, Any]) -> dict[str, list[Any]]:
     """Return metrics with Python numbers or lists instead of arrays; this waits for the device."""
-    plain = {}
+    plain: dict[str, list[Any]] = {}
     for name, pair in sums.items():
         plain[name] = []
         for value in pair:
@@ -93,9 +94,9 @@ def plain_sums(sums):
     return plain
 
 
-def add_up(sums_by_worker):
+def add_up(sums_by_worker: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Return the totals of all workers' sums, added by rank, so that all workers get identical bits."""
-    totals = {}
+    totals: dict[str, list[Any]] = {}
     for sums in sums_by_worker:
         for name, pair in sums.items():
             earlier = totals.get(name, [0.0, 0.0])
@@ -103,7 +104,7 @@ def add_up(sums_by_worker):
     return totals
 
 
-def mean_metrics(sums):
+def mean_metrics(sums: dict[str, Any]) -> dict[str, float]:
     """Return the ratio of each metric's sums; for vectors the mean of the ratios, as in macro F1.
 
     Entries with a denominator of zero do not count.

@@ -4,10 +4,12 @@ The parser of `--params` and of the XGBoost script's flags uses this table. It h
 SageMaker's built-in algorithm, https://docs.aws.amazon.com/sagemaker/latest/dg/xgboost_hyperparameters.html.
 """
 
+from __future__ import annotations
+
 import argparse
 import difflib
 import json
-from typing import NamedTuple
+from typing import Any, Collection, NamedTuple
 
 from common.errors import UserError, say
 from common.flag_types import choice, integer, real, share
@@ -38,7 +40,7 @@ class Refused(NamedTuple):
     reason: str
 
 
-def constraints(value):
+def constraints(value: Any) -> Any:
     """Parse constraints of columns: (1,-1) or [[0,1],[2,3]], or with column names as JSON."""
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         value = json.loads(value)
@@ -165,7 +167,7 @@ OWN_FLAGS = (  # the flags of the script with XGBoost's names
 PARAMETERS.update({name: Flag(f"--{name.replace('_', '-')}") for name in OWN_FLAGS})
 
 
-def parse(text):
+def parse(text: str) -> dict[str, Any]:
     """Return the parameters in `--params`, by name: JSON, or `a=1,b=2`, as SageMaker writes a dictionary.
 
     Raises UserError.
@@ -200,7 +202,7 @@ def _split(text):
     return [part for part in parts if part.strip()]
 
 
-def take(words, flags):
+def take(words: list[str], flags: Collection[str]) -> tuple[list[str], dict[str, Any]]:
     """Return the command line without XGBoost's parameters, and the parameters without a flag, by name.
 
     Parameters come from `--params` and from flags such as `--max-cat-threshold 64` in this table.
@@ -211,8 +213,8 @@ def take(words, flags):
 
     Raises UserError for an unknown or refused parameter, and for a value that is not allowed.
     """
-    rest = []
-    params = {}
+    rest: list[str] = []
+    params: dict[str, Any] = {}
     words = list(words)
     while words:
         word = words.pop(0)
@@ -282,7 +284,7 @@ def _plain_word(value):
     return {"1": "true", "0": "false"}.get(word, word) if word in "01" else word
 
 
-def check(params, booster):
+def check(params: dict[str, Any], booster: str) -> None:
     """Raise UserError for parameters of the booster dart with another booster."""
     for name in DART:
         if name in params and booster != "dart":
