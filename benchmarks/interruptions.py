@@ -1,7 +1,7 @@
 """What SIGKILLs at random moments cost inside a long epoch, with the default saves and with one every 300 s.
 
 `pytorch/train.py` trains the default network, and others with a training state of about 100 MB and 1 GB, and
-is killed 10 to 50 seconds after its first step, again and again; each start goes on from the newest
+is killed 10 to 50 seconds after its first step, again and again; each start continues from the newest
 checkpoint. The lost seconds are those between the step in the newest checkpoint and the last step in the log.
 With a save every 300 seconds there is none in such a time, and all of it is lost. The overhead is the time
 for which a save stops the training, as the log reports it, divided by the time between two saves.
