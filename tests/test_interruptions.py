@@ -229,7 +229,7 @@ def test_a_run_waits_for_another_run_to_finish(tmp_path):
             "Another run is using --checkpoint-path output/pytorch/checkpoints; waiting for it to finish\n"
         )
         assert expected in second.output
-        assert "Nothing left to train: 60 epochs" in second.output
+        assert "Nothing left to train: epoch 60 is finished" in second.output
         assert first.wait() == 0
 
 
