@@ -182,7 +182,7 @@ class Digits(torch.utils.data.Dataset):
 def test_a_training_resumes_and_exports_without_linux_features(framework, data, tmp_path):
     script = script_of(choose(framework))
     if framework == "pytorch":  # processes load custom data sets
-        script = copy_with(tmp_path / "job", framework, OWN_DATA, "import numpy as np")
+        script = copy_with(tmp_path / "copy" / framework, framework, OWN_DATA, "import numpy as np")
     flags = ["--epochs", 3, *data[framework]]
     for name in ("linux", "mac"):
         (tmp_path / name).mkdir()
