@@ -42,9 +42,8 @@ class AsyncSaver:
         self._shortest = shortest
         self.num_saves = 0
         self.stall = 0.0
-        self._stalls: deque[float] = deque(
-            maxlen=3
-        )  # of the latest saves; the machine may be busy for a moment
+        # Of the latest saves, as the machine may be busy for a moment.
+        self._stalls: deque[float] = deque(maxlen=3)
         self.size = 0
 
     def wait(self) -> None:

@@ -74,13 +74,21 @@ def _check_history(history, epoch):
     """Raise ValueError if the history is not a list of rows of metrics, ordered by epoch."""
     last = 0
     for row in history:
-        _expect(isinstance(row, dict), f"history has a {type(row).__name__}: expected dictionaries")
-        _expect(all(isinstance(name, str) for name in row), "history has a metric without a name")
-        _expect(all(map(_is_number, row.values())), "history has a metric that is not a number")
-        number = row.get("epoch")
-        is_next = type(number) is int and last < number <= epoch
-        _expect(is_next, f"history has a row of epoch {number} after {last}, but {epoch} are finished")
-        last = number
+        check_row(row, last, epoch)
+        last = row["epoch"]
+
+
+def check_row(row: dict, last: int, epoch: int) -> None:
+    """Raise ValueError if a row of the history does not follow that of epoch `last`, up to `epoch`."""
+    kind = type(row).__name__
+    _expect(kind == "dict", f"history has a {kind}: expected dictionaries")
+    are_names = all(isinstance(name, str) for name in row)
+    _expect(are_names, "history has a metric without a name")
+    are_numbers = all(map(_is_number, row.values()))
+    _expect(are_numbers, "history has a metric that is not a number")
+    number = row.get("epoch")
+    is_next = type(number) is int and last < number <= epoch
+    _expect(is_next, f"history has a row of epoch {number} after {last}, but {epoch} are finished")
 
 
 def _check_sums(sums):

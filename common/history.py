@@ -11,6 +11,7 @@ import math
 import os
 from pathlib import Path
 
+from common import checkpoint_schema
 from common.errors import UserError
 from common.report import log
 
@@ -94,28 +95,27 @@ def _to_line(row):
     return json.dumps(values).encode() + b"\n"
 
 
-def _from_line(line):
-    """Return the row of a line. Raises ValueError if it is damaged or was cut off by an interruption."""
-    row = json.loads(line)
-    if not line.endswith(b"\n") or not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
-        raise ValueError("not a row of metrics")
-    for name, value in row.items():
-        row[name] = float(value) if isinstance(value, str) else value
-    return row
-
-
 def _read_lines(content, first):
-    """Return the rows of the epochs before `first`, up to a damaged one, and their length in bytes."""
+    """Return the rows of the epochs before `first`, and the length of their lines in bytes.
+
+    A line that is damaged, or was cut off by an interruption, ends the rows.
+    """
     rows = []
     size = last = 0
     for line in content.splitlines(keepends=True):
         try:
-            row = _from_line(line)
-        except ValueError:
+            row = json.loads(line, object_hook=_to_numbers)
+            checkpoint_schema.check_row(row, last, first - 1)
+        except (ValueError, RecursionError):
             break
-        if not last < row["epoch"] < first:
+        if not line.endswith(b"\n"):
             break
         rows.append(row)
         last = row["epoch"]
         size += len(line)
     return rows, size
+
+
+def _to_numbers(row):
+    """Return the row that `_to_line` has written."""
+    return {name: float(value) if isinstance(value, str) else value for name, value in row.items()}

@@ -66,6 +66,14 @@ def test_lost_rows_are_reported_and_the_best_one_is_kept(best, tmp_path, caplog)
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("line", [b'{"epoch": 1, "train_loss": null}\n', b"[1]\n", b"[" * 10**5 + b"\n"])
+def test_a_line_that_is_no_row_ends_the_rows(line, tmp_path):
+    saved = save(HistoryFile(tmp_path), 2 * BLOCK)
+    later = content_of(tmp_path).splitlines(keepends=True)[1:]
+    assert HistoryFile(tmp_path).merge(saved, b"".join([line, *later])) == saved
+
+
+@pytest.mark.quick
 def test_every_line_is_json_and_every_value_is_restored(tmp_path):
     values = {
         "train_loss": math.inf,

@@ -115,8 +115,7 @@ def test_the_commands_of_all_pages_run_unchanged(clone):
         timeout=900,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    # One more if the machine is so busy that the first run is killed before its first checkpoint.
-    assert finished.stdout.count("\nStarting training from epoch: 1\n") in (10, 11)
+    assert finished.stdout.count("\nStarting training from epoch: 1\n") == 10
     assert re.search(r"Resuming training from xgboost-checkpoint.\d+\nStarting training", finished.stdout)
     sums = re.findall(
         r"^(\w{64})  output/(?:whole|killed)/model/xgboost-model$", finished.stdout, re.MULTILINE
