@@ -388,6 +388,9 @@ def test_command_line_errors_are_one_line(tmp_path, trained):
     missing = infer(script, "nowhere", *flags, cwd=tmp_path, code=1)
     assert "nowhere does not exist" in missing.error_line
     assert "expected 64 columns" in infer(script, ".", *flags, cwd=tmp_path, code=1).error_line
+    np.savetxt(tmp_path / "rows.csv", np.zeros((1, 64)), "%g", ",")
+    unwritable = infer(script, "rows.csv", *flags, "--output", "no/mine.csv", cwd=tmp_path, code=1)
+    assert "--output no/mine.csv cannot be written: No such file or directory" in unwritable.error_line
 
 
 OTHER_NETWORKS = {

@@ -202,6 +202,22 @@ def test_the_initial_weights_have_the_same_range_in_all_image_scripts(image_fram
     assert found == pytest.approx([3**-0.5] * 4, rel=0.1)
 
 
+@pytest.mark.skipif(not HAS_MXNET, reason=NO_MXNET)
+def test_the_initial_weights_of_a_network_of_mxnet_stay(tmp_path):
+    """`build_model` initializes layers whose shapes are known only with the first batch."""
+    run("mxnet", "--epochs", 1, "--learning-rate", 1e-9, cwd=tmp_path)
+    code = """
+import numpy
+numpy.bool = bool
+import mxnet as mx
+weights = mx.nd.load("output/mxnet/model/model-0000.params")
+found = [array.asnumpy() for array in weights.values() if array.ndim == 4 and array.shape[0] > 1]
+print([float(abs(array).max() * array[0].size ** 0.5) for array in found])
+"""
+    largest = json.loads(run_python(code, cwd=tmp_path).last_line)
+    assert largest == pytest.approx([1] * 3, abs=0.05)
+
+
 def test_weight_decay_is_the_same_in_all_image_scripts(image_framework, tmp_path):
     """SGD multiplies it by 1 / (1 - momentum), AdamW does not; both multiply it by the learning rate."""
     decay = ["--learning-rate", 0.05, "--weight-decay", 0.0005]

@@ -773,6 +773,14 @@ def test_a_missing_framework_is_one_line(framework, tmp_path):
     assert "pip install" in line
 
 
+@pytest.mark.quick
+def test_a_missing_environment_is_one_line(framework, tmp_path):
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
+    line = run(framework, cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)), code=1).error_line
+    assert "this script needs NumPy" in line
+    assert "source .venv/bin/activate" in line
+
+
 # SageMaker --------------------------------------------------------------------------------------------------
 
 

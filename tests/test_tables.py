@@ -100,10 +100,12 @@ def test_the_held_out_tenth_is_stratified(tmp_path, rows):
 
 
 @pytest.mark.parametrize("suffix", TABLE_WRITERS)
-def test_a_tenth_is_held_out(tmp_path, rows, suffix):
+def test_a_tenth_is_held_out(tmp_path, rows, suffix, caplog):
+    caplog.set_level("INFO", logger="train")
     TABLE_WRITERS[suffix](tmp_path / f"all.{suffix}", rows)
     data = load(train=tmp_path)
     assert (len(data.train.labels), len(data.validation.labels)) == (1618, 179)
+    assert "No --validation: a tenth of the training rows is held out" in caplog.messages
     together = np.concatenate([dense(data.train), dense(data.validation)])
     np.testing.assert_array_equal(together[np.lexsort(together.T)], rows[np.lexsort(rows.T)])
     np.testing.assert_array_equal(

@@ -216,6 +216,18 @@ def test_a_loss_that_is_a_mean_is_named(framework, tmp_path, uninterrupted):
     ]
 
 
+VECTOR_LOSS = """
+def compute_loss(outputs, labels, weights):
+    return F.cross_entropy(outputs, labels, reduction="none")
+"""
+
+
+def test_a_loss_that_is_a_vector_is_one_line(tmp_path):
+    script = copy_with(tmp_path / "job", "pytorch", VECTOR_LOSS)
+    line = run(script, "--epochs", 1, cwd=tmp_path, code=1).error_line
+    assert "compute_loss returns a tensor of shape (2,): return the sum over the samples" in line
+
+
 def test_a_second_training_does_not_overwrite_the_model_of_the_first(tmp_path):
     script = ROOT / "pytorch/train.py"
     run(script, "--epochs", 1, cwd=tmp_path)

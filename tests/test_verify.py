@@ -385,6 +385,12 @@ def test_tf_data_without_a_seed_is_a_one_line_error(tmp_path):
     assert "the tf.data.Dataset draws random numbers without a seed" in line
 
 
+def test_flags_of_the_script_before_the_dashes_are_one_line(tmp_path):
+    command = [sys.executable, "-m", "verify", str(ROOT / "xgboost/train.py"), "--epochs", "2"]
+    errors = finish(start_command(command, ROOT), 2).errors
+    assert "error: unknown: --epochs 2; flags of the script follow --, such as: -- --epochs 2" in errors
+
+
 def test_a_failing_script_is_a_one_line_error(tmp_path):
     script = copy_with(tmp_path / "job", "xgboost", "def load_data(args):\n    return load_tables(no_args)")
     line = run_verify(script, folder=tmp_path, code=1).error_line
