@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.history import BLOCK, FILE_NAME, HistoryFile
 from helpers import assert_same_bits, checkpoint_folder, run, write_csv
 
-ROWS = [{"epoch": epoch, "train_loss": 1 / epoch} for epoch in range(1, 3 * BLOCK + 2)]
+ROWS = [{"epoch": epoch, "train_loss": 1 / epoch} for epoch in range(1, 4 * BLOCK + 2)]
 
 
 def content_of(folder):
@@ -39,7 +39,7 @@ def test_a_checkpoint_and_the_file_have_all_rows(num_rows, tmp_path):
 
 @pytest.mark.quick
 def test_rows_after_the_resumed_epoch_are_dropped(tmp_path):
-    save(HistoryFile(tmp_path), 3 * BLOCK)
+    save(HistoryFile(tmp_path), 4 * BLOCK)
     older = HistoryFile(tmp_path / "other").split(ROWS[: 2 * BLOCK], None)
     history = HistoryFile(tmp_path)
     merged = history.merge(older, content_of(tmp_path))
@@ -59,6 +59,7 @@ def test_lost_rows_are_reported_and_the_best_one_is_kept(best, tmp_path, caplog)
     assert not caplog.messages
     cut = content_of(tmp_path)[:-2]  # in the middle of the last line
     history = HistoryFile(tmp_path)
+    assert best in HistoryFile(tmp_path).merge(saved, b"")
     merged = history.merge(saved, cut)
     assert f"lacks the epochs {2 * BLOCK} to {2 * BLOCK}" in caplog.text
     assert best in merged
