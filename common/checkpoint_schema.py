@@ -65,17 +65,12 @@ def _check_progress(progress):
         _expect(is_right, f"{name} is {str(value)[:50]!r}: expected a value of type {kind.__name__}")
         if kind in (int, float):
             _expect(0 <= value <= LARGEST, f"{name} is {str(value)[:50]}: expected a number from 0")
-    _check_history(progress["history"], progress["epoch"])
+    last = 0
+    for row in progress["history"]:
+        check_row(row, last, progress["epoch"])
+        last = row["epoch"]
     for sums in progress["sums"]:
         _check_sums(sums)
-
-
-def _check_history(history, epoch):
-    """Raise ValueError if the history is not a list of rows of metrics, ordered by epoch."""
-    last = 0
-    for row in history:
-        check_row(row, last, epoch)
-        last = row["epoch"]
 
 
 def check_row(row: dict, last: int, epoch: int) -> None:
