@@ -33,6 +33,7 @@ NAMES = (
     "restart",
     "memory",
     "growth",
+    "large",
     "predecessor",
 )
 FRAMEWORKS = ("pytorch", "tensorflow", "mxnet", "xgboost")

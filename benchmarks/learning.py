@@ -1,6 +1,6 @@
 """What the scripts learn, beside plain loops of the same frameworks and what people would use instead.
 
-CIFAR-10 as folders of JPEG files, the default network, five epochs of 128 images per batch, learning rate
+CIFAR-10 as folders of JPEG files, the default network, three epochs of 128 images per batch, learning rate
 0.05 with a cosine schedule, random crops and flips; three seeds. A plain loop has the same network,
 optimizer, schedule and augmentation, and nothing else: all images are decoded first and stay in memory, there
 are no checkpoints, and batches, random numbers and initial weights are its own. XGBoost trains on the digits
@@ -30,7 +30,7 @@ from benchmarks import harness
 from common.datasets import Data
 from common.images import random_crop_and_flip
 
-EPOCHS, BATCH, PEAK, DECAY = 5, 128, 0.05, 5e-4
+EPOCHS, BATCH, PEAK, DECAY = 3, 128, 0.05, 5e-4
 RECIPE = ("--augment", "--batch-size", BATCH, "--learning-rate", PEAK, "--schedule", "cosine")
 ROUNDS = ("--num-round", 100, "--subsample", 0.7, "--colsample-bytree", 0.5)
 TOOLS = {"pytorch": "lightning", "tensorflow": "fit", "xgboost": "train_with_callback"}
@@ -446,7 +446,7 @@ def main():
         prog="python -m benchmarks.learning", description=__doc__.splitlines()[0]
     )
     parser.add_argument("folder", help="CIFAR-10 as class folders in train/ and test/")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="at least two; default: 3")
     parser.add_argument("--parts", nargs="+", choices=harness.FRAMEWORKS, default=harness.FRAMEWORKS)
     args = parser.parse_args()
     figures = []

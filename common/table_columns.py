@@ -351,11 +351,11 @@ def check_numbers(
 
 
 def _read_labels(file, column, layout, first_row):
+    if not layout.label_values:
+        return _to_float32(file, column, layout.label_name, first_row)
     import pyarrow
     import pyarrow.compute as pc
 
-    if not layout.label_values:
-        return _to_float32(file, column, layout.label_name, first_row)
     if pyarrow.types.is_boolean(column.type):
         column = pc.if_else(column, "True", "False")
     text = file.to_text(column)
@@ -387,6 +387,8 @@ def _to_numbers(file, column, name, first_row):
     """Return a column as float64, with NaN for missing values."""
     from pyarrow import types
 
+    if types.is_float64(column.type):
+        return column.to_numpy(zero_copy_only=False)  # without the slow import of pyarrow.compute
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
     is_number = types.is_floating(column.type) or types.is_integer(column.type)
