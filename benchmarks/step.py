@@ -162,7 +162,7 @@ def _fit(name):
     batches, _ = _batches(name)
     pixels, labels = map(np.concatenate, zip(*batches))
     mean, std = np.full((2, shape[3]), [[127.5], [73.6]], np.float32)
-    data = Data(None, None, shape[1:], pixels.dtype, list(range(10)), mean, std)
+    data = Data(None, None, shape[1:], pixels.dtype, list(range(10)), mean, std, (), None)
     args = script.parse_args([])
     model = script.build_model(args, data)
     script.compile_model(args, model, len(batches))

@@ -113,8 +113,9 @@ def test_mnist_as_downloaded(tmp_path, form, compress):
 
 
 @pytest.mark.parametrize(("write", "is_test"), [(cifar_10, "test_batch.bin"), (mnist, "t10k-.*")])
-def test_the_test_data_may_be_in_a_separate_folder(tmp_path, write, is_test):
+def test_the_test_data_may_be_in_a_separate_folder(tmp_path, write, is_test, caplog):
     """Both channels may also have the names of training files."""
+    caplog.set_level("INFO", logger="train")
     splits = write(tmp_path / "train")
     validation = tmp_path / "validation"
     validation.mkdir()
@@ -126,8 +127,11 @@ def test_the_test_data_may_be_in_a_separate_folder(tmp_path, write, is_test):
     data = load(tmp_path / "train", validation)
     assert_equal(data[0], splits[0])
     assert_equal(data[1], splits[1])
-    data = load(tmp_path / "train")  # without test data, a tenth is held out
+    held_out = "No --validation folder: a tenth of the training images is held out"
+    assert held_out not in caplog.messages
+    data = load(tmp_path / "train")
     assert (len(data[0]), len(data[1])) == (36, 4)
+    assert held_out in caplog.messages
     assert_equal(load(tmp_path / "train", tmp_path / "train")[1], splits[0])
 
 

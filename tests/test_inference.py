@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import model_folder
+from common import model_folder, serving
 from helpers import (
     ROOT,
     checkpoint_folder,
@@ -378,6 +378,13 @@ def test_rows_are_predicted_with_the_exported_code(tmp_path, trained, digits):
     result = infer(model / "code/inference.py", "rows.csv", "--output", "mine.csv", cwd=tmp_path)
     assert "3 predictions in mine.csv" in result.last_line
     assert len((tmp_path / "mine.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.quick
+def test_an_image_for_a_model_of_other_samples_names_the_function_that_converts_it():
+    facts = {"sample_shape": [8, 8, 3], "sample_type": "float32"}
+    with pytest.raises(serving.RequestError, match="convert images as load_data does, in `input_fn`"):
+        serving.to_samples(Image.new("RGB", (8, 8)), facts)
 
 
 def test_command_line_errors_are_one_line(tmp_path, trained):
