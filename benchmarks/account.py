@@ -4,8 +4,8 @@ The functions of the script and its engine are timed while it trains on 8 x 8 im
 columns), and each row is the median over the steps. The lean loop does nothing of this: it has its batches
 ready and on the device, computes no metrics and no learning rate, and neither counts nor logs nor listens to
 signals. Any loop with real input and metrics has the work on arrays, too. It is counted apart: between two
-steps the caches of the processor are cold, and the same operations take about five times as long as in a loop
-of their own. TensorFlow's step is that of Keras's `fit`, with Keras's metrics.
+steps the caches of the processor are cold, and the same operations take about five times as long as in a
+separate loop. TensorFlow's step is that of Keras's `fit`, with Keras's metrics.
 """
 
 import importlib

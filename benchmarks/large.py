@@ -107,7 +107,7 @@ def start(framework, depth, *flags):
         seen.setdefault("first step, s", time.time() - began)
         seen["peak memory, MB"] = harness.peak_memory()
         print(json.dumps(seen), flush=True)
-        os._exit(0)  # the training would go on
+        os._exit(0)  # without the rest of the training
 
     run.save = timed_save
     setattr(run, name, finish_step)

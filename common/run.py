@@ -505,6 +505,8 @@ class Run:
     def _load(self, loader, steps):
         is_ours = isinstance(loader.dataset, datasets.ArrayDataset)
         if self.args.loaders and not is_ours and hasattr(self.engine, "load_with_processes"):
+            if self.saver.in_flight:
+                self._finish_save()  # processes forked while its thread holds a lock would wait forever
             loaded = self.engine.load_with_processes(loader, steps, self.args.loaders)
         else:
             is_waiting = is_ours and not loader.dataset.is_in_memory
