@@ -32,19 +32,18 @@ def measure(repetitions):
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(Path(folder, "files"), COUNTS[0], 128)
         for count in COUNTS[1:]:
-            _link(Path(folder, "files"), Path(folder, f"files-{count}"), count)
+            link_files(Path(folder, "files"), Path(folder, f"files-{count}"), count, 10)
         yield from _first_steps(Path(folder), repetitions)
         yield from _rates(Path(folder, "files-10000"), repetitions)
 
 
-def _link(source, target, count):
-    """Fill class folders with `count` links to the files of other folders."""
+def link_files(source, target, count, num_classes):
+    """Fill `num_classes` folders in `target` with `count` links to the JPEG files below `source`."""
     files = sorted(source.rglob("*.jpg"))
+    for number in range(num_classes):
+        (target / f"class-{number}").mkdir(parents=True)
     for index in range(count):
-        file = files[index % len(files)]
-        path = target / file.parent.name / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.link(file, path)
+        os.link(files[index % len(files)], target / f"class-{index % num_classes}" / f"{index}.jpg")
 
 
 def _first_steps(folder, repetitions):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks import harness, models
+from benchmarks.first_step import link_files
 from benchmarks.input import write_jpegs
 
 CLASSES, IMAGES = 1000, (100_000, 1_000_000)
@@ -32,17 +33,13 @@ def measure(repetitions):
 
 def _images(folder):
     write_jpegs(folder / "files", CLASSES, 128)
-    files = sorted((folder / "files").rglob("*.jpg"))
     runs = {}
     for count in IMAGES:
         target = folder / str(count)
-        for number in range(CLASSES):
-            (target / f"class-{number}").mkdir(parents=True)
-        for index in range(count):
-            os.link(files[index % CLASSES], target / f"class-{index % CLASSES}" / f"{index}.jpg")
+        link_files(folder / "files", target, count, CLASSES)
         flags = ["--train", target, "--image-size", 32, "--output", folder / f"output-{count}"]
-        saved = harness.run_json("large", "start", "pytorch", 0, *flags, "--checkpoint-steps", 1)
-        resumed = harness.run_json("large", "start", "pytorch", 0, *flags, *FLAGS)
+        saved = _start("pytorch", 0, *flags, "--checkpoint-steps", 1)
+        resumed = _start("pytorch", 0, *flags, *FLAGS)
         runs[count] = {"first step, s": saved["first step, s"], **_renamed(resumed)}
     yield from _figures("images", runs)
 
@@ -56,7 +53,7 @@ def _tables(folder):
         with open(folder / str(count) / "table.csv", "wb") as file:
             for _ in range(count // ROWS[0]):
                 file.write(block)
-        runs[count] = harness.run_json("large", "start", "xgboost", 0, "--train", folder / str(count), *FLAGS)
+        runs[count] = _start("xgboost", 0, "--train", folder / str(count), *FLAGS)
     yield from _figures("rows", runs)
 
 
@@ -65,10 +62,14 @@ def _states(folder):
     runs = {}
     for size, depth in DEPTHS.items():
         flags = ["--train", data, "--batch-size", 8, "--output", folder / f"output-{size}"]
-        saved = harness.run_json("large", "start", "pytorch", depth, *flags, "--checkpoint-steps", 1)
-        resumed = harness.run_json("large", "start", "pytorch", depth, *flags, *FLAGS)
+        saved = _start("pytorch", depth, *flags, "--checkpoint-steps", 1)
+        resumed = _start("pytorch", depth, *flags, *FLAGS)
         runs[size] = {**saved, **_renamed(resumed)}
     yield from _figures("GB of state", runs)
+
+
+def _start(*words):
+    return harness.run_json("large", time.time(), *words)
 
 
 def _renamed(run):
@@ -83,9 +84,14 @@ def _figures(unit, runs):
         yield harness.Figure(f"{unit}: exponent of {name}", exponent, f"<= {LIMIT}", detail)
 
 
-def start(framework, depth, *flags):
-    """Train to the end of the first step, and of its checkpoint; print seconds and peak memory."""
-    began = _time_of_start()
+def start(began, framework, depth, *flags):
+    """Train to the end of the first step, and of its checkpoint; print seconds and peak memory.
+
+    Args:
+        began: the time when the process was started.
+        depth: of the large network; 0: the default network.
+    """
+    began = float(began)
     script = harness.import_script(framework)
     run = script.Run
     if int(depth):
@@ -111,15 +117,8 @@ def start(framework, depth, *flags):
 
     run.save = timed_save
     setattr(run, name, finish_step)
-    script.main(script.parse_args([*flags, "--log-steps", "0"] if framework != "xgboost" else list(flags)))
-
-
-def _time_of_start():
-    """Return when this process started, in seconds since 1970."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    script.main(script.parse_args(list(flags)))
 
 
 if __name__ == "__main__":
-    harness.print_json(start=start)
+    harness.print_json(start)

@@ -147,6 +147,32 @@ def test_a_torch_dataset_with_random_transforms_resumes_exactly(tmp_path, loader
     assert result.metric("train_loss") < 2.3
 
 
+CHECKED_FORK = """
+import time
+
+write, load = engine.write_checkpoint, engine.load_with_processes
+writing = []
+
+def write_slowly(*args):
+    writing.append(True)
+    time.sleep(1)
+    write(*args)
+    writing.clear()
+
+def load_checked(*args):
+    assert not writing, "a process is forked while a checkpoint is written"
+    return load(*args)
+
+engine.write_checkpoint, engine.load_with_processes = write_slowly, load_checked
+"""
+
+
+def test_no_process_is_forked_while_a_checkpoint_is_written(tmp_path):
+    """It would inherit the locks that the thread of the save holds, and wait for them forever."""
+    script = copy_with(tmp_path / "job", "pytorch", TORCH_DATASET, TORCH_IMPORTS + CHECKED_FORK)
+    run(script, "--epochs", 3, "--batch-size", 16, "--loaders", 2, cwd=tmp_path)
+
+
 RANDOM_FORWARD = """
 class Noise(nn.Module):
     def forward(self, images):
