@@ -130,10 +130,10 @@ class State:
         self._check_loss(outputs)
         array = outputs.float().numpy() if isinstance(outputs, torch.Tensor) else None
         self.model_facts = {"outputs": model_folder.describe_outputs(array, self.data.classes)}
-        model.to(self.device)
-        if self.device.type == "cuda":
-            model.to(memory_format=torch.channels_last)  # the layout of the images, and of tensor cores
-        return model
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.to(memory_format=torch.channels_last)  # the layout of the images
+        return model.to(self.device)
 
     def _check_loss(self, outputs):
         """Log a warning if compute_loss returns the mean over the samples instead of the sum."""

@@ -205,6 +205,7 @@ class TrainingState(engine.State):
 def export_model(run, state):
     """Write `model.pth`, the state_dict of the network."""
     with run.export() as folder:
+        state.model.to(memory_format=torch.contiguous_format)  # the layout that other tools expect
         torch.save(state.model.state_dict(), folder / "model.pth")
 
 
