@@ -2,8 +2,9 @@
 
 The time to resume is divided by the time of a fresh start plus the time to read the checkpoint once from the
 page cache; with the default model, and with a model of the framework's zoo whose training state has 100 MB or
-more. Then: the time to find the newest of 10,000 checkpoints with their markers, and the time of `--help` and
-of a misspelt flag.
+more. Then: the time with PyTorch's --compile and the compilations of an earlier run, relative to that without
+them; the time to find the newest of 10,000 checkpoints with their markers; and the time of `--help` and of a
+misspelt flag.
 
 The picture shows where the time to the first step goes with the default model. The share of this repository's
 own code is that of its modules' imports, the flags, the data and the checkpoint; the rest is Python, the
@@ -80,6 +81,7 @@ def measure(repetitions):
             yield _restart(framework, "cnn", data, repetitions)
             yield _restart(framework, LARGE[framework], data, repetitions)
         yield _restart("xgboost", "500 rounds", table, repetitions)
+        yield _compile(data, repetitions)
         yield _find(Path(folder, "many"), repetitions)
     for framework in harness.FRAMEWORKS:
         yield from _usage(framework, repetitions)
@@ -178,12 +180,41 @@ def _restart(framework, model, data, repetitions):
     )
 
 
-def until(framework, start, flags, folder):
-    """Return the seconds from the start of the process to its first line that starts with this text."""
+def _compile(data, repetitions):
+    flags = ["--train", data, "--log-steps", 1, "--epochs", 9]
+    with tempfile.TemporaryDirectory() as kept, tempfile.TemporaryDirectory() as folder:
+
+        def seconds(*more, cache=kept):
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                variable = {"TORCHINDUCTOR_CACHE_DIR": cache or work}
+                return until("pytorch", "step=", [*flags, *more], work, variable)
+
+        seconds("--compile")
+        turns = harness.take_turns(
+            repetitions,
+            kept=lambda: seconds("--compile"),
+            new=lambda: seconds("--compile", cache=None),
+            plain=seconds,
+        )
+        size = sum(path.stat().st_size for path in Path(kept).rglob("*") if path.is_file())
+    middle = {name: statistics.median(values) for name, values in turns.items()}
+    detail = f"{middle['kept']:.1f} s and {middle['new']:.1f} s; without --compile {middle['plain']:.1f} s; "
+    detail += f"the folder has {size / 1e6:.1f} MB"
+    what = "pytorch, --compile: with the kept compilations / without"
+    return harness.Figure(what, harness.ratio(turns["kept"], turns["new"]), "", detail)
+
+
+def until(framework, start, flags, folder, env=None):
+    """Return the seconds from the start of the process to its first line that starts with this text.
+
+    Args:
+        env: environment variables for the script, besides those of this process.
+    """
     command = [sys.executable, str(harness.ROOT / framework / "train.py"), *map(str, flags)]
     began = time.monotonic()
+    environment = {**os.environ, **(env or {})}
     with subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         for line in process.stdout:
             if line.startswith(start):

@@ -4,8 +4,10 @@ Samples per second of the fastest epoch, without the first, of the script and of
 separate process. The loop has batches prepared in advance, no metrics, signals, checkpoints or exactness, and
 the framework's own threads. If a framework has several loops, one trial selects the fastest. The TensorFlow
 script is also compared with plain Keras: `fit` on arrays, with the same `build_model` and `compile_model`.
-The model is the default one, in fp32 with a batch size of 128, on images of 32 x 32 x 3 and 8 x 8 x 1.
-XGBoost: all rounds, including the first, on 100,000 rows of 30 columns, without callbacks.
+The speed of a shared machine changes from run to run, so the processor time of a step is compared, too: the
+least of all epochs, with one thread. The model is the default one, in fp32 with a batch size of 128, on
+images of 32 x 32 x 3 and 8 x 8 x 1. XGBoost: all rounds, including the first, on 100,000 rows of 30 columns,
+without callbacks.
 """
 
 import os
@@ -17,6 +19,7 @@ import numpy as np
 
 from benchmarks import harness
 from common.datasets import Data
+from common.run import Run
 
 SHAPES = {"32 x 32 x 3": ((3840, 32, 32, 3), 3), "8 x 8 x 1": ((15_360, 8, 8, 1), 6)}  # images, epochs
 BATCH = 128
@@ -26,6 +29,7 @@ VARIANTS = {
     "mxnet": ("static", "dynamic"),
     "xgboost": ("plain",),
 }
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 
 
 def measure(repetitions):
@@ -52,7 +56,10 @@ def _compare(label, framework, words, flags, repetitions):
         return statistics.harmonic_mean(rates) if framework == "xgboost" else max(rates[1:])
 
     def other(variant):
-        return harness.run_json("step", framework, *words, variant)
+        return harness.run_json("step", framework, *words, variant)["rate"]
+
+    def processor_time(*words):
+        return harness.run_json("step", *words, env=ONE_THREAD)["ms"]
 
     leanest = max(VARIANTS[framework], key=other)
     others = {"lean loop": leanest}
@@ -67,6 +74,37 @@ def _compare(label, framework, words, flags, repetitions):
         raw = f"{ours:,.0f} and {statistics.median(turns[name]):,.0f} samples/s ({variant})"
         ratio = harness.ratio(turns["ours"], turns[name])
         yield harness.Figure(f"{label}: script / {name}", ratio, limits.get(name, ""), raw)
+    variants = {
+        name: lambda variant=variant: processor_time(framework, *words, variant)
+        for name, variant in others.items()
+    }
+    turns = harness.take_turns(
+        min(repetitions, 2), ours=lambda: processor_time("steps", framework, *flags), **variants
+    )
+    for name in others:
+        ours, lean = min(turns["ours"]), min(turns[name])
+        what = f"{label}: processor time of a step, script / {name}"
+        yield harness.Figure(what, ours / lean, "", f"{ours:.2f} and {lean:.2f} ms, with one thread")
+
+
+def steps(framework, *flags):
+    """Train with the script; return the milliseconds of processor time per step of the best epoch."""
+    script = harness.import_script(framework)
+    name = "finish_round" if framework == "xgboost" else "finish_step"
+    finish = getattr(Run, name)
+    ends = {}  # of the steps, by epoch
+
+    def timed(run, *arguments):
+        epoch = 0 if framework == "xgboost" else run.progress.epoch
+        result = finish(run, *arguments)
+        if not run._is_validating:
+            ends.setdefault(epoch, []).append(time.process_time())
+        return result
+
+    setattr(Run, name, timed)
+    script.main(script.parse_args(list(flags)))
+    first, *later = ((times[-1] - times[0]) / (len(times) - 1) for times in ends.values())
+    return {"ms": 1000 * min(later or [first])}
 
 
 def _batches(name):
@@ -77,14 +115,29 @@ def _batches(name):
     return [(pixels[i : i + BATCH], labels[i : i + BATCH]) for i in range(0, shape[0], BATCH)], epochs
 
 
+def _clocks():
+    """Return the time and the processor time of this process in seconds."""
+    return time.perf_counter(), time.process_time()
+
+
 def _fastest(epoch, batches, epochs):
-    """Return the samples per second of the fastest epoch, without the first."""
-    rates = []
+    """Return the result of the function `epoch`, which trains with all batches, as that of `_best`."""
+    seconds = []
     for _ in range(epochs):
-        began = time.perf_counter()
+        began = _clocks()
         epoch()
-        rates.append(len(batches) * BATCH / (time.perf_counter() - began))
-    return max(rates[1:])
+        seconds.append(np.subtract(_clocks(), began))
+    return _best(seconds, len(batches))
+
+
+def _best(seconds, steps):
+    """Return the best samples per second, and milliseconds of processor time per step, after the first epoch.
+
+    Args:
+        seconds: (n, 2) as the differences of `_clocks`, for each epoch.
+    """
+    fastest, least = np.min(seconds[1:], axis=0)
+    return {"rate": steps * BATCH / fastest, "ms": 1000 * least / steps}
 
 
 def pytorch(name, variant):
@@ -154,7 +207,7 @@ def tensorflow(name, variant):
 
 
 def _fit(name):
-    """Return the samples per second of the fastest epoch of plain Keras, without the first."""
+    """Return the result of plain Keras: as `_fastest`."""
     script = harness.import_script("tensorflow")
     keras = script.keras
 
@@ -166,13 +219,14 @@ def _fit(name):
     args = script.parse_args([])
     model = script.build_model(args, data)
     script.compile_model(args, model, len(batches))
+
     begins, ends = [], []
     clock = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: begins.append(time.perf_counter()),
-        on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter()),
+        on_epoch_begin=lambda epoch, logs: begins.append(_clocks()),
+        on_epoch_end=lambda epoch, logs: ends.append(_clocks()),
     )
     model.fit(pixels, labels, batch_size=BATCH, epochs=epochs, verbose=0, callbacks=[clock])
-    return shape[0] / min(end - begin for begin, end in zip(begins[1:], ends[1:]))
+    return _best(np.subtract(ends, begins), len(batches))
 
 
 def mxnet(name, variant):
@@ -217,13 +271,14 @@ def xgboost(folder, _):
     validation = xgb.QuantileDMatrix(table[:, 1:], table[:, 0], ref=matrix)
     parameters = {"objective": "binary:logistic", "eval_metric": ["logloss", "error"], "tree_method": "hist"}
     parameters |= {"seed": 42, "eta": 0.3, "max_depth": 6}
-    began, rounds = time.perf_counter(), 60
+    began, rounds = _clocks(), 60
     xgb.train(
         parameters, matrix, rounds, evals=[(matrix, "train"), (validation, "validation")], verbose_eval=False
     )
-    return len(table) * rounds / (time.perf_counter() - began)
+    seconds, processor_seconds = np.subtract(_clocks(), began)
+    return {"rate": len(table) * rounds / seconds, "ms": 1000 * processor_seconds / rounds}
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    harness.print_json(pytorch=pytorch, tensorflow=tensorflow, mxnet=mxnet, xgboost=xgboost)
+    harness.print_json(steps=steps, pytorch=pytorch, tensorflow=tensorflow, mxnet=mxnet, xgboost=xgboost)
