@@ -92,15 +92,16 @@ class Probe:
             if kind == "plain":
                 run.saver.wait()
 
-    def write_in_background(self, checkpoints, name, content, best_epoch):
+    def write_in_background(self, checkpoints, name, *more):
         """Write a checkpoint in the save thread."""
         if self.kind() == "held":
             time.sleep(HOLD)
-        self.write(checkpoints, name, content, best_epoch)
+        size = self.write(checkpoints, name, *more)
         if not self.num_bytes:
-            self.num_bytes = (checkpoints.folder / name).stat().st_size
+            self.num_bytes = size
             self.sources = [np.ones(self.num_bytes // 24, np.float32) for _ in range(6)]
             self.targets = [np.ones_like(source) for source in self.sources]
+        return size
 
     def write_bare(self):
         with open("bare", "wb") as file:

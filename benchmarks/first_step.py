@@ -19,8 +19,8 @@ COUNTS = (1000, 10_000, 100_000)
 FLAGS = ("--image-size", 32, "--log-steps", 1, "--checkpoint-seconds", 0)
 LIMITED = """
 import os, runpy, sys
-from common import memory
-memory.available = lambda: {memory}
+from common import machine
+machine.available_memory = lambda: {memory}
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu, gpu_parts, gpu_training, harness
+from benchmarks import first_step, gpu, gpu_parts, gpu_training, harness
+from benchmarks.input import write_jpegs
 from helpers import ROOT, environment
 
 
@@ -60,6 +62,38 @@ def test_each_benchmark_has_a_docstring_and_measures():
         module = importlib.import_module(f"benchmarks.{name}")
         assert module.__doc__
         assert callable(module.measure)
+
+
+# The parts that replace functions of the scripts.
+REPLACING = [
+    "account mxnet",
+    "checkpoint pytorch cnn 1",
+    "growth before xgboost 1",
+    "growth state pytorch 64 1",
+    "input train tensorflow tiny 1",
+    "memory mxnet tiny saved",
+    "predecessor ours",
+    "step steps tensorflow --epochs 2",
+    "step steps xgboost --epochs 2",
+]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("words", REPLACING)
+def test_a_part_of_a_benchmark_measures(words):
+    seen = harness.run_json(*words.split())
+    values = list(seen.values()) if isinstance(seen, dict) else [seen]
+    assert np.all(np.isfinite(np.concatenate([np.ravel(value) for value in values])))
+
+
+@pytest.mark.integration
+def test_the_benchmark_of_the_first_step_limits_the_memory(tmp_path, monkeypatch):
+    write_jpegs(tmp_path, 200, 32)
+    outputs = []
+    run = harness.run
+    monkeypatch.setattr(harness, "run", lambda *words: outputs.append(run(*words)) or outputs[-1])
+    assert len(first_step._epoch_rates(tmp_path, 200 * 32 * 32 * 3)) == 3
+    assert "stay in memory, and the rest are decoded in each epoch" in outputs[0]
 
 
 def test_missing_packages_are_left_out_of_the_machine(monkeypatch):
