@@ -130,14 +130,14 @@ def _fastest(epoch, batches, epochs):
     return _best(seconds, len(batches))
 
 
-def _best(seconds, steps):
+def _best(seconds, num_steps):
     """Return the best samples per second, and milliseconds of processor time per step, after the first epoch.
 
     Args:
         seconds: (n, 2) as the differences of `_clocks`, for each epoch.
     """
     fastest, least = np.min(seconds[1:], axis=0)
-    return {"rate": steps * BATCH / fastest, "ms": 1000 * least / steps}
+    return {"rate": num_steps * BATCH / fastest, "ms": 1000 * least / num_steps}
 
 
 def pytorch(name, variant):
@@ -219,7 +219,6 @@ def _fit(name):
     args = script.parse_args([])
     model = script.build_model(args, data)
     script.compile_model(args, model, len(batches))
-
     begins, ends = [], []
     clock = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: begins.append(_clocks()),
