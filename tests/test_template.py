@@ -173,6 +173,28 @@ def test_no_process_is_forked_while_a_checkpoint_is_written(tmp_path):
     run(script, "--epochs", 3, "--batch-size", 16, "--loaders", 2, cwd=tmp_path)
 
 
+VOLUMES = """
+class Volumes(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.volumes = nn.Conv3d(1, 4, (1, 3, 3))
+        self.images = nn.Conv2d(4, num_classes, 3)
+
+    def forward(self, images):
+        return self.images(self.volumes(images.unsqueeze(2)).squeeze(2)).mean((2, 3))
+
+
+def build_model(args, data):
+    return Volumes(data.num_classes)
+"""
+
+
+def test_layers_of_other_dimensions_keep_their_layout(tmp_path):
+    """The layout of the images exists for two dimensions only."""
+    script = copy_with(tmp_path / "job", "pytorch", VOLUMES)
+    run(script, "--epochs", 1, cwd=tmp_path)
+
+
 RANDOM_FORWARD = """
 class Noise(nn.Module):
     def forward(self, images):
