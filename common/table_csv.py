@@ -257,12 +257,13 @@ def _is_header(rows):
     num_contradictions = 0
     recurs = False
     for index, field in enumerate(first):
+        if is_number_or_missing(field):
+            continue
         below = [row[index] for row in others if len(row) > index]
-        values = [value for value in below if value not in MISSING]
-        is_text = field not in MISSING and not is_number(field)
-        recurs = recurs or (is_text and field in values)
-        values = [value for value in values if value != field]  # a header may be repeated
-        if is_text and values and all(map(is_number, values)):
+        recurs = recurs or field in below
+        # A header may be repeated.
+        values = [value for value in below if value != field and value not in MISSING]
+        if values and all(map(is_number, values)):
             num_contradictions += 1
     num_numbers = sum(1 for field in first if is_number(field))
     if num_contradictions:
