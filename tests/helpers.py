@@ -407,20 +407,6 @@ def assert_same_bits(folder, other, framework):
     assert model_bytes(folder, framework) == model_bytes(other, framework)
 
 
-def assert_same_curves(rows, expected):
-    """Fail if the rows of two histories differ by more than rounding.
-
-    Rounding may change the predicted class of an image: accuracies may differ by one, but not by two of the
-    179 images that the digits have for validation.
-    """
-    assert len(rows) == len(expected)
-    for row, other in zip(rows, expected):
-        assert row.keys() == other.keys()
-        for name in row:
-            tolerance = {"abs": 1.5 / 179} if name.endswith("accuracy") else {"rel": 2e-3}
-            assert float(row[name]) == pytest.approx(float(other[name]), **tolerance), name
-
-
 # Data -------------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,6 @@ from helpers import (
     SAMPLING,
     Workers,
     assert_same_bits,
-    assert_same_curves,
     checkpoint_folder,
     checkpoint_name,
     copy_script,
@@ -174,11 +173,12 @@ def test_the_loss_curves_of_one_two_and_four_workers_agree(framework, tmp_path):
         folder = tmp_path / str(size)
         folder.mkdir()
         train_together(script, size, *flags, folder=folder)
-        curves.append(history(folder / "1", framework))
+        rows = history(folder / "1", framework)
+        curves.append([[float(value) for value in row.values()] for row in rows])
         assert_one_set_of_files(folder, framework, *range(1, flags[1] + 1))
     assert curves[0][-1] != curves[0][0]
     for curve in curves[1:]:
-        assert_same_curves(curve, curves[0])
+        np.testing.assert_allclose(curve, curves[0], rtol=2e-3, atol=2e-3)
 
 
 # Interruptions ----------------------------------------------------------------------------------------------

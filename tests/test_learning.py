@@ -12,7 +12,6 @@ from helpers import (
     NO_MXNET,
     PLAIN_NETWORKS,
     ROOT,
-    assert_same_curves,
     copy_script,
     history,
     in_make_test,
@@ -289,4 +288,10 @@ def test_two_devices_of_one_machine_match_one_and_resume_exactly(framework, tmp_
     assert "Starting training from epoch: 2, step: " in resumed.output
     assert history(folders["parts"], framework) == history(folders["two"], framework)
     assert model_bytes(folders["parts"], framework) == model_bytes(folders["two"], framework)
-    assert_same_curves(history(folders["two"], framework), history(folders["one"], framework))
+    rows, others = history(folders["two"], framework), history(folders["one"], framework)
+    assert len(rows) == len(others) == 3
+    for row, other in zip(rows, others):
+        for name in row:
+            # Rounding may change the predicted class of one of the 179 validation images, not of two.
+            tolerance = 1.5 / 179 if name == "validation_accuracy" else 2e-3
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=2e-3, abs=tolerance), name
