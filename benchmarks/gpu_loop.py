@@ -16,7 +16,7 @@ def train(network, size, batch_size, precision, steps, epochs, device, kind):
     from torch import nn
 
     size, batch_size, steps, epochs = map(int, (size, batch_size, steps, epochs))
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = kind != "untuned"
     torch.set_float32_matmul_precision("high")
     model = build_model(network).to(device, memory_format=torch.channels_last)
     forward = torch.compile(model, dynamic=False) if kind == "compiled" else model

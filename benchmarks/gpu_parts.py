@@ -86,8 +86,10 @@ def step(run):
     The loop trains the same network with the same batch size and precision in channels-last format, on one
     batch that stays on the GPU. It has no metrics, signals, checkpoints or deterministic kernels. The script
     reads its images from memory, as in normal use; "with input" is the loop with random batches from memory,
-    pinned and copied in each step. With `--compile`, both networks are compiled. Samples per second
-    are medians over the epochs after the first.
+    pinned and copied in each step. With `--compile`, both networks are compiled. The loop lets cuDNN try its
+    algorithms and use the fastest; "untuned" is the loop without that. The script never does it, because the
+    choice, and so the bits, may differ after a restart. Samples per second are medians over the epochs after
+    the first.
     """
     require("torch", "torchvision")
     workloads = [
@@ -113,15 +115,18 @@ def _steps(run, work, flags, share, lean, scripts):
         run_to_end("pytorch", [*flags, *more], folder, run.environment())
         return statistics.median(history(folder, "samples_per_second")[1:])
 
-    def train_lean():
-        words = [*work, run.device, lean.split()[0]]
+    def train_lean(kind):
+        words = [*work, run.device, kind]
         return harness.run_json("gpu_loop", "train", *words, env=run.environment())
 
+    kind = lean.split()[0]
     variants = {name: functools.partial(train, more) for name, more in scripts.items()}
-    turns = run.take_turns(share, lean=train_lean, **variants)
+    if kind == "lean":
+        variants["untuned lean loop"] = lambda: train_lean("untuned")["card"]
+    turns = run.take_turns(share, lean=lambda: train_lean(kind), **variants)
     on_card = [rates["card"] for rates in turns["lean"]]
     from_memory = [rates["memory"] for rates in turns["lean"]]
-    rates = {**{name: turns[name] for name in scripts}, f"{lean} with input": from_memory}
+    rates = {**{name: turns[name] for name in variants}, f"{lean} with input": from_memory}
     return [compare(f"{work}: {name} / {lean}", "samples/s", rates[name], on_card) for name in rates]
 
 
