@@ -49,7 +49,8 @@ check: lint
 test: lint $(VENV)/spot-installed .venv-sdk2/installed .venv-sdk3/installed
 	$(VENV)/bin/python -m pytest
 
-integration: $(VENV)/installed .venv-serving/installed .venv-mlflow/installed
+integration: $(VENV)/installed .venv-sdk2/installed .venv-sdk3/installed
+integration: .venv-serving/installed .venv-mlflow/installed
 	$(VENV)/bin/python -m pytest -m integration --numprocesses 0 --capture no
 
 examples: $(VENV)/installed

@@ -415,7 +415,9 @@ class Run:
         if self.saver.in_flight:
             self.saver.wait()
         best = self._best_row() if self.args.best_metric or self.args.patience else None
-        progress["history"] = self.checkpoints.history.split(self.progress.history, best)
+        progress["history"] = list(self.progress.history)
+        if len(self.progress.history) >= history.BLOCK:  # otherwise the checkpoint contains all of it
+            progress["history"] = self.checkpoints.history.split(self.progress.history, best)
         path = self.checkpoints.folder / name
         is_saved = path.is_file() and not path.is_symlink()
         if self.workers.is_main_process and not is_saved:
