@@ -372,7 +372,7 @@ def test_bad_rows_get_a_status_and_a_reason_and_the_next_request_works(row_serve
     without_one = [{name: row[name] for name in list(row)[:3]} for row in NAMED_ROWS]
     for body, kind, accept, expected, reason in [
         ("1,2,3\n", "text/csv", "*/*", 400, "expected 4 columns (column-1, column-2"),
-        ("1,2,3,four\n", "text/csv", "*/*", 400, "cannot be read as text/csv"),
+        ("1,2,3,four\n", "text/csv", "*/*", 400, "the column column-4 contains 'four': expected a number"),
         (json.dumps(without_one), "application/json", "*/*", 400, "have no column column-4"),
         (b"{", "application/json", "*/*", 400, "cannot be read as application/json"),
         (csv(ROWS), "application/pdf", "*/*", 415, "the content type is application/pdf"),
