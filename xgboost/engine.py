@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -41,7 +40,6 @@ FRAMEWORK = "xgboost"
 VERSION = str(xgb.__version__)
 MODEL_FACTS = "code/model.json"  # SageMaker's own container loads every file beside the model as a model
 WEEK = 7 * 24 * 3600  # seconds
-M_MMAP_MAX = -4  # the number of blocks that come from the kernel, see `man mallopt`
 
 QUANTILE_METHODS = ("auto", "hist")  # these build trees from quantiles of the columns, made in advance
 DEFAULT_METRICS = {"multi": "mlogloss,merror", "binary": "logloss,error", "reg": "rmse"}
@@ -414,18 +412,9 @@ def copy_to_host(content, memory):
     facts = {name: value for name, value in content.items() if name != "booster"}
     facts["sha256"] = atomic_io.NO_CHECKSUM  # a damaged file can crash XGBoost when it is read
     booster.set_attr(checkpoint=json.dumps(facts))
-    # The GNU C library asks the kernel for each block of more than 32 MB, which comes with a page fault every
-    # 4,096 bytes: saving 43 MB of trees takes a third longer than with memory that the process has freed.
-    _mallopt(M_MMAP_MAX, 0)
-    try:
-        file_content = booster.save_raw("ubj")
-    finally:
-        _mallopt(M_MMAP_MAX, 65536)  # the default
+    file_content = booster.save_raw("ubj")
     booster.set_attr(checkpoint=None)
     return file_content
-
-
-_mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)  # not every C library has it
 
 
 write_checkpoint = atomic_io.write_sealed  # a function of (content, file)
