@@ -154,10 +154,13 @@ class State:
             outputs = model(self._zeros(mx.cpu()))
             mx.nd.waitall()
         except (MXNetError, ValueError, AssertionError) as error:
+            advice = "pass --image-size, such as 224"
+            if self.args.precision == "bf16":
+                advice += ", or --precision fp32, as a processor without AVX-512 has no convolution in bf16"
             size = "x".join(map(str, self.data.sample_shape))
             raise UserError(
-                f"--model {self.args.model} cannot take images of {size} ({errors.first_line(error)}): "
-                "pass --image-size, such as 224"
+                f"--model {self.args.model} cannot take images of {size} "
+                f"({errors.first_line(error)}): {advice}"
             ) from error
         self._check_loss(outputs)
         array = outputs.astype("float32").asnumpy() if isinstance(outputs, mx.nd.NDArray) else None
