@@ -563,6 +563,20 @@ def test_infinite_weights_are_not_saved(image_framework, tmp_path):
     assert not os.listdir(tmp_path / "whole/checkpoints")
 
 
+def test_finite_weights_with_an_infinite_sum_are_saved(tmp_path):
+    """PyTorch's script examines the sum first."""
+    script = """
+import sys, types, torch
+sys.path.insert(0, sys.argv[1])
+import engine
+state = types.SimpleNamespace(model=torch.nn.Linear(2, 1, bias=False))
+for weights in ([3e38, 3e38], [0, float("inf")], [float("-inf"), float("inf")], [float("nan"), 0]):
+    print(engine.State.has_finite_weights(state, {"model": {"weight": torch.tensor(weights)}}))
+"""
+    result = run_python(script, ROOT / "pytorch", cwd=tmp_path)
+    assert result.output.split() == ["True", "False", "False", "False"]
+
+
 def test_a_model_that_is_exported_again_keeps_the_flags_of_its_training(tmp_path):
     jobs = [(tmp_path, ["--epochs", 3, "--eta", 0.2]), (tmp_path, ["--epochs", 3])]
     _, again = run_many("xgboost", jobs, cwd=tmp_path)
