@@ -309,6 +309,18 @@ def test_after_a_kill_during_a_save_the_earlier_checkpoint_is_used(framework, tm
     assert_same_bits(tmp_path, interruptible(framework), framework)
 
 
+def test_a_write_that_takes_an_epoch_saves_only_the_epochs_before(tmp_path):
+    """TensorFlow's copy of the training state shares everything but the arrays."""
+    slow = "import threading; from common.checkpoints import Checkpoints; saved = threading.Event(); "
+    slow += 'at_call(Checkpoints, "write", 1, lambda: saved.wait(60)); at_call(Run, "save", 2, saved.set)'
+    second = checkpoint_folder(tmp_path, "tensorflow") / checkpoint_name("tensorflow", 2)
+    jobs = [(tmp_path, ["--epochs", 2], slow), (tmp_path, ["--epochs", 2], f"os.unlink({str(second)!r})")]
+    whole, resumed = run_many("tensorflow", jobs, cwd=tmp_path)
+    assert (whole.code, whole.epochs) == (0, [1, 2])
+    assert f"Resuming training from {checkpoint_name('tensorflow', 1)}" in resumed.output
+    assert resumed.epochs == [2]
+
+
 def test_a_write_error_ends_the_training_at_one_of_the_next_steps(framework, tmp_path):
     flags = ["--epochs", 100000] if framework == "xgboost" else [*INTERRUPTIBLE[framework], "--epochs", 1000]
     event = 'at_call(os, "fsync", 1, fail)'
