@@ -88,8 +88,9 @@ def step(run):
     reads its images from memory, as in normal use; "with input" is the loop with random batches from memory,
     pinned and copied in each step. With `--compile`, both networks are compiled. The loop lets cuDNN try its
     algorithms and use the fastest; "untuned" is the loop without that. The script never does it, because the
-    choice, and so the bits, may differ after a restart. Samples per second are medians over the epochs after
-    the first.
+    choice, and so the bits, may differ after a restart. With `--loaders` threads prepare the batches, which
+    otherwise takes the time between two steps. Samples per second are medians over the epochs after the
+    first.
     """
     require("torch", "torchvision")
     workloads = [
@@ -101,7 +102,8 @@ def step(run):
     left = 2 * len(workloads)
     for work in workloads:
         flags = work.write(run.new_folder(), run.device)
-        scripts = {"script": [], "script --no-deterministic": ["--no-deterministic"]}
+        names = ("script", "script --no-deterministic", "script --loaders 2")
+        scripts = {name: name.split()[1:] for name in names}
         yield f"{work}", functools.partial(_steps, run, work, flags, 1 / left, "lean loop", scripts)
         scripts = {"script --compile": ["--compile"]}
         compiled = functools.partial(_steps, run, work, flags, 1 / (left - 1), "compiled lean loop", scripts)

@@ -137,6 +137,7 @@ TRIAL = {  # plausible values, with wide limits for a busy machine
     "step": {
         "cnn 8 x 8 fp32: script / lean loop": (0.01, 100),
         "cnn 8 x 8 fp32: script --no-deterministic / lean loop": (0.01, 100),
+        "cnn 8 x 8 fp32: script --loaders 2 / lean loop": (0.01, 100),
         "cnn 8 x 8 fp32: untuned lean loop / lean loop": (0.01, 100),
         "cnn 8 x 8 fp32: lean loop with input / lean loop": (0.01, 100),
         "cnn 8 x 8 fp32: script --compile / compiled lean loop": (0.01, 100),
