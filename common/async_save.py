@@ -28,7 +28,6 @@ class AsyncSaver:
         in_flight: the Future of the running save, or None.
         interval: the seconds between two saves inside an epoch.
         is_automatic: whether the interval follows from the cost of the latest saves.
-        num_saves: the number of saves so far.
         stall: the seconds for which the training waited in the latest save.
         size: the bytes of the latest file.
     """
@@ -40,7 +39,6 @@ class AsyncSaver:
         self.is_automatic = seconds is None
         self.interval = shortest if seconds is None else seconds or math.inf
         self._shortest = shortest
-        self.num_saves = 0
         self.stall = 0.0
         # Of the latest saves, as the machine may be busy for a moment.
         self._stalls: deque[float] = deque(maxlen=3)

@@ -51,7 +51,7 @@ from common.errors import (
 from common.preemption import Interrupted
 from common.report import log
 
-FREE_ROUNDS = 100  # boosting rounds of a run that are saved one by one
+FREE_ROUNDS = 100  # the first boosting rounds, whose checkpoints are small, are saved one by one
 _notice = threading.Timer(1, say, ["Importing the framework ..."])  # seconds
 _notice.daemon = True
 
@@ -430,7 +430,6 @@ class Run:
                 place = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
             write = self.checkpoints.write
             self.saver.in_flight = self.saver.thread.submit(write, name, content, kept, (self.state, place))
-            self.saver.num_saves += 1
             self.saver.stall = time.monotonic() - began
         self._last_save = time.monotonic()
         return name
@@ -643,7 +642,7 @@ class Run:
         due = now - self._last_save >= self.saver.interval
         if args.checkpoint_steps and progress.epoch % args.checkpoint_steps == 0:
             due = True
-        if self.saver.is_automatic and self.saver.num_saves < FREE_ROUNDS:
+        if self.saver.is_automatic and progress.epoch <= FREE_ROUNDS:
             due = True
         if self.saver.in_flight and self.saver.in_flight.done():
             self._finish_save()
@@ -651,7 +650,7 @@ class Run:
             due, stop = self.workers.all_gather([bool(due), stop])[0]
         if due or stop or progress.epoch == args.epochs:
             self.save()
-            self._saves_by_time = self.saver.num_saves > FREE_ROUNDS
+            self._saves_by_time = progress.epoch > FREE_ROUNDS
         if self.signals.received or self.workers.size > 1:
             self._check_signals(save=True)
         self._clock = time.monotonic()

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from common.history import BLOCK, FILE_NAME, HistoryFile
-from helpers import assert_same_bits, checkpoint_folder, run, write_csv
+from helpers import assert_same_bits, checkpoint_folder, files, names, run, write_csv
 
 ROWS = [{"epoch": epoch, "train_loss": 1 / epoch} for epoch in range(1, 4 * BLOCK + 2)]
 
@@ -122,3 +122,5 @@ def test_a_training_of_many_rounds_is_bit_identical_after_a_restart(tmp_path):
     lines = (checkpoint_folder(tmp_path / "resumed", "xgboost") / FILE_NAME).read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == list(range(1, BLOCK + 1))
     assert_same_bits(tmp_path / "whole", tmp_path / "resumed", "xgboost")
+    later = names("xgboost", *range(2 * BLOCK + 11, 2 * BLOCK + 21))
+    assert len(set(later) & set(files(tmp_path / "resumed", "xgboost"))) < len(later)  # not every round
