@@ -4,9 +4,9 @@ Seconds per epoch and peak memory over the number of samples (32 x 32 images, a 
 columns). The same, and seconds per save, over the size of the training state (dense layers; XGBoost: trees).
 It is saved to a file system in memory (/dev/shm) if available, because a shared disk accepts some saves fast
 and delays the next ones. Seconds per epoch and per save over the number of earlier epochs, whose checkpoints
-are in the folder and whose metrics are in each checkpoint; and the time to find the newest checkpoint. A
-figure is the largest exponent of all scripts, over the two larger sizes: at the smallest size, constant costs
-dominate. Up to 1.2 counts as linear, because data that exceeds the processor's cache takes longer per byte.
+are in the folder; and the time to find the newest checkpoint. A figure is the largest exponent of all
+scripts, over the two larger sizes: at the smallest size, constant costs dominate. Up to 1.2 counts as linear,
+because data that exceeds the processor's cache takes longer per byte.
 """
 
 import math

@@ -250,7 +250,8 @@ def write_report(order, draw=True):
     lines += ["", "![Each figure relative to its limit](figures.png)"]
     for name, content in kept.items():
         lines += ["", f"## {name}", "", *_paragraphs(content["description"])]
-        lines += ["", f"{content['date']}, medians of {content['repetitions']} repetitions.", ""]
+        source = f"{content['date']}, commit {content['commit']}"
+        lines += ["", f"{source}, medians of {content['repetitions']} repetitions.", ""]
         lines += ["| Measurement | Value | Limit | Reached | Detail |", "|---|---|---|---|---|"]
         for figure in map(Figure._make, content["figures"]):
             reached = {None: "", True: "yes", False: "**no**"}[figure.reached]

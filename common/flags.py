@@ -261,7 +261,7 @@ def _checkpoint_flags(parser):
     add(
         "--checkpoint-seconds",
         type=real(0),
-        help="also save inside an epoch after this time; 0: never; default: from 20 to 300, by the cost",
+        help="also save inside an epoch after this time; 0: never; default: 20 (XGBoost: 1) to 300 by cost",
     )
     add(
         "--checkpoint-steps",

@@ -1,7 +1,7 @@
 """The metrics of a long training's earlier epochs, in a file beside the checkpoints.
 
-A checkpoint holds the rows of the last 1,000 to 2,000 epochs, so that neither its size nor the time of a save
-grows with the number of epochs. The rows before them are in `history.jsonl`, one JSON object per line.
+A checkpoint holds the rows of the last 1,000 to 2,000 epochs, so that it does not grow with the number of
+epochs. The rows before them are in `history.jsonl`, one JSON object per line.
 """
 
 from __future__ import annotations

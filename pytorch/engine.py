@@ -248,7 +248,7 @@ class State:
         saved = content.get("model", {})
         trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
         weights = [saved[name] for name in trained if name in saved]
-        # `isfinite` takes ten times as long as a sum, which only finite weights that overflow make infinite.
+        # A sum takes a tenth of the time. If it is not finite, finite weights may have overflowed.
         return all(bool(each.sum().isfinite() or each.isfinite().all()) for each in weights)
 
     def load_optimizer(self, saved):
