@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def start(args, workers):
     if args.precision == "fp16" and device != "gpu":
         raise UserError("--precision fp16: MXNet has it on GPUs only; use --precision bf16 or fp32")
     os.environ.setdefault("MXNET_ENFORCE_DETERMINISM", str(int(args.deterministic)))  # affects GPUs only
-    _set_precision(args)
+    _set_precision(args, device)
     mx.random.seed(args.seed)
     shards = workers.describe_shards(args.batch_size, "samples of a batch")
     number = f"{len(devices)} " if len(devices) > 1 else ""
@@ -75,13 +76,21 @@ def _find_devices(args):
     return [mx.cpu(number) for number in range(num_cpus)]
 
 
-def _set_precision(args):
-    """Set the precision of the flags, which MXNet then uses in the whole process."""
+def _set_precision(args, device):
+    """Set the precision of the flags, which MXNet then uses in the whole process.
+
+    Raises UserError if the process already has another one, or if the processor has no bf16.
+    """
     before = getattr(amp, "precision_of_process", None)
     if before not in (None, args.precision):
         raise UserError(
             f"--precision {args.precision}: an earlier training of this process has set {before}, which "
             "MXNet cannot undo; start a new process"
+        )
+    if args.precision == "bf16" and device == "cpu" and "avx512bw" not in Path("/proc/cpuinfo").read_text():
+        raise UserError(
+            "--precision bf16: MXNet has it only on processors with AVX-512, and this one has none; "
+            "use --precision fp32"
         )
     if args.precision != "fp32" and before is None:
         amp.init({"bf16": "bfloat16", "fp16": "float16"}[args.precision])
@@ -154,13 +163,10 @@ class State:
             outputs = model(self._zeros(mx.cpu()))
             mx.nd.waitall()
         except (MXNetError, ValueError, AssertionError) as error:
-            advice = "pass --image-size, such as 224"
-            if self.args.precision == "bf16":
-                advice += ", or --precision fp32, as a processor without AVX-512 has no convolution in bf16"
             size = "x".join(map(str, self.data.sample_shape))
             raise UserError(
                 f"--model {self.args.model} cannot take images of {size} "
-                f"({errors.first_line(error)}): {advice}"
+                f"({errors.first_line(error)}): pass --image-size, such as 224"
             ) from error
         self._check_loss(outputs)
         array = outputs.astype("float32").asnumpy() if isinstance(outputs, mx.nd.NDArray) else None
