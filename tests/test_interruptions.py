@@ -321,6 +321,7 @@ def test_a_write_that_takes_an_epoch_saves_only_the_epochs_before(tmp_path):
     assert resumed.epochs == [2]
 
 
+@in_make_test("tensorflow", "xgboost")
 def test_a_write_error_ends_the_training_at_one_of_the_next_steps(framework, tmp_path):
     flags = ["--epochs", 100000] if framework == "xgboost" else [*INTERRUPTIBLE[framework], "--epochs", 1000]
     event = 'at_call(os, "fsync", 1, fail)'
