@@ -332,7 +332,9 @@ def test_two_instances_that_are_interrupted_end_with_the_same_bits(framework, tm
     assert f"2 workers: {hosts}; each gets " in output
     first, second = (tmp_path / f"output/spot/job/attempt-3{host}/checkpoints" for host in ("", "-algo-2"))
     if container.namespace():
-        assert set(os.listdir(second)) < set(os.listdir(first))  # the content of S3 at the start
+        # The content of S3 at the start; the main process has deleted its checkpoint inside an epoch since.
+        at_start = {name for name in os.listdir(second) if not re.search(r"-\d+-\d+\.", name)}
+        assert at_start < set(os.listdir(first))
     assert not processes_below(tmp_path)
 
 
