@@ -533,6 +533,7 @@ class Run:
         if self.workers.size > 1:
             self.workers.all_gather(None)  # all workers start together
         self.signals.deferred = True
+        self._clock = time.monotonic()  # of the first boosting round; XGBoost's matrices are complete
 
     def finish_step(self, metrics: dict[str, tuple[Any, Any]], num_samples: int | None = None) -> None:
         """Count a step: add up its metrics, show progress, save if due, end after a signal.

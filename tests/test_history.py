@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from common.errors import UserError
 from common.history import BLOCK, FILE_NAME, HistoryFile
-from helpers import assert_same_bits, checkpoint_folder, files, names, run, write_csv
+from helpers import assert_same_bits, checkpoint_folder, files, names, run, run_with, write_csv
 
 ROWS = [{"epoch": epoch, "train_loss": 1 / epoch} for epoch in range(1, 4 * BLOCK + 2)]
 
@@ -124,3 +125,10 @@ def test_a_training_of_many_rounds_is_bit_identical_after_a_restart(tmp_path):
     assert_same_bits(tmp_path / "whole", tmp_path / "resumed", "xgboost")
     later = names("xgboost", *range(2 * BLOCK + 11, 2 * BLOCK + 21))
     assert len(set(later) & set(files(tmp_path / "resumed", "xgboost"))) < len(later)  # not every round
+
+
+def test_the_first_boosting_round_does_not_count_the_building_of_the_matrices(tmp_path):
+    slow = 'import time; at_call(Run, "defer_signals", 1, lambda: time.sleep(3))'
+    result = run_with(slow, "xgboost", "--num-round", 2, cwd=tmp_path, code=0)
+    seconds = re.search(r"^epoch=1 .* seconds=(\S+) ", result.output, re.MULTILINE)[1]
+    assert float(seconds) < 3
