@@ -71,7 +71,7 @@ def account(framework):
     """Train in this process; return the microseconds per step of each part."""
     script = harness.import_script(framework)
     sys.modules["train"] = script
-    if framework == "pytorch":  # the functions of its own object cannot be replaced
+    if framework == "pytorch":  # a function of its generator cannot be replaced
         manual_seed = script.torch.default_generator.manual_seed
         script.torch.default_generator = SimpleNamespace(manual_seed=manual_seed)
     times = {}
