@@ -523,6 +523,11 @@ class Run:
         self._bar.start_epoch(progress.epoch, progress.step, steps_per_epoch)
         self._clock = time.monotonic()
 
+    def start_rounds(self) -> None:
+        """Start the clock of the first boosting round."""
+        self.defer_signals()
+        self._clock = time.monotonic()
+
     def defer_signals(self) -> None:
         """Let signals end the training between two steps only, with a checkpoint.
 
@@ -533,7 +538,6 @@ class Run:
         if self.workers.size > 1:
             self.workers.all_gather(None)  # all workers start together
         self.signals.deferred = True
-        self._clock = time.monotonic()  # of the first boosting round; XGBoost's matrices are complete
 
     def finish_step(self, metrics: dict[str, tuple[Any, Any]], num_samples: int | None = None) -> None:
         """Count a step: add up its metrics, show progress, save if due, end after a signal.

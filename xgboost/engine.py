@@ -344,7 +344,7 @@ class Rounds(xgb.callback.TrainingCallback):
 
     def before_training(self, model):
         """Set the column names of a checkpoint's booster, which may have changed."""
-        self.run.defer_signals()
+        self.run.start_rounds()
         facts = _table_facts(self.state.data.train)
         if facts:
             model.set_attr(**{TABLE: json.dumps(facts)})
